@@ -1,0 +1,17 @@
+"""Self-supervised pre-training of image encoders with DINO, where SimPool pools. Public names are resolved on first use."""
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["Encoder", "SimPool", "attach_simpool", "build_encoder", "load_encoder"]
+
+_HOME = {"Encoder": "model", "build_encoder": "model", "SimPool": "simpool", "attach_simpool": "simpool", "load_encoder": "checkpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module when it is first asked for, so that `import dino_simpool` needs no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module dino_simpool has no attribute {name}; public names: {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"dino_simpool.{_HOME[name]}"), name)

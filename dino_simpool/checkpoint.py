@@ -1,0 +1,178 @@
+"""Checkpoints: written atomically, describing themselves, made of tensors and plain values only.
+
+    OUT/
+        config.yaml            the resolved options; `train --config OUT/config.yaml` repeats the run
+        log.jsonl              one line every run.log_every steps and one for each epoch
+        tensorboard/           scalars, crops, attention maps
+        last.pth  prev.pth     the newest two states of the run; resuming takes last, or prev if last cannot be read
+        epoch_0020.pth ...     states that stay (run.keep_every)
+        best.pth               state with the best k-NN accuracy so far, if k-NN is run
+        backbone.safetensors   the teacher's encoder alone, and
+        model.json             the options to build it
+        results/*.json         evaluations
+        report.html            written by `dino-simpool report OUT`
+        error.txt              only after a failure
+
+A state holds `config`, `step`, `student`, `teacher`, `optimizer`, `scaler`, `loss` (the centre), running sums of the log, and the
+library versions. No random state is in it, since every random number is a function of (seed, step) or (seed, epoch, image, view).
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dino_simpool.config import ModelConfig, from_dict, to_dict
+from dino_simpool.model import Encoder, build_encoder
+
+FORMAT = 1
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, push it to the disk, then put it in place in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # otherwise the new name itself may be lost with the power
+    finally:
+        os.close(folder)
+
+
+def save_state(out: Path, state: dict[str, Any]) -> None:
+    """Write OUT/last.pth; the one before becomes OUT/prev.pth."""
+    last = out / "last.pth"
+    fresh = out / ".last.pth.new"
+    write_atomically(fresh, lambda path: torch.save({"format": FORMAT, **state}, path))
+    if last.exists():
+        os.replace(last, out / "prev.pth")
+    os.replace(fresh, last)
+
+
+def keep_state(out: Path, name: str) -> None:
+    """Copy OUT/last.pth to OUT/<name>."""
+    write_atomically(out / name, lambda path: shutil.copyfile(out / "last.pth", path))
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """A training state from a file, on the CPU. FileNotFoundError, or ValueError if it is truncated or something else."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: give last.pth, best.pth or backbone.safetensors of a run")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged files; the cause is kept
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} cannot be read (truncated, or not a checkpoint of this tool): {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this tool (format {FORMAT}); its keys: {list(state)[:5] if isinstance(state, dict) else '-'}")
+    return state
+
+
+def newest_state(out: Path, announce: Callable[[str], object]) -> dict[str, Any] | None:
+    """The state to resume from: OUT/last.pth, else OUT/prev.pth (announced), None if there is neither.
+
+    ValueError if there are files but none can be read: starting anew over them must be the user's choice.
+    """
+    failures = []
+    for path in (out / "last.pth", out / "prev.pth"):
+        if path.exists():
+            try:
+                state = read_state(path)
+            except ValueError as error:
+                failures.append(str(error))
+                continue
+            for failure in failures:
+                announce(f"{failure}; resuming from {path.name} instead")
+            if not failures and path.name == "prev.pth":
+                announce("last.pth is missing; resuming from prev.pth")
+            return state
+    if failures:
+        raise ValueError(f"{'; '.join(failures)}: nothing to resume from. Move the files away, or give another run.out")
+    return None
+
+
+def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -> list[str]:
+    """Compare a run's options with those of the state it would resume: the changed ones, as lines.
+
+    ValueError if they build other networks or another optimiser than the stored one.
+    """
+    changed = [(group, name, saved[group].get(name), value) for group, options in config.items() for name, value in options.items()
+               if saved.get(group, {}).get(name) != value]
+    fixed = [c for c in changed if c[0] in ("model", "head") or c[:2] == ("optim", "name")]
+    if fixed:
+        lines = ", ".join(f"{group}.{name} {old} -> {new}" for group, name, old, new in fixed)
+        raise ValueError(f"{where} holds a run of another model ({lines}): give another run.out, or the options of that run")
+    return [f"{group}.{name}: {old} -> {new}" for group, name, old, new in changed if (group, name) != ("run", "out")]
+
+
+def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """load_state_dict in which every key and shape must match. ValueError names the first five that do not."""
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape]
+    problems = [(name, keys) for name, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)) if keys]
+    if problems:
+        said = "; ".join(f"{len(keys)} {name}: {', '.join(keys[:5])}" for name, keys in problems)
+        raise ValueError(f"the weights of {source} do not fit this model ({said})")
+    module.load_state_dict(state)
+
+
+def export_encoder(out: Path, encoder: Encoder) -> None:
+    """Write OUT/backbone.safetensors and OUT/model.json."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    write_atomically(out / "backbone.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    text = json.dumps(to_dict(encoder.config), indent=2) + "\n"
+    write_atomically(out / "model.json", lambda path: path.write_text(text))
+
+
+def load_encoder(path: str | Path, *, which: Literal["teacher", "student", "untrained"] = "teacher", **overrides: Any) -> Encoder:
+    """The encoder of a checkpoint, in evaluation mode on the CPU, every weight matched.
+
+    path: last.pth, best.pth, epoch_*.pth, or backbone.safetensors with model.json beside it. which: the weights; `untrained` is the
+    encoder as the run's seed initialised it. overrides: ModelConfig options to change, such as gamma=2.0 or pos_interp="dino".
+    FileNotFoundError or ValueError in one line if the file is not there, is damaged, or does not fit.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        if not (path.is_file() and (path.parent / "model.json").is_file()):
+            raise FileNotFoundError(f"{path} needs to exist with model.json beside it: give a checkpoint of a run, or both files")
+        saved, seed = json.loads((path.parent / "model.json").read_text()), 0
+        weights = {"teacher": lambda: load_file(path)}
+    else:
+        state = read_state(path)
+        saved, seed = state["config"]["model"], state["config"]["run"]["seed"]
+        weights = {name: (lambda name=name: _encoder_part(state[name])) for name in ("teacher", "student")}
+    config = dataclasses.replace(from_dict(ModelConfig, saved), **overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(config)
+    if which != "untrained":
+        if which not in weights:
+            raise ValueError(f"{path} holds no {which}: only {', '.join(weights)}")
+        load_strictly(encoder, weights[which](), str(path))
+    return encoder.eval()
+
+
+def _encoder_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("encoder."): tensor for key, tensor in state.items() if key.startswith("encoder.")}
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,75 @@
+"""dino-simpool <command>: reads the options, then imports what the command needs. Until then no torch, so help answers at once."""
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from dino_simpool import __version__, config
+
+COMMANDS: dict[str, tuple[type, str, str]] = {
+    "train": (config.TrainConfig, "dino_simpool.train:train", "pre-train an encoder; with the folder of a stopped run, go on with it"),
+    "knn": (config.KnnConfig, "dino_simpool.eval.knn:main", "weighted k-NN classification with a frozen encoder"),
+    "linear": (config.LinearConfig, "dino_simpool.eval.linear:main", "linear classification on a frozen encoder"),
+    "masks": (config.MasksConfig, "dino_simpool.eval.masks:main", "how much of the attention is on the object, on images with masks"),
+    "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
+    "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as an image tree"),
+}
+"""Name of a command: its options, the function that takes them, and what it does."""
+
+EXAMPLES = """\
+examples:
+  dino-simpool train --config vit_small_simpool --data.root IMAGES --run.out OUT
+  torchrun --nproc_per_node 8 -m dino_simpool train --config vit_small_simpool --data.root IMAGES --run.out OUT
+  dino-simpool knn --checkpoint OUT/last.pth --data IMAGENET
+  dino-simpool report OUT --data IMAGENET
+
+`dino-simpool <command> --help` explains every option; `dino-simpool train --config RECIPE --print_config` prints the run as YAML.
+"""
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:10} {text}" for name, (_, _, text) in COMMANDS.items())
+    return f"usage: dino-simpool <command> [options]\n\nSelf-supervised image encoders with DINO and SimPool.\n\ncommands:\n{commands}\n\n{EXAMPLES}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line (sys.argv by default); returns the exit status: 0, 1 for a failed run, 2 for a mistake in the options."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(), end="")
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, *options = arguments
+    if name not in COMMANDS:
+        return _fail("", f"there is no command {name}; commands: {', '.join(COMMANDS)}", 2)
+    kind, action, _ = COMMANDS[name]
+    if name in ("report", "synthetic") and options and not options[0].startswith("-"):
+        options = ["--out", *options]  # `report OUT` for `report --out OUT`
+    try:
+        cfg: Any = config.parse(kind, options, program=f"dino-simpool {name}")
+    except config.ConfigError as error:
+        return _fail(name, str(error), 2)
+    module, function = action.split(":")
+    try:
+        getattr(importlib.import_module(module), function)(cfg)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("DINO_SIMPOOL_TRACEBACK"):
+            raise
+        return _fail(name, str(error), 1)
+    return 0
+
+
+def _fail(name: str, message: str, status: int) -> int:
+    """One line on stderr; under several processes it says which one speaks."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    speaker = f"dino-simpool {name}".rstrip() + (f" [process {rank}]" if rank != "0" else "")
+    print(f"{speaker}: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,108 @@
+"""The options of the evaluators, of the report and of the embedded data set."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What every evaluator needs to know."""
+
+    checkpoint: str = ""
+    """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors."""
+    data: str = ""
+    """Folder with the class folders train/ and val/."""
+    out: str = ""
+    """Folder for results; <evaluator>.json is written there. Empty: results/ beside the checkpoint."""
+    which: Literal["teacher", "student", "untrained"] = "teacher"
+    """Weights to take; untrained: the same encoder as its initialisation left it, for comparison."""
+    train: str = "train"
+    """Class folder to learn from, inside data."""
+    val: str = "val"
+    """Class folder to measure on, inside data."""
+    subset_per_class: int | None = None
+    """Learn from the first so many images of each class in sorted order."""
+    image_size: int | None = None
+    """Side of the square that the encoder sees, in pixels. null: as the model was made."""
+    resize: int | None = None
+    """Shorter side before the centre crop. null: image_size * 256 / 224, as published."""
+    batch_size: int = 128
+    """Images in one forward pass of one process."""
+    workers: int | None = None
+    """Loader processes. null: the cores that this process may use."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the encoder; similarities are float32 always."""
+    seed: int = 0
+    """Of the probe's initialisation, shuffling and augmentation, and of untrained weights."""
+
+
+@dataclass(frozen=True)
+class KnnConfig(EvalConfig):
+    """Weighted k-NN classification of frozen features."""
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Numbers of neighbours; the first is the one reported (paper: 10)."""
+    temperature: float = 0.07
+    """A neighbour with cosine similarity s votes with exp(s / temperature)."""
+    features: Literal["encoder", "pixels"] = "encoder"
+    """pixels: the raw pixels of the image instead of the encoder's features, for comparison."""
+
+
+@dataclass(frozen=True)
+class LinearConfig(EvalConfig):
+    """Linear classification of frozen features."""
+
+    protocol: Literal["paper", "grid"] = "paper"
+    """paper: augmented images, 100 epochs, best over the validation epochs as published; grid: features extracted once, many
+    learning rates trained together, the best chosen on a held-out part of train."""
+    epochs: int = 100
+    """Passes over the training images."""
+    lr: float = 1e-3
+    """Learning rate of the paper protocol for a global batch of 256; scaled by batch / 256."""
+    probe_batch_size: int = 1024
+    """Global batch size of the probe's training."""
+    grid: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+    """Learning rates of the grid protocol for a batch of 256; scaled by batch / 256."""
+    held_out: float = 0.1
+    """Share of each training class on which the grid's learning rate is chosen."""
+
+
+@dataclass(frozen=True)
+class MasksConfig(EvalConfig):
+    """Share of the attention that falls on the object, on images with masks (the embedded data set has them)."""
+
+    max_images: int = 1000
+    """Images to measure, evenly spread over the classes."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One self-contained HTML page about a run."""
+
+    out: str = ""
+    """Folder of the training run; report.html is written there."""
+    data: str = ""
+    """Folder with held-out images in val/ (and masks in masks/val/ if there are any) for the attention overlays."""
+    num_images: int = 12
+    """Held-out images to show."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """The embedded data set: images made from a seed, with class, box and mask."""
+
+    out: str = ""
+    """Folder to write train/, val/ and masks/ into."""
+    seed: int = 0
+    """Every image follows from it."""
+    train_per_class: int = 300
+    """Training images of each class."""
+    val_per_class: int = 60
+    """Held-out images of each class."""
+    size: int = 32
+    """Side of the images in pixels."""

@@ -1,0 +1,144 @@
+"""From YAML recipes and command-line overrides to frozen dataclasses and back, on jsonargparse. No other module knows that library."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A mistake in a recipe or on the command line, said in one line."""
+
+
+def option_names(config: type, prefix: str = "") -> list[str]:
+    """Dotted names of all options of a configuration class, groups included."""
+    names = []
+    for f in dataclasses.fields(config):
+        names.append(prefix + f.name)
+        if dataclasses.is_dataclass(f.default_factory):
+            names += option_names(f.default_factory, f"{prefix}{f.name}.")
+    return names
+
+
+def _allowed(config: type, name: str) -> str:
+    """What an option takes, in words, from its annotation."""
+    *groups, last = name.split(".")
+    for group in groups:
+        config = next(f.default_factory for f in dataclasses.fields(config) if f.name == group)  # type: ignore[assignment]
+    annotation = str(next(f.type for f in dataclasses.fields(config) if f.name == last))
+    if choices := re.search(r"Literal\[(.*)\]", annotation):
+        return "one of " + choices[1].replace('"', "")
+    words = {"None": "null", "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "Duration": "a duration"}
+    return " or ".join(words.get(part, part) for part in annotation.split(" | "))
+
+
+def _explain(message: str, config: type) -> str:
+    """The library's message as one line: the nearest valid name for an unknown one, the allowed values for a wrong one."""
+    message = " ".join(message.split())
+    names = option_names(config)
+    unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    unknown = unknown or re.search(r"(?:Option '|unrecognized arguments: (?:--)?)()([\w.]+)", message)
+    if unknown:
+        given = f"{unknown[1]}.{unknown[2]}" if unknown[1] else unknown[2]
+        near = difflib.get_close_matches(given, names, 1, 0.5)
+        return f"unknown option {given}: " + (f"did you mean {near[0]}?" if near else "--help lists all options")
+    wrong = re.search(r'Parser key "([\w.]+)".*(?:Given|Got) value: (.*)', message)
+    if wrong and wrong[1] in names:
+        hint = " (nothing is written null in YAML and here)" if wrong[2] == "None" else ""
+        return f"{wrong[1]} is {wrong[2]}: allowed is {_allowed(config, wrong[1])}{hint}"
+    return message
+
+
+def _parser(config: type, program: str, description: str | None = None) -> Any:
+    from jsonargparse import ArgumentParser, set_parsing_settings  # 0.1 s: only where options are read
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, description=description or config.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A recipe: a file, or a name such as vit_small_simpool. Give it first; several are merged.")
+    parser.add_class_arguments(config)
+    return parser
+
+
+def _instantiate(config: type[Config], parser: Any, namespace: Any) -> Config:
+    values = parser.instantiate_classes(namespace)
+    return config(**{f.name: values[f.name] for f in dataclasses.fields(config)})  # type: ignore[arg-type]
+
+
+def _recipe(name: str) -> str:
+    """Path of a recipe given by path, or by name from the recipes that come with the package."""
+    here = Path(__file__).resolve().parents[1]
+    folders = [here / "configs", here.parent / "configs"]
+    candidates = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
+    for path in candidates:
+        if path.is_file():
+            return str(path)
+    known = sorted(path.stem for folder in folders for path in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(Path(name).stem, known, 1)
+    raise ConfigError(f"no recipe {name}" + (f": did you mean {near[0]}?" if near else f"; recipes: {', '.join(known)}"))
+
+
+def _find_recipes(arguments: list[str]) -> list[str]:
+    """Resolve recipe names, and insist that recipes come before the options that override them."""
+    found: list[str] = []
+    position, overridden = 0, ""
+    while position < len(arguments):
+        name, equals, value = arguments[position].partition("=")
+        if name == "--config":
+            if overridden:
+                raise ConfigError(f"--config comes first, then the options that change it; here {overridden} stood before it")
+            if not equals:
+                position += 1
+                if position == len(arguments):
+                    raise ConfigError("--config needs a recipe: a file or a name")
+                value = arguments[position]
+            found += ["--config", _recipe(value)]
+        else:
+            if name.startswith("--") and not overridden and not name.startswith("--print_config"):
+                overridden = name
+            found.append(arguments[position])
+        position += 1
+    return found
+
+
+def parse(config: type[Config], arguments: list[str], *, program: str = "dino-simpool") -> Config:
+    """Command-line arguments and the YAML recipes they name -> a configuration.
+
+    `--help` and `--print_config` print and leave with SystemExit(0). ConfigError says in one line what is wrong.
+    """
+    parser = _parser(config, program)
+    try:
+        return _instantiate(config, parser, parser.parse_args(_find_recipes(arguments)))
+    except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError, OSError) as error:
+        raise ConfigError(_explain(str(error), config)) from None
+
+
+def from_dict(config: type[Config], values: dict[str, Any]) -> Config:
+    """A plain dict (of a checkpoint, of a YAML file) -> a configuration. ConfigError for unknown keys and wrong types."""
+    parser = _parser(config, "dino-simpool")
+    try:
+        return _instantiate(config, parser, parser.parse_object(values))
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(_explain(str(error), config)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration -> nested dict of plain values, tuples as lists, as YAML, JSON and weights-only checkpoints keep them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def dump(config: Any) -> str:
+    """A configuration as YAML that `parse` reads back to the same configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

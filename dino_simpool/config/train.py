@@ -1,0 +1,322 @@
+"""The options of a pre-training run, each defined once with its meaning and unit in the string under it."""
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+Duration = int | float | str
+"""A number of epochs (`10`, `0.5`, `10ep`), of steps (`5000it`), of images (`1e6img`), or a share of the run (`5%`)."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _not_divisible(name: str, size: int, patch: int) -> str:
+    nearest = sorted({max(patch, size // patch * patch), -(-size // patch) * patch})
+    return f"{name} {size} is not divisible by model.patch_size {patch}: use {' or '.join(map(str, nearest))}, or another patch_size"
+
+
+def parse_duration(value: Duration) -> tuple[float, str]:
+    """Split a duration into its number and its unit: ep (the default), it, img or %. ValueError if it is neither."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*(ep|it|img|%)?", str(value).strip())
+    if not match:
+        raise ValueError(f"{value!r} is not a duration: give epochs (10 or 10ep), steps (5000it), images (1e6img) or a share (5%)")
+    return float(match[1]), match[2] or "ep"
+
+
+def _check_duration(name: str, value: Duration, share: bool = True) -> None:
+    try:
+        number, unit = parse_duration(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if unit == "%" and (not share or number > 100):
+        raise ValueError(f"{name} is {value}: " + ("a share is 0% to 100%" if share else "give epochs, steps or images"))
+    if not share and number == 0:
+        raise ValueError(f"{name} is {value}: give a length above 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder: a timm trunk, a pooling head and the final norm. Stored in every checkpoint."""
+
+    arch: str = "vit_small"
+    """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or the name of any ViT, ResNet or ConvNeXt of timm."""
+    pool: Literal["simpool", "cls", "gap"] = "simpool"
+    """simpool, or the baseline that it replaces: cls (ViT only) or gap (global average pooling)."""
+    gamma: float | None = None
+    """Exponent of SimPool's generalised mean; null (say `null`, not `None`) is the plain average. Paper: 1.25 for ViT, 2 for CNN."""
+    num_heads: int = 1
+    """Attention heads of SimPool. Paper: 1."""
+    beta: bool = False
+    """Learnable scalar added after pooling, as in the published ViT weights (needs gamma). It has no effect before a norm."""
+    min_over: Literal["image", "batch"] = "image"
+    """Range of SimPool's minimum: the image (paper) or the whole batch (published training code)."""
+    norm_order: Literal["pool_then_norm", "norm_then_pool"] = "pool_then_norm"
+    """Final norm after the pooling (self-supervised) or before it (the published supervised ViTs)."""
+    pos_interp: Literal["size", "dino", "dino_always"] = "size"
+    """Position embedding at another grid: from grid to grid (no-op at the native one); dino: the published +0.1 rule; dino_always:
+    that rule at the native size too, as the published SimPool ViTs were trained."""
+    stem: Literal["standard", "small"] = "standard"
+    """small: 3x3, stride 1, no pooling, for CNNs on images of 32 to 64 pixels."""
+    patch_size: int = 16
+    """Pixels along the side of a ViT patch."""
+    width: int | None = None
+    """Channels: of the ViT tokens, or of the first stage of a CNN. null: as the architecture says."""
+    depth: int | tuple[int, ...] | None = None
+    """Blocks: of a ViT, or per stage of a CNN. null: as the architecture says."""
+    heads: int | None = None
+    """Attention heads of a ViT block. null: as the architecture says (64 channels a head if only the width is given)."""
+    drop_path: float = 0.0
+    """Stochastic depth of the student, 0 to 1. The teacher's is teacher.drop_path."""
+    image_size: int = 224
+    """Side in pixels for which position embeddings are made and images are evaluated."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from RGB in 0..1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Divides RGB in 0..1 after the mean is subtracted."""
+
+    def __post_init__(self) -> None:
+        is_vit = self.arch.startswith(("vit", "deit"))
+        if self.pool == "cls" and not is_vit:
+            raise ValueError(f"model.pool cls needs a ViT, and {self.arch} has no class token: use gap or simpool")
+        if self.gamma is not None and not 0 < self.gamma < math.inf:
+            raise ValueError(f"model.gamma is {self.gamma}: give a number above 0, or null for the plain average")
+        if self.beta and (self.pool != "simpool" or self.gamma is None):
+            raise ValueError("model.beta exists only with pool simpool and a gamma: set model.gamma, or model.beta false")
+        if self.norm_order == "norm_then_pool" and not is_vit:
+            raise ValueError(f"model.norm_order norm_then_pool is for ViTs; {self.arch} has its norm after pooling or none")
+        if self.stem == "small" and is_vit:
+            raise ValueError(f"model.stem small is for CNNs; for small images give {self.arch} a smaller model.patch_size")
+        if is_vit and self.image_size % self.patch_size:
+            raise ValueError(_not_divisible("model.image_size", self.image_size, self.patch_size))
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.drop_path is {self.drop_path}: allowed is 0 up to (not including) 1")
+        if min(self.num_heads, self.patch_size, self.image_size) < 1:
+            raise ValueError("model.num_heads, patch_size and image_size must be 1 or more")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The DINO projection head on the encoder; dropped after training."""
+
+    out_dim: int = 65536
+    """Number of prototypes K. Small data: some hundred to a few thousand."""
+    hidden_dim: int = 2048
+    """Width of the hidden layers."""
+    bottleneck_dim: int = 256
+    """Width of the unit features that meet the prototypes."""
+    layers: int = 3
+    """Linear layers before the prototypes."""
+    batch_norm: bool = False
+    """BatchNorm after each hidden layer, synchronised over processes. Published: on for ResNet-50."""
+    norm_last_layer: bool = True
+    """Keep prototypes at unit norm. Published: false for ViT-S only."""
+
+    def __post_init__(self) -> None:
+        if min(self.hidden_dim, self.bottleneck_dim, self.layers) < 1 or self.out_dim < 2:
+            raise ValueError("head.hidden_dim, bottleneck_dim and layers must be 1 or more, head.out_dim 2 or more")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The moving average of the student that sets the targets, and the temperature of its softmax."""
+
+    momentum: float = 0.996
+    """EMA momentum at step 0; it follows a cosine to 1. Small batch: 0.9995 and above keep the same memory in images."""
+    warmup_temperature: float = 0.04
+    """Temperature at epoch 0."""
+    temperature: float = 0.07
+    """Temperature after the warm-up."""
+    warmup: Duration = 30
+    """Length of the linear temperature warm-up, constant within an epoch (duration)."""
+    drop_path: float = 0.0
+    """Stochastic depth of the teacher. 0.4 repeats the published ConvNeXt training, by an oversight there."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"teacher.momentum is {self.momentum}: allowed is 0 to 1")
+        if not (self.temperature > 0 and self.warmup_temperature > 0):
+            raise ValueError("teacher.temperature and teacher.warmup_temperature must be above 0")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"teacher.drop_path is {self.drop_path}: allowed is 0 up to (not including) 1")
+        _check_duration("teacher.warmup", self.warmup)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Cross-entropy between views."""
+
+    student_temperature: float = 0.1
+    """Temperature of the student's softmax."""
+    center_momentum: float = 0.9
+    """Momentum of the centre that is subtracted from the teacher's logits."""
+
+    def __post_init__(self) -> None:
+        if not self.student_temperature > 0:
+            raise ValueError("loss.student_temperature must be above 0")
+        if not 0 <= self.center_momentum <= 1:
+            raise ValueError(f"loss.center_momentum is {self.center_momentum}: allowed is 0 to 1")
+
+
+@dataclass(frozen=True)
+class CropsConfig:
+    """Multi-crop augmentation. Triples are for the first global view, the second one and the local views."""
+
+    global_size: int = 224
+    """Side of the two global crops in pixels."""
+    local_size: int = 96
+    """Side of the local crops in pixels."""
+    num_local: int = 6
+    """Number of local crops; 0 for none."""
+    global_scale: tuple[float, float] = (0.25, 1.0)
+    """Area of a global crop as a share of the image, lowest and highest."""
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    """Area of a local crop as a share of the image, lowest and highest."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Largest change of brightness, contrast, saturation and hue."""
+    jitter_probability: float = 0.8
+    """Probability of the colour jitter."""
+    grayscale: float = 0.2
+    """Probability of turning grey."""
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    """Probability of the Gaussian blur in the three kinds of view."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation in pixels of the crop."""
+    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    """Probability of solarisation (values of 128 and above inverted) in the three kinds of view."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in {"global_scale": self.global_scale, "local_scale": self.local_scale}.items():
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"crops.{name} is ({low}, {high}): give two shares of the area, 0 < lowest <= highest <= 1")
+        if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"crops.blur_sigma is {self.blur_sigma}: give two numbers, 0 <= lowest <= highest")
+        probabilities = (self.flip, self.jitter_probability, self.grayscale, *self.blur, *self.solarize)
+        if not all(0 <= p <= 1 for p in probabilities):
+            raise ValueError("crops: flip, jitter_probability, grayscale, blur and solarize are probabilities, 0 to 1")
+        if not all(0 <= j <= 1 for j in self.jitter[:3]) or not 0 <= self.jitter[3] <= 0.5:
+            raise ValueError(f"crops.jitter is {self.jitter}: brightness, contrast, saturation in 0..1, hue in 0..0.5")
+        if min(self.global_size, self.local_size) < 1 or self.num_local < 0:
+            raise ValueError("crops.global_size and local_size must be 1 or more, crops.num_local 0 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from. No labels are needed to train."""
+
+    root: str | tuple[str, ...] = ""
+    """A folder (classes, nested or flat), a text file of paths, or a list of these: --data.root '[DIR, LIST.txt]'."""
+    subset_per_class: int | None = None
+    """Use the first so many images of each class in sorted order; 260 is the paper's ImageNet-20 %."""
+    workers: int | None = None
+    """Loader processes of each training process; 0 loads in the process itself. null: the cores that it may use."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise ValueError("data.workers must be 0 or more")
+        if self.subset_per_class is not None and self.subset_per_class < 1:
+            raise ValueError("data.subset_per_class must be 1 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser of the student."""
+
+    name: Literal["adamw", "lars", "sgd"] = "adamw"
+    """adamw (ViT, ConvNeXt), lars (ResNet-50) or sgd."""
+    lr: float = 5e-4
+    """Peak learning rate for a global batch of 256 images; it is scaled by batch / 256."""
+    min_lr: float = 1e-5
+    """Learning rate at the end; not scaled."""
+    warmup: Duration = 10
+    """Length of the linear warm-up of the learning rate (duration)."""
+    weight_decay: float = 0.04
+    """Weight decay at step 0, of tensors with two or more dimensions."""
+    weight_decay_end: float = 0.4
+    """Weight decay at the end, reached by a cosine."""
+    momentum: float = 0.9
+    """Momentum of lars and sgd."""
+    clip: float = 0.0
+    """Largest L2 norm of the gradient of each parameter tensor; 0 does not clip."""
+    freeze_last_layer: Duration = 1
+    """How long the prototypes stay as they were drawn (duration)."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or self.min_lr < 0 or self.weight_decay < 0 or self.weight_decay_end < 0 or self.clip < 0:
+            raise ValueError("optim: lr must be above 0; min_lr, weight_decay, weight_decay_end and clip 0 or more")
+        _check_duration("optim.warmup", self.warmup)
+        _check_duration("optim.freeze_last_layer", self.freeze_last_layer)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length, size, precision, and what is written where and how often."""
+
+    out: str = ""
+    """Folder of this run. Starting again with the same folder resumes."""
+    epochs: Duration = 100
+    """Length of the training (duration, not a share)."""
+    batch_size: int = 256
+    """Images in one optimiser step over all processes and accumulation steps."""
+    accumulate: int = 1
+    """Forward and backward passes in one optimiser step."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the matrix products; parameters, centre and loss stay in float32."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
+    compile: bool = False
+    """torch.compile the trunk blocks; the first steps take minutes."""
+    seed: int = 0
+    """Every random number of the run follows from it."""
+    threads: int | None = None
+    """CPU threads of each process for arithmetic. null: as torch finds."""
+    log_every: int = 50
+    """Steps between lines of log.jsonl and TensorBoard."""
+    save_minutes: float = 30.0
+    """Minutes between checkpoints inside an epoch; one is written after each epoch anyway."""
+    save_every_steps: int | None = None
+    """Steps between checkpoints, besides."""
+    keep_every: int = 20
+    """Epochs between checkpoints that stay (epoch_0020.pth); 0 keeps none."""
+    knn_every: int = 5
+    """Epochs between k-NN evaluations of the teacher, if knn_train and knn_val are given."""
+    knn_train: str | None = None
+    """Class folder that serves as the k-NN bank."""
+    knn_val: str | None = None
+    """Class folder that is classified."""
+    knn_resize: int | None = None
+    """Shorter side before the centre crop. null: image_size * 256 / 224, as published."""
+    stop_after_steps: int | None = None
+    """Save and stop once so many steps are done; schedules are not shortened. Start again to go on."""
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.accumulate, self.log_every) < 1 or min(self.keep_every, self.knn_every) < 0:
+            raise ValueError("run.batch_size, accumulate and log_every must be 1 or more, keep_every and knn_every 0 or more")
+        if (self.knn_train is None) != (self.knn_val is None):
+            raise ValueError("run.knn_train and run.knn_val go together: give both class folders or neither")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"run.device is {self.device}: allowed are auto, cpu, mps, cuda and cuda:N")
+        _check_duration("run.epochs", self.epochs, share=False)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines one pre-training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    crops: CropsConfig = field(default_factory=CropsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.arch.startswith(("vit", "deit")):
+            for name, size in (("global_size", self.crops.global_size), ("local_size", self.crops.local_size)):
+                if size % self.model.patch_size:
+                    raise ValueError(_not_divisible(f"crops.{name}", size, self.model.patch_size))

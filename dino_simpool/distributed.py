@@ -1,0 +1,198 @@
+"""One process, torchrun or SLURM: the same calls everywhere.
+
+With a single process there is no process group and every function is the identity, so callers never ask. Under torchrun
+(RANK, WORLD_SIZE, ...) and inside a SLURM job step (SLURM_PROCID, SLURM_NTASKS, ...) `setup` joins the group: NCCL on CUDA, gloo elsewhere.
+"""
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _slurm_environment() -> None:
+    """Translate a job step of several SLURM tasks into the variables that torch reads. torchrun's own variables win."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in os.environ:
+        return
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+    if "[" in nodes:  # a range such as node[01-04]: SLURM's own tool knows how to read it
+        nodes = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True).stdout
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+    tasks_here = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", "1")))
+    os.environ["LOCAL_WORLD_SIZE"] = tasks_here[0] if tasks_here else "1"
+    os.environ.setdefault("MASTER_ADDR", re.split(r"[,\s]", nodes)[0] or "127.0.0.1")
+    # Two jobs on one node need two ports, and every task of a job the same one.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def setup(device: str = "auto") -> torch.device:
+    """Join the process group if there is one, and return this process's device.
+
+    device: auto, cpu, mps, cuda or cuda:N. ValueError if it is not there, rather than another one in its place.
+    """
+    _slurm_environment()
+    local = local_rank()
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind, there in available.items() if there) if device == "auto" else device
+    kind, _, number = name.partition(":")
+    if not available[kind]:
+        raise ValueError(f"device {device} is not available here: use {', '.join(k for k, there in available.items() if there)} or auto")
+    if kind == "cuda":
+        index = int(number) if number else local
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this node needs cuda:{index}, but {torch.cuda.device_count()} GPUs are visible")
+        torch.cuda.set_device(index)
+        name = f"cuda:{index}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=torch.device(name) if kind == "cuda" else None)
+    return torch.device(name)
+
+
+def cleanup() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 for the main one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Number of this process on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True in the process that writes and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_mean(tensor: Tensor) -> Tensor:
+    """Mean over the processes, as a new tensor."""
+    if world_size() == 1:
+        return tensor.clone()
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def all_max(tensor: Tensor) -> Tensor:
+    """Largest value over the processes, as a new tensor."""
+    largest = tensor.clone()
+    if world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def gather_by_index(rows: Tensor, indices: Tensor, total: int) -> Tensor:
+    """Rows computed by any process -> all rows in order, on every process, on the CPU.
+
+    rows: (m, ...) of this process; indices: (m,) their places in 0..total-1, where repeated places hold equal rows. Every
+    place must be filled by some process. NCCL moves data on the GPU only, hence the objects of CPU tensors.
+    """
+    parts: list[tuple[Tensor, Tensor]] = [(rows.cpu(), indices.cpu())]
+    if world_size() > 1:
+        parts = [parts[0]] * world_size()
+        dist.all_gather_object(parts, (rows.cpu(), indices.cpu()))
+    gathered = rows.new_empty((total, *rows.shape[1:]), device="cpu")
+    filled = torch.zeros(total, dtype=torch.bool)
+    for part, places in parts:
+        gathered[places] = part
+        filled[places] = True
+    assert filled.all(), f"{int((~filled).sum())} of {total} rows were computed by no process"
+    return gathered
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum over the processes whose gradient is the sum over the processes too."""
+
+    @staticmethod
+    def forward(context: torch.autograd.function.FunctionCtx, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the batches of all processes, for CPU groups: torch's own refuses CPU tensors.
+
+    x: (B, C) or (B, C, H, W). Equal batch sizes on all processes. Evaluation and running statistics (biased variance for the
+    normalisation, unbiased for the running one) as in torch.nn.BatchNorm2d.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"SyncBatchNorm takes (B, C, ...), given {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        over = [d for d in range(input.dim()) if d != 1]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        x = input if input.dtype == torch.float64 else input.float()
+        count = x.numel() // x.shape[1] * world_size()
+        # Two passes: the variance about the common mean does not cancel, as E[x^2] - E[x]^2 would in float32.
+        mean = _SumOverProcesses.apply(x.sum(over)) / count
+        centered = x - mean.view(shape)
+        variance = _SumOverProcesses.apply(centered.square().sum(over)) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+                self.num_batches_tracked.add_(1)
+                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+                self.running_var.lerp_((variance * (count / max(count - 1, 1))).to(self.running_var.dtype), share)
+        normalized = centered * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
+        return normalized.to(input.dtype)
+
+
+def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Make every BatchNorm see the batches of all processes: torch's layer on CUDA, ours elsewhere; one process: unchanged."""
+    if world_size() == 1:
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
+            synced = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            synced.load_state_dict(child.state_dict())
+            # timm fuses an activation into its BatchNorm layers: keep what follows the normalisation.
+            after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+            setattr(module, name, nn.Sequential(synced, *after) if after else synced)
+        else:
+            synchronize_batch_norm(child, device)
+    return module

@@ -1,0 +1,243 @@
+"""Weighted k-nearest-neighbour classification of frozen features, as in the DINO and SimPool papers.
+
+The k training images of highest cosine similarity s to a test image vote for their classes with weight exp(s / T), T = 0.07
+(facebookresearch/dino and billpsomas/simpool, eval_knn.py). What is fixed here where the published code leaves it open: equal
+similarities go to the lower training index, equal votes to the lower class; a top-5 hit needs a vote for its class, since classes without
+one are in no order; any number of images and classes works; k above the bank is clamped.
+
+The search costs one pass in float32 (faiss on the CPU, a blocked product elsewhere) that finds somewhat more candidates than
+asked for. Their cosines are then computed in float64 and rounded to 2**-30, which makes ties ties, and the result exact and independent of blocks,
+batches and processes. Test images for which rounding could have hidden a neighbour (more than 32 near-ties) are searched in float64.
+
+M training images (the bank), T test images, D width, C classes.
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import faiss
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dino_simpool import distributed
+from dino_simpool.config import KnnConfig
+from dino_simpool.data import EvalTransform, ImageSet
+from dino_simpool.eval import MAX_BYTES, chunks, class_folders, classes_of, preprocessing
+from dino_simpool.features import extract_features
+
+KS = (10, 20, 100, 200)
+"""The numbers of neighbours of the published evaluation; the paper reports 10."""
+SPARE = 32
+"""Candidates beyond k, so that near-ties at the k-th place are settled among candidates."""
+UNIT = 2**30
+"""A similarity of 1 in the fixed-point numbers that are compared."""
+INDEX = 2**32
+"""A key is similarity * INDEX + (INDEX - 1 - training index): larger is better, no two are equal."""
+
+
+def knn_rank(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, *, k: int, temperature: float = 0.07, num_classes: int | None = None, top: int = 5
+) -> Tensor:
+    """Classes of each test image by descending vote of its k nearest training images, (T, min(top, C)) int64.
+
+    train_x: (M, D), train_y: (M,) classes 0..C-1, test_x: (T, D); features need not have unit length. num_classes: C, by default
+    the highest class + 1. Equal votes (none at all included) are ordered by class. k above M counts as M, with a warning.
+    ValueError if k, temperature, the labels or a feature is impossible. Source: eval_knn.py of facebookresearch/dino.
+    """
+    num_classes = int(train_y.max()) + 1 if num_classes is None and len(train_y) else num_classes or 0
+    votes = vote_each_k(train_x, train_y, test_x, ks=(k,), temperature=temperature, num_classes=num_classes, top=top)
+    return votes[k][0].to(test_x.device)
+
+
+def vote_each_k(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, *, ks: Sequence[int], temperature: float, num_classes: int, top: int
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """knn_rank for several k after one search: {k: (classes (T, min(top, C)), their votes)}, on the CPU.
+
+    Votes are relative to the nearest neighbour's, which counts 1.
+    """
+    check_settings(ks, temperature)
+    if not len(train_y) == len(train_x) > 0:
+        raise ValueError(f"{len(train_x)} training features and {len(train_y)} labels: give one label for each, and at least one")
+    if not 0 <= int(train_y.min()) <= int(train_y.max()) < num_classes:
+        raise ValueError(f"training labels go from {int(train_y.min())} to {int(train_y.max())}: allowed is 0 to {num_classes - 1}")
+    if max(ks) > len(train_x):
+        warnings.warn(f"k = {max(ks)} is more than the {len(train_x)} training images; all of them vote", stacklevel=2)
+    similarity, index = neighbors(train_x, test_x, k=min(max(ks), len(train_x)))
+    labels = train_y.cpu().long()[index]
+    return {k: _vote(similarity[:, :k], labels[:, :k], temperature=temperature, num_classes=num_classes, top=top) for k in ks}
+
+
+def check_settings(ks: Sequence[int], temperature: float) -> None:
+    """ValueError unless there is a k, every k is 1 or more, and the temperature is above 0."""
+    if not ks or min(ks) < 1:
+        raise ValueError(f"k is {', '.join(map(str, ks)) or 'empty'}: give one or more numbers of neighbours, each 1 or more")
+    if not temperature > 0:
+        raise ValueError(f"the k-NN temperature is {temperature}: give a number above 0 (published: 0.07)")
+
+
+def _vote(similarity: Tensor, labels: Tensor, *, temperature: float, num_classes: int, top: int) -> tuple[Tensor, Tensor]:
+    """The classes (T, min(top, C)) with the most votes and these votes, from neighbours (T, k) in descending similarity."""
+    top = min(top, num_classes)
+    classes = torch.empty(len(labels), top, dtype=torch.int64)
+    votes = torch.empty(len(labels), top, dtype=torch.float64)
+    for rows in chunks(len(labels), 32 * num_classes):
+        # Without the shift by the highest similarity, a small temperature overflows; the order is the same.
+        weight = ((similarity[rows] - similarity[rows, :1]) / temperature).exp()
+        sums = torch.zeros(len(weight), num_classes, dtype=torch.float64).scatter_add_(1, labels[rows], weight)
+        ordered, order = sums.sort(dim=1, descending=True, stable=True)
+        classes[rows], votes[rows] = order[:, :top], ordered[:, :top]
+    return classes, votes
+
+
+def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
+    """The k training rows of highest cosine similarity: similarities (T, k) float64, descending, and indices (T, k), on the CPU.
+
+    train: (M, D), on the CPU; test: (T, D), where the search shall run; k <= M. Equal similarities: lower index first.
+    max_bytes: size of each working array. ValueError if a feature is not finite.
+    """
+    bank = _Bank(train.cpu(), _lengths(train.cpu()), max_bytes)
+    lengths = _lengths(test)
+    count = min(k + SPARE, len(train))
+    keys = torch.empty(len(test), k, dtype=torch.int64)
+    for rows in chunks(len(test), 4 * test.shape[1] + 32 * count, max_bytes=max_bytes, most=4096):
+        queries = test[rows].double() / lengths[rows, None]
+        lowest, index = bank.candidates(queries.float(), count)
+        found = bank.settle(queries.cpu(), index, k)
+        # float32 products of unit vectors err by less than this (four standard deviations of the rounding of D additions).
+        unsure = (found[:, -1] >> 32).double() / UNIT - lowest <= 2**-22 * test.shape[1] ** 0.5
+        if count < len(train) and unsure.any():
+            found[unsure] = bank.search_all(queries.cpu()[unsure], k)
+        keys[rows] = found
+    return (keys >> 32).double() / UNIT, INDEX - 1 - (keys & (INDEX - 1))
+
+
+@dataclass(frozen=True)
+class _Bank:
+    """The training features and the three searches in them. Queries are (b, D) of unit length, keys as in INDEX."""
+
+    rows: Tensor  # (M, D)
+    lengths: Tensor  # (M,) float64
+    max_bytes: int
+
+    def candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Float32 search for `count` rows: the lowest similarity among them (b,) and their indices (b, count), on the CPU."""
+        value = queries.new_empty(len(queries), 0)
+        index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+        for block in chunks(len(self.rows), 4 * (len(queries) + 2 * queries.shape[1]), max_bytes=self.max_bytes):
+            unit = (self.rows[block].float() / self.lengths[block, None].float()).to(queries.device)
+            search = _search_faiss if queries.device.type == "cpu" else _search_blocked
+            similarity, place = search(queries, unit, min(count, len(unit)))
+            value, index = torch.cat([value, similarity], 1), torch.cat([index, place + block.start], 1)
+            value, kept = value.topk(min(count, value.shape[1]))
+            index = index.gather(1, kept)
+        return value[:, -1].double().cpu(), index.cpu()
+
+    def settle(self, queries: Tensor, index: Tensor, k: int) -> Tensor:
+        """The keys (b, k) of the best of the candidates (b, count), from float64 products."""
+        keys = []
+        for part in chunks(len(index), 12 * index.shape[1] * queries.shape[1], max_bytes=self.max_bytes):
+            found = self.rows[index[part]].double() @ queries[part, :, None]
+            keys.append(_keys(found[..., 0] / self.lengths[index[part]], index[part]).topk(k).values)
+        return torch.cat(keys)
+
+    def search_all(self, queries: Tensor, k: int) -> Tensor:
+        """The keys (b, k) of the best of all rows, from float64 products."""
+        found = []
+        for part in queries.split(256):
+            keys = torch.empty(len(part), 0, dtype=torch.int64)
+            for block in chunks(len(self.rows), 16 * (len(part) + queries.shape[1]), max_bytes=self.max_bytes):
+                similarity = (part @ self.rows[block].double().T) / self.lengths[block]
+                keys = torch.cat([keys, _keys(similarity, torch.arange(block.start, block.stop))], 1)
+                keys = keys.topk(min(k, keys.shape[1])).values
+            found.append(keys)
+        return torch.cat(found)
+
+
+def _search_faiss(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Inner-product search of faiss (that of IndexFlatIP, without an index's copy of the bank)."""
+    similarity, place = faiss.knn(queries.numpy(), unit.numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(similarity), torch.from_numpy(place)
+
+
+def _search_blocked(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same on any device. Reduced-precision products (TF32) would err by more than the search allows for."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return (queries @ unit.T).topk(count)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _keys(similarity: Tensor, index: Tensor) -> Tensor:
+    return (similarity * UNIT).round().long() * INDEX + (INDEX - 1 - index)
+
+
+def _lengths(features: Tensor) -> Tensor:
+    """Euclidean lengths (M,) in float64, 1e-12 at least, so that a zero vector is similar to nothing."""
+    parts = [features[rows].double().norm(dim=1) for rows in chunks(len(features), 8 * features.shape[1])]
+    lengths = torch.cat(parts) if parts else features.new_empty(0, dtype=torch.float64)
+    if not lengths.isfinite().all():
+        raise ValueError(f"feature {int(lengths.isfinite().logical_not().nonzero()[0])} is not finite: k-NN needs finite features")
+    return lengths.clamp_min(1e-12)
+
+
+def knn_accuracy(
+    encoder: nn.Module, train_set: ImageSet, val_set: ImageSet, *, transform: Callable[[Image.Image], Tensor], ks: Sequence[int] = KS,
+    temperature: float = 0.07, batch_size: int, workers: int | None, device: torch.device, precision: str = "fp32",
+) -> dict[str, dict[str, float]]:
+    """Accuracy in % of the images of val_set among those of train_set: {"10": {"top1": ..., "top5": ...}, ...} for each k.
+
+    Called by all processes together; each searches for its share of val_set and all return the same. Classes are matched by
+    name. ValueError names a class of val_set that train_set lacks.
+    """
+    check_settings(ks, temperature)
+    labels = classes_of(val_set, train_set)
+    train_x, test_x = (
+        extract_features(encoder, images, transform=transform, batch_size=batch_size, workers=workers, device=device,
+                         precision=precision, description=f"k-NN {name}")
+        for name, images in (("bank", train_set), ("val", val_set))
+    )
+    mine = torch.arange(distributed.rank(), len(val_set), distributed.world_size())
+    queries = test_x[mine].to(device if device.type == "cuda" else "cpu")
+    voted = vote_each_k(train_x, torch.from_numpy(train_set.labels), queries, ks=ks, temperature=temperature,
+                        num_classes=len(train_set.classes), top=5)
+    hits = [((classes == labels[mine, None]) & (votes > 0)) for classes, votes in voted.values()]
+    counts = torch.stack([torch.stack([hit[:, 0], hit.any(1)], 1) for hit in hits], 1)  # (T, ks, 2)
+    percent = 100 * distributed.gather_by_index(counts, mine, len(val_set)).double().mean(0)
+    return {str(k): {"top1": percent[i, 0].item(), "top5": percent[i, 1].item()} for i, k in enumerate(voted)}
+
+
+class Pixels(nn.Module):
+    """An encoder that learns nothing: the normalised pixels themselves, (B, 3, S, S) -> (B, 3 * S * S)."""
+
+    def __init__(self, image_size: int):
+        super().__init__()
+        self.embed_dim = 3 * image_size**2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def evaluate(encoder: nn.Module | None, cfg: KnnConfig) -> dict[str, object]:
+    """k-NN accuracy in % on cfg.data: top1_k10, top5_k10, ..., and the `counts` behind them.
+
+    encoder: on the device where it shall run; it may be None if cfg.features is "pixels".
+    """
+    check_settings(cfg.k, cfg.temperature)
+    settings = preprocessing(encoder, cfg)
+    train_set, val_set = class_folders(cfg)
+    device = torch.device("cpu") if encoder is None else next(encoder.parameters()).device
+    if cfg.features == "pixels":
+        encoder = Pixels(settings["image_size"])
+    assert encoder is not None
+    accuracy = knn_accuracy(
+        encoder, train_set, val_set, transform=EvalTransform(**settings), ks=cfg.k, temperature=cfg.temperature,
+        batch_size=cfg.batch_size, workers=cfg.workers, device=device, precision=cfg.precision,
+    )
+    metrics = {f"{name}_k{k}": value for k, names in accuracy.items() for name, value in names.items()}
+    return metrics | {"counts": {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)}}

@@ -1,0 +1,264 @@
+"""Linear classification of frozen features: the published protocol, and a grid of learning rates chosen without the val images.
+
+protocol "paper" (billpsomas/simpool and facebookresearch/dino, eval_linear.py): features of augmented images (random resized crop of
+8 to 100 % of the area, bilinear, and flip), softmax regression by SGD with momentum 0.9 and no weight decay, learning rate
+0.001 * batch / 256 with a cosine by epoch to 0, 100 epochs, weights from N(0, 0.01), bias 0. It is validated after every epoch and
+best_top1 is the highest of these, as published, hence selected on the val images; last_top1 is that of the last epoch.
+
+protocol "grid": features of all images once, without augmentation; one head for each learning rate, all in one tensor (their
+losses add up and they share nothing, so each is what it would be alone). The learning rate with the highest accuracy on a held-out part
+of train (a share of each class; equal: the lower one) is trained again on all of train, and only that head sees val.
+
+Features enter as they are, not standardised. The gradient of softmax regression is written out: softmax minus one-hot, times the feature.
+The augmentation of an image is a function of (seed, epoch, image), and a batch is dealt out to the processes and summed up again, so
+that neither workers nor processes change the result beyond rounding. Classes come from the train folders.
+
+M images, B images of a batch, D width, C classes, H heads.
+"""
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dino_simpool import distributed
+from dino_simpool.augment import crop_boxes, to_tensor, uniforms
+from dino_simpool.config import LinearConfig
+from dino_simpool.data import EvalTransform, ImageSet, MultiCropDataset, default_workers, epoch_order
+from dino_simpool.eval import chunks, class_folders, classes_of, preprocessing
+from dino_simpool.features import encode, evaluation_mode, extract_features
+from dino_simpool.logs import progress
+
+MOMENTUM = 0.9
+INIT_STD = 0.01
+
+
+class Heads:
+    """H independent softmax regressions with their SGD, one learning rate each: weight (H, C, D), bias (H, C)."""
+
+    def __init__(self, learning_rates: Sequence[float], num_classes: int, dim: int, *, seed: int, device: torch.device):
+        # Drawn once on the CPU and repeated: every head, and any device, starts from the same weights.
+        weight = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(seed)) * INIT_STD
+        self.weight = weight.to(device).repeat(len(learning_rates), 1, 1)
+        self.bias = torch.zeros(len(learning_rates), num_classes, device=device)
+        self.learning_rates = torch.tensor(learning_rates, device=device)
+        self._velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (B, H, C) of features (B, D)."""
+        return (features @ self.weight.flatten(0, 1).T + self.bias.flatten()).unflatten(1, self.bias.shape)
+
+    def step(self, features: Tensor, labels: Tensor, *, batch_size: int, decay: float) -> Tensor:
+        """One SGD step of all heads on the mean cross-entropy of a global batch; returns it, (H,).
+
+        features (b, D), labels (b,): this process's part (perhaps none) of the batch. decay: factor of the learning rates.
+        """
+        gradient = self.logits(features).log_softmax(2)
+        picked = labels[:, None, None].expand(-1, len(self.bias), 1)
+        loss = -gradient.gather(2, picked).sum((0, 2)) / batch_size
+        gradient = gradient.exp_()
+        gradient.scatter_add_(2, picked, gradient.new_full((), -1.0).expand(picked.shape)).div_(batch_size)
+        weight = (gradient.flatten(1).T @ features).view_as(self.weight)
+        for parameter, velocity, slope in zip((self.weight, self.bias), self._velocity, (weight, gradient.sum(0)), strict=True):
+            velocity.mul_(MOMENTUM).add_(_sum_over_processes(slope))
+            rate = (decay * self.learning_rates).view(-1, *[1] * (parameter.dim() - 1))
+            parameter.sub_(rate * velocity)
+        return _sum_over_processes(loss)
+
+    def accuracy(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Top-1 and top-5 accuracy in % of each head, (H,) both, of features (M, D) and labels (M,) on any device."""
+        correct = torch.zeros(2, len(self.bias), dtype=torch.float64)
+        for rows in chunks(len(features), 16 * self.bias.numel()):
+            logits = self.logits(features[rows].to(self.weight.device))
+            best = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[rows].to(logits.device)[:, None, None]
+            correct += torch.stack([best[..., 0].sum(0), best.any(2).sum(0)]).cpu()
+        top1, top5 = 100 * correct / max(1, len(features))
+        return top1, top5
+
+
+def _sum_over_processes(tensor: Tensor) -> Tensor:
+    return distributed.all_mean(tensor) * distributed.world_size()
+
+
+def cosine(epoch: int, epochs: int) -> float:
+    """Factor of the learning rate in an epoch (from 0): from 1 by a half cosine to 0 after the last."""
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeAugmentation:
+    """The published augmentation of the probe: random resized crop (8 to 100 % of the area, bilinear), flip, normalise."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, image: Image.Image, *, seed: int, epoch: int, index: int) -> list[Tensor]:
+        """One tensor (3, S, S) of an RGB image; seed, epoch and index (of the image in its set) alone decide the randomness."""
+        numbers = uniforms(seed, epoch, index, rows=1, columns=23)
+        top, left, height, width = crop_boxes(
+            image.height, image.width, low=np.array([0.08]), high=np.array([1.0]), numbers=numbers[:, :22]
+        )[0].tolist()
+        image = image.crop((left, top, left + width, top + height))
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
+        if numbers[0, 22] < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return list(to_tensor([image], mean=self.mean, std=self.std))
+
+
+def evaluate(encoder: nn.Module, cfg: LinearConfig) -> dict[str, Any]:
+    """Accuracy in % of the linear probe on cfg.data, its settings, and the head: `weight` (C, D) and `bias` (C,).
+
+    paper: best_top1, last_top1 (and top5 of the same epochs), the `curve` by epoch, the head of the last epoch. grid: top1 (and top5), the
+    `grid` of held-out accuracies, the head of the chosen rate. With fewer than 5 classes there is no top5.
+    """
+    _check(cfg)
+    train, val = class_folders(cfg)
+    fit = _paper if cfg.protocol == "paper" else _grid
+    result = fit(encoder, cfg, train=train, val=val, device=next(encoder.parameters()).device)
+    if len(train.classes) < 5:
+        result = {key: value for key, value in result.items() if not key.endswith("top5")}
+    counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
+    return result | {"counts": counts, "classes": train.classes}
+
+
+def _paper(encoder: nn.Module, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, device: torch.device) -> dict[str, Any]:
+    settings = preprocessing(encoder, cfg)
+    augmentation = ProbeAugmentation(image_size=settings["image_size"], mean=settings["mean"], std=settings["std"])
+    # The encoder is frozen and val is not augmented: its features are the same in every epoch.
+    val_x, val_y = _features(encoder, cfg, val, device=device), classes_of(val, train)
+    train_y = torch.from_numpy(train.labels)
+    batch_size = _batch_size(cfg, len(train))
+    learning_rate = cfg.lr * batch_size / 256
+    heads = Heads([learning_rate], len(train.classes), encoder.embed_dim, seed=cfg.seed, device=device)
+    curve: list[dict[str, float]] = []
+    workers = default_workers() if cfg.workers is None else cfg.workers
+    items = iter(DataLoader(
+        MultiCropDataset(train, augmentation, cfg.seed), num_workers=workers, pin_memory=device.type == "cuda",
+        batch_sampler=_keys(len(train), cfg, batch_size=batch_size), generator=torch.Generator(),
+    ))
+    total = cfg.epochs * math.ceil(len(train) / batch_size)
+    with evaluation_mode(encoder), progress(total, 0, "linear probe", images_per_step=batch_size) as bar:
+        for epoch in range(cfg.epochs):
+            decay, loss = cosine(epoch, cfg.epochs), 0.0
+            for size, parts in _batches(len(train), epoch, seed=cfg.seed, batch_size=batch_size, forward_size=cfg.batch_size):
+                features, labels = torch.empty(0, encoder.embed_dim, device=device), torch.empty(0, dtype=torch.int64)
+                for _ in parts:
+                    (images,), index = next(items)
+                    features = torch.cat([features, encode(encoder, images, device=device, precision=cfg.precision)])
+                    labels = torch.cat([labels, train_y[index]])
+                loss += heads.step(features, labels.to(device), batch_size=size, decay=decay).item() * size / len(train)
+                bar.update()
+            if not math.isfinite(loss):
+                raise ValueError(f"the probe's loss is not finite in epoch {epoch}: lower --lr, or check the weights and the images")
+            top1, top5 = (accuracy.item() for accuracy in heads.accuracy(val_x, val_y))
+            curve.append({"epoch": epoch, "lr": learning_rate * decay, "train_loss": loss, "top1": top1, "top5": top5})
+    best, last = max(curve, key=lambda line: line["top1"]), curve[-1]
+    return {
+        "best_top1": best["top1"], "last_top1": last["top1"], "best_top5": best["top5"], "last_top5": last["top5"],
+        "selected_on": "val_epochs", "best_epoch": best["epoch"], "learning_rate": learning_rate, "probe_batch_size": batch_size,
+        "curve": curve, "weight": heads.weight[0].cpu(), "bias": heads.bias[0].cpu(),
+    }
+
+
+def _grid(encoder: nn.Module, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, device: torch.device) -> dict[str, Any]:
+    train_y, val_y = torch.from_numpy(train.labels), classes_of(val, train)
+    learn, held = split_held_out(train_y, cfg.held_out, seed=cfg.seed)
+    train_x, val_x = _features(encoder, cfg, train, device=device), _features(encoder, cfg, val, device=device)
+    rates = sorted(set(cfg.grid))
+    batch_size = _batch_size(cfg, len(learn))
+    scaled = [rate * batch_size / 256 for rate in rates]
+    fit = {"num_classes": len(train.classes), "epochs": cfg.epochs, "batch_size": batch_size, "seed": cfg.seed, "device": device}
+    held_top1, _ = fit_heads(train_x[learn], train_y[learn], learning_rates=scaled, **fit).accuracy(train_x[held], train_y[held])
+    chosen = int(held_top1.argmax())  # the first of equals
+    heads = fit_heads(train_x, train_y, learning_rates=scaled[chosen : chosen + 1], **fit)
+    top1, top5 = (accuracy.item() for accuracy in heads.accuracy(val_x, val_y))
+    return {
+        "top1": top1, "top5": top5, "selected_on": "train_heldout", "held_out": len(held), "lr": rates[chosen],
+        "learning_rate": scaled[chosen], "probe_batch_size": batch_size,
+        "grid": [{"lr": rate, "held_out_top1": value} for rate, value in zip(rates, held_top1.tolist(), strict=True)],
+        "weight": heads.weight[0].cpu(), "bias": heads.bias[0].cpu(),
+    }
+
+
+def fit_heads(
+    features: Tensor, labels: Tensor, *, learning_rates: Sequence[float], num_classes: int, epochs: int, batch_size: int, seed: int,
+    device: torch.device,
+) -> Heads:
+    """Train one head for each learning rate on the same features (M, D) and labels (M,), with a cosine by epoch to 0."""
+    heads = Heads(learning_rates, num_classes, features.shape[1], seed=seed, device=device)
+    with progress(epochs * math.ceil(len(features) / batch_size), 0, "linear probes", images_per_step=batch_size) as bar:
+        for epoch in range(epochs):
+            for size, parts in _batches(len(features), epoch, seed=seed, batch_size=batch_size, forward_size=batch_size):
+                index = parts[0] if parts else np.empty(0, np.int64)
+                heads.step(features[index].to(device), labels[index].to(device), batch_size=size, decay=cosine(epoch, epochs))
+                bar.update()
+    return heads
+
+
+def split_held_out(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices to learn from and indices held out, both ascending: about `share` of each class, drawn by the seed.
+
+    Of a class of two or more images at least one is held out and one is not; a single one is learnt from. ValueError if none is
+    held out at all.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
+    sizes = [0 if len(rows) < 2 else min(max(round(share * len(rows)), 1), len(rows) - 1) for rows in by_class]
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for rows, size in zip(by_class, sizes, strict=True):
+        held[rows[:size]] = True
+    if not held.any():
+        raise ValueError("every class of train has a single image, so none can be held out: give more images or --protocol paper")
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def _batches(
+    num_images: int, epoch: int, *, seed: int, batch_size: int, forward_size: int
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Each global batch of an epoch: its size, the last one smaller, and this process's share of image numbers by forward pass."""
+    order = epoch_order(num_images, seed=seed, epoch=epoch)
+    for start in range(0, num_images, batch_size):
+        batch = order[start : start + batch_size]
+        mine = batch[distributed.rank() :: distributed.world_size()]
+        yield len(batch), [mine[i : i + forward_size] for i in range(0, len(mine), forward_size)]
+
+
+def _keys(num_images: int, cfg: LinearConfig, *, batch_size: int) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, image) of each forward pass of the whole training, so that one loader serves all epochs without a pause."""
+    for epoch in range(cfg.epochs):
+        for _, parts in _batches(num_images, epoch, seed=cfg.seed, batch_size=batch_size, forward_size=cfg.batch_size):
+            for part in parts:
+                yield [(epoch, index) for index in part.tolist()]
+
+
+def _features(encoder: nn.Module, cfg: LinearConfig, images: ImageSet, *, device: torch.device) -> Tensor:
+    return extract_features(
+        encoder, images, transform=EvalTransform(**preprocessing(encoder, cfg)), batch_size=cfg.batch_size, workers=cfg.workers,
+        device=device, precision=cfg.precision,
+    )
+
+
+def _batch_size(cfg: LinearConfig, num_images: int) -> int:
+    """The global batch size: that of cfg, or all images if there are fewer; the learning rate is scaled by what it is."""
+    if cfg.probe_batch_size > num_images:
+        warnings.warn(f"probe_batch_size {cfg.probe_batch_size} is more than the {num_images} training images; it is {num_images} now", stacklevel=3)
+    return min(cfg.probe_batch_size, num_images)
+
+
+def _check(cfg: LinearConfig) -> None:
+    if min(cfg.epochs, cfg.probe_batch_size, cfg.batch_size) < 1:
+        raise ValueError("epochs, probe_batch_size and batch_size must be 1 or more")
+    rates = cfg.grid if cfg.protocol == "grid" else (cfg.lr,)
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"learning rates are {', '.join(map(str, rates)) or 'empty'}: give numbers above 0")
+    if not 0 < cfg.held_out < 1:
+        raise ValueError(f"held_out is {cfg.held_out}: give a share between 0 and 1, such as 0.1")

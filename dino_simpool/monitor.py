@@ -1,0 +1,141 @@
+"""Says when a training is going wrong: the two collapses of self-distillation, and non-finite numbers.
+
+Source: section 5.3 of "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021): without centre or sharpening the output
+becomes uniform (entropy and loss = ln K) or constant (entropy 0). A healthy training starts near ln K as well, so the rules ask for
+more than a loss near ln K; each threshold says what it was chosen against. The effective rank is that of Roy and Vetterli (2007), as
+in RankMe (2023).
+
+Letters: B rows, D width, K prototypes. Nothing here runs more often than the log is written.
+"""
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PATIENCE = 40
+"""Steps for which a sign must last without a break. The centre needs that long to forget its start: 0.9 ** 40 = 0.015."""
+UNIFORM = 1e-4
+"""Uniform now: the teacher's entropy is this close to ln K, as a share of ln K. Untrained encoders keep 1e-3 and more."""
+FLAT, FLAT_STEPS = 5e-3, 1000
+"""Not learning: the loss is this close to ln K for so many steps after the learning rate's warm-up."""
+CONSTANT = 0.02
+"""One prototype for all: loss and entropy are below this share of ln K."""
+SAME = 1e-3
+"""Same features for all images: spread below this, where 1 is the spread of independent directions."""
+
+MESSAGES = {
+    "uniform": (
+        "uniform collapse: teacher entropy {entropy:.4f} and loss {loss:.4f} are ln(head.out_dim) = {log_k:.4f}, so that the teacher gives "
+        "every prototype the same probability and there is nothing to learn: lower teacher.temperature and "
+        "teacher.warmup_temperature, or head.out_dim; then try a lower optim.lr or a longer optim.warmup"
+    ),
+    "flat": (
+        "not learning: the loss {loss:.4f} has stayed at ln(head.out_dim) = {log_k:.4f} for {steps} steps after the warm-up: lower "
+        "head.out_dim (small data: some hundred to a few thousand) or teacher.temperature, or change optim.lr"
+    ),
+    "point": (
+        "point collapse: all images get the same output (loss {loss:.4f}, teacher entropy {entropy:.4f}, feature spread {spread:.4f}): "
+        "use loss.center_momentum 0.9, raise teacher.temperature or teacher.warmup_temperature, lower optim.lr, set optim.clip"
+    ),
+}
+
+
+def feature_spread(features: Tensor) -> Tensor:
+    """Mean over dimensions of the standard deviation over rows, times sqrt(D), of unit features (B, D): a scalar.
+
+    0: all rows are equal; about 1: they point in independent directions. NaN for fewer than two rows, which have no spread.
+    """
+    if len(features) < 2:
+        return features.new_full((), math.nan)
+    return features.float().std(0, correction=0).mean() * features.shape[1] ** 0.5
+
+
+def effective_rank(features: Tensor) -> float:
+    """Number of directions that features (B, D) use: exp(entropy of the singular values over their sum), 1 to min(B, D).
+
+    Not centred, so that equal rows have rank 1. NaN if all is zero or something is not finite. Computed on the CPU.
+    """
+    values = features.detach().cpu().double()
+    if not values.isfinite().all() or not values.any():
+        return math.nan
+    shares = torch.linalg.svdvals(values)
+    return torch.special.entr(shares / shares.sum()).sum().exp().item()
+
+
+@dataclass
+class Monitor:
+    """Counts for how many steps each sign of collapse has lasted; the fields are its whole state."""
+
+    warmup_steps: int = 0
+    """Steps of the learning rate's warm-up, in which a loss near ln K is no sign."""
+    last_step: int = 0
+    uniform: int = 0
+    flat: int = 0
+    point: int = 0
+
+    def update(self, *, loss: float, entropy: float, out_dim: int, spread: float, step: int) -> list[str]:
+        """Warnings that became due at this step (steps done so far), each given once until its sign has gone.
+
+        loss, entropy: in nats, means over the steps since the last call; spread: `feature_spread`, NaN if unknown.
+        """
+        log_k = math.log(out_dim)
+        elapsed, self.last_step = step - self.last_step, step
+        near_uniform = entropy > (1 - UNIFORM) * log_k
+        signs = {
+            "uniform": (near_uniform, PATIENCE),
+            "flat": (loss > (1 - FLAT) * log_k and not near_uniform and step > self.warmup_steps, FLAT_STEPS),
+            "point": (spread < SAME or max(loss, entropy) < CONSTANT * log_k, PATIENCE),
+        }
+        warnings = []
+        for name, (present, patience) in signs.items():
+            before = getattr(self, name)
+            lasted = before + elapsed if present else 0
+            setattr(self, name, lasted)
+            if before < patience <= lasted:
+                warnings.append(MESSAGES[name].format(loss=loss, entropy=entropy, log_k=log_k, spread=spread, steps=lasted))
+        return warnings
+
+    def state_dict(self) -> dict[str, int]:
+        """The state as plain values, for the checkpoint."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over a state. ValueError if it is not one."""
+        if state.keys() != asdict(self).keys():
+            raise ValueError(f"the monitor's state has {sorted(state)}: expected {sorted(asdict(self))}")
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def non_finite_names(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the parameters with infinite or NaN values, and of those with such gradients."""
+    named = list(model.named_parameters())
+    return {
+        "parameters": [name for name, p in named if not p.isfinite().all()],
+        "gradients": [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()],
+    }
+
+
+def write_failure(path: str | Path, record: dict[str, Any]) -> None:
+    """Append what was known when training had to stop: one JSON line, numbers that JSON lacks as "nan", "inf" and "-inf"."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and tuples as lists, non-finite numbers as text."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value

@@ -1,0 +1,133 @@
+"""Optimisers of the student, gradient clipping, and the teacher's moving average: few large operations, no host synchronisation.
+
+Source: training of DINO (github.com/facebookresearch/dino, main_dino.py and utils.py), which SimPool uses unchanged. Two parameter
+groups: weight decay for tensors, none for biases and one-dimensional parameters; each parameter is clipped by its own norm (not a
+global one); a frozen last layer has no gradient at all, hence neither moments nor decay. The schedules are in plan.py.
+
+LARS is our own short one, since timm's `Lars` is another algorithm as soon as weight decay matters: its trust ratio divides by
+|g| + decay * |p| where DINO's divides by |g + decay * p| (parameters differ by 6e-3 after 20 steps at a decay of 0.04), and it stops
+adapting where the decay is 0. Schedules that pass through such values must not change the optimiser.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_simpool.config import OptimConfig
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum whose steps are scaled by trust_coefficient * |p| / |g + weight_decay * p| for each parameter.
+
+    One-dimensional parameters are neither scaled nor decayed; a zero parameter or update is not scaled.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates: list[Tensor] = [p.grad for p in params]
+            adapted = [i for i, p in enumerate(params) if p.ndim != 1]
+            if adapted:
+                tensors = [params[i] for i in adapted]
+                decayed = torch._foreach_add([updates[i] for i in adapted], tensors, alpha=group["weight_decay"])
+                norms, update_norms = (torch.stack(torch._foreach_norm(t)) for t in (tensors, decayed))
+                ratios = torch.where((norms > 0) & (update_norms > 0), group["trust_coefficient"] * norms / update_norms, 1.0)
+                torch._foreach_mul_(decayed, ratios.unbind())
+                for i, update in zip(adapted, decayed, strict=True):
+                    updates[i] = update
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters as two groups: with weight decay, and without (biases and one-dimensional parameters).
+
+    Each group has "params", "names" (parallel to params) and "weight_decay" (0 here, set by `set_hyperparameters`). Each trainable
+    parameter is in one group exactly; position embeddings and class tokens are decayed, as published.
+    """
+    decayed: list[tuple[str, nn.Parameter]] = []
+    plain: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append((name, parameter))
+    return [
+        {"params": [p for _, p in group], "names": [n for n, _ in group], "weight_decay": 0.0} for group in (decayed, plain)
+    ]
+
+
+def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of cfg.name over the two `parameter_groups`; learning rate and decay are set before each step.
+
+    AdamW is torch's fused one: a kernel per group, on the CPU too, bit-equal from run to run with the same number of threads.
+    SGD is not fused, since torch's fused SGD cannot take in parameters that get their first gradient later (the last layer).
+    """
+    groups = parameter_groups(model)
+    if cfg.name == "adamw":
+        return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+    if cfg.name == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, foreach=True)
+    return Lars(groups, cfg.lr, momentum=cfg.momentum)
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Set the learning rate of both groups, and the weight decay of the first."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale each gradient by min(1, max_norm / (its L2 norm + 1e-6)); max_norm 0 leaves them.
+
+    Returns the norms before clipping (number of parameters with a gradient,), in order, on their device.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(0)
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if max_norm > 0:
+        torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp(max=1).unbind())
+    return norms
+
+
+def drop_last_layer_gradients(model: nn.Module) -> None:
+    """Remove the gradients of all parameters with last_layer in their name, so that the optimiser skips them."""
+    for name, parameter in model.named_parameters():
+        if "last_layer" in name:
+            parameter.grad = None
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student for all parameters, frozen ones too, and no buffer.
+
+    BatchNorm statistics of the teacher come from its own forward passes.
+    """
+    teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
+    assert len(teacher_parameters) == len(student_parameters), "the teacher is a copy of the student"
+    torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - momentum)

@@ -1,0 +1,250 @@
+"""What happens at which step: the schedules of DINO as pure functions, the plan of a run made of them, and advice for small runs.
+
+Source: utils.cosine_scheduler and DINOLoss of github.com/facebookresearch/dino, quirks kept: the warm-up includes both of its ends, so
+that the first learning rate is 0 and the peak occurs twice; the final value is approached, never reached; the peak is scaled by
+batch / 256 and the minimum is not; the teacher's temperature is constant within an epoch. Deviation: a warm-up longer than the run is
+scaled down with a warning instead of a crash (teacher) or a run that never reaches its peak (learning rate).
+
+A step is one optimiser step over the global batch, counted from 0; an epoch is num_images // batch_size steps. No torch here.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from dino_simpool.config import TrainConfig, parse_duration
+
+REFERENCE_BATCH, REFERENCE_MOMENTUM, REFERENCE_RATE = 1024, 0.996, 5e-4
+"""Published DINO: global batch, teacher momentum and learning rate per 256 images."""
+WARMUP_SHARES = {"optim.warmup": 0.1, "teacher.warmup": 0.3}
+"""Published warm-ups as shares of the run: 10 and 30 of 100 epochs."""
+
+
+def cosine_schedule(
+    step: int, total_steps: int, base: float, final: float, *, warmup_steps: int = 0, warmup_start: float = 0.0
+) -> float:
+    """Value at a step: linear from warmup_start to base over warmup_steps values, then half a cosine from base towards final."""
+    if step < warmup_steps - 1:
+        return warmup_start + step * (base - warmup_start) / (warmup_steps - 1)
+    if step < warmup_steps:  # the warm-up's last value is the base exactly; one that is a single value is its start, as in linspace
+        return base if warmup_steps > 1 else warmup_start
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+def teacher_temperature(epoch: int, warmup_epochs: int, warm: float, final: float) -> float:
+    """Temperature of an epoch: linear from warm to final over warmup_epochs values, both ends included, then final."""
+    if epoch >= warmup_epochs:
+        return final
+    return warm + epoch * (final - warm) / max(1, warmup_epochs - 1)
+
+
+def duration_steps(
+    duration: int | float | str, *, steps_per_epoch: int, total_steps: int | None, batch_size: int, name: str
+) -> int:
+    """Steps in a duration (10ep, 5000it, 1e6img, 5%), rounded to whole ones; total_steps None while it is not known yet.
+
+    name: the option, for the ValueError about a share of a run whose length is not known.
+    """
+    number, unit = parse_duration(duration)
+    if unit == "%":
+        if total_steps is None:
+            raise ValueError(f"{name} is {duration}, a share of a length that is not known: give epochs, steps or images")
+        return round(number / 100 * total_steps)
+    return round({"ep": number * steps_per_epoch, "it": number, "img": number / batch_size}[unit])
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What the trainer sets before a step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    """Of the teacher's moving average."""
+    teacher_temperature: float
+    freeze_last_layer: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Length and schedules of a run, made by `make_plan`."""
+
+    num_images: int
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    """Of the learning rate."""
+    teacher_warmup_epochs: int
+    freeze_steps: int
+    peak_lr: float
+    cfg: TrainConfig
+    warnings: tuple[str, ...] = ()
+    """What was changed or looks wrong, a sentence each."""
+    suggestions: tuple[str, ...] = ()
+    """What would suit small data or a small batch better, a sentence each with its reason."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs, the last of which may be partial."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    def values(self, step: int) -> StepValues:
+        """The schedules at a step, 0 to total_steps - 1."""
+        optim, teacher, total = self.cfg.optim, self.cfg.teacher, self.total_steps
+        epoch = step // self.steps_per_epoch
+        return StepValues(
+            lr=cosine_schedule(step, total, self.peak_lr, optim.min_lr, warmup_steps=self.warmup_steps),
+            weight_decay=cosine_schedule(step, total, optim.weight_decay, optim.weight_decay_end),
+            momentum=cosine_schedule(step, total, teacher.momentum, 1.0),
+            teacher_temperature=teacher_temperature(
+                epoch, self.teacher_warmup_epochs, teacher.warmup_temperature, teacher.temperature
+            ),
+            freeze_last_layer=step < self.freeze_steps,
+        )
+
+    def table(self) -> str:
+        """All schedules at the start, at the turning points, in the middle and at the end, as text."""
+        last = self.total_steps - 1
+        points = {  # where two coincide, the later name stays
+            "middle": self.total_steps // 2,
+            "prototypes free": self.freeze_steps,
+            "temperature reached": max(0, self.teacher_warmup_epochs - 1) * self.steps_per_epoch,
+            "peak rate": max(0, self.warmup_steps - 1),
+            "start": 0,
+            "end": last,
+        }
+        names = {min(step, last): name for name, step in points.items() if step <= last}
+        lines = [
+            f"{self.num_images} images, batch {self.batch_size}: {self.steps_per_epoch} steps an epoch, {self.total_steps} steps"
+            f" ({self.total_steps / self.steps_per_epoch:g} epochs, {self.total_steps * self.batch_size} images seen)",
+            f"{'':20}{'step':>9}{'epoch':>8}{'lr':>12}{'decay':>10}{'momentum':>11}{'temperature':>13}  prototypes",
+        ]
+        for step in sorted(names):
+            v = self.values(step)
+            lines.append(
+                f"{names[step]:20}{step:>9}{step // self.steps_per_epoch:>8}{v.lr:>12.4g}{v.weight_decay:>10.4g}"
+                f"{v.momentum:>11.6f}{v.teacher_temperature:>13.4f}  {'frozen' if v.freeze_last_layer else 'free'}"
+            )
+        return "\n".join(lines)
+
+
+def make_plan(cfg: TrainConfig, num_images: int) -> Plan:
+    """The plan of a run of this configuration on so many images. ValueError if there is no image or no full batch."""
+    batch = cfg.run.batch_size
+    if num_images == 0:
+        raise ValueError("there are no images to train on: point data.root at a folder or list that has some")
+    if batch > num_images:
+        raise ValueError(f"run.batch_size is {batch}, but there are {num_images} images: use a batch of {num_images} or less")
+    steps_per_epoch = num_images // batch
+    total = max(1, _steps(cfg.run.epochs, "run.epochs", steps_per_epoch, None, batch))
+    warnings: list[str] = []
+    spans = {}
+    for name, duration in (("optim.warmup", cfg.optim.warmup), ("teacher.warmup", cfg.teacher.warmup)):
+        spans[name] = _steps(duration, name, steps_per_epoch, total, batch)
+        if spans[name] > total:
+            asked, spans[name] = spans[name], round(WARMUP_SHARES[name] * total)
+            warnings.append(
+                f"{name} ({duration}: {asked} steps) is longer than the run ({total} steps): scaled to {spans[name]} steps, "
+                f"{WARMUP_SHARES[name]:.0%} of the run as published; give {name} as a share to choose yourself"
+            )
+    plan = Plan(
+        num_images=num_images,
+        batch_size=batch,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        warmup_steps=spans["optim.warmup"],
+        teacher_warmup_epochs=round(spans["teacher.warmup"] / steps_per_epoch),
+        freeze_steps=_steps(cfg.optim.freeze_last_layer, "optim.freeze_last_layer", steps_per_epoch, total, batch),
+        peak_lr=cfg.optim.lr * batch / 256,
+        cfg=cfg,
+    )
+    return replace(plan, warnings=(*warnings, *_warnings(plan)), suggestions=_suggestions(plan))
+
+
+def _steps(duration: int | float | str, name: str, steps_per_epoch: int, total: int | None, batch: int) -> int:
+    return duration_steps(duration, steps_per_epoch=steps_per_epoch, total_steps=total, batch_size=batch, name=name)
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """Settings that contradict each other."""
+    found = []
+    optim = plan.cfg.optim
+    if plan.peak_lr < optim.min_lr:
+        found.append(
+            f"optim.min_lr {optim.min_lr:g} is above the peak learning rate {plan.peak_lr:g} (optim.lr {optim.lr:g} * batch "
+            f"{plan.batch_size} / 256), so the rate rises instead of falling: lower optim.min_lr or raise optim.lr"
+        )
+    if plan.freeze_steps >= plan.total_steps:
+        found.append(f"optim.freeze_last_layer {optim.freeze_last_layer} covers the whole run: the prototypes never learn")
+    return found
+
+
+def _suggestions(plan: Plan) -> tuple[str, ...]:
+    """Advice where the run is far from the published setting (batch 480 to 1280 of 1.3 M images): see each reason."""
+    return tuple(text for text in (_suggest_out_dim(plan), _suggest_momentum(plan), _suggest_lr(plan), _suggest_warmup(plan)) if text)
+
+
+def _suggest_out_dim(plan: Plan) -> str:
+    """Fewer images than prototypes: most of them are never used. ImageNet has 20 images per prototype, its 20 % subset 4."""
+    out_dim = plan.cfg.head.out_dim
+    advised = max(256, 2 ** int(math.log2(max(1, plan.num_images / 20))))
+    if plan.num_images >= out_dim or advised >= out_dim:
+        return ""
+    return (
+        f"head.out_dim {out_dim} is more than the {plan.num_images} images, and prototypes without images of their own leave the loss "
+        f"flat at ln(out_dim): try head.out_dim {advised} (published: about 20 images per prototype)"
+    )
+
+
+def _suggest_momentum(plan: Plan) -> str:
+    """The teacher's memory, in images as published, as long as that is a small share of the run."""
+    momentum, batch, total = plan.cfg.teacher.momentum, plan.batch_size, plan.total_steps
+    if not 0 < momentum < 1:
+        return ""
+    half_life = math.log(0.5) / math.log(momentum)  # steps
+    published = math.log(0.5) / math.log(REFERENCE_MOMENTUM) * REFERENCE_BATCH  # images
+    affordable = max(1.0, 0.05 * total)  # steps
+    advised = 0.5 ** (1 / min(published / batch, affordable))
+    memory = f"the teacher's half-life at teacher.momentum {momentum:g} is {half_life * batch:.0f} images ({half_life:.0f} steps)"
+    if half_life > 0.25 * total and advised < momentum:
+        return (
+            f"{memory}, {half_life / total:.0%} of this run, so that it stays close to its random start: "
+            f"try teacher.momentum {advised:.3g} (5% of the run)"
+        )
+    if half_life * batch < 0.3 * published and 1 - advised < 0.7 * (1 - momentum):
+        return (
+            f"{memory}, against {published:.0f} images as published (batch {REFERENCE_BATCH}), so that it follows the noise of "
+            f"small batches: try teacher.momentum {_short_momentum(advised)}"
+        )
+    return ""
+
+
+def _short_momentum(momentum: float) -> str:
+    """With two significant digits of its distance to 1."""
+    return f"{momentum:.{1 - math.floor(math.log10(1 - momentum))}f}".rstrip("0")
+
+
+def _suggest_lr(plan: Plan) -> str:
+    """AdamW's step does not shrink with the gradient's noise in proportion to the batch: square root below 128 images."""
+    optim, batch = plan.cfg.optim, plan.batch_size
+    reference = REFERENCE_RATE * math.sqrt(batch / 256)
+    if optim.name != "adamw" or batch >= 128 or plan.peak_lr >= 0.7 * reference:
+        return ""
+    return (
+        f"optim.lr {optim.lr:g} * batch {batch} / 256 gives a peak learning rate of {plan.peak_lr:.2g}; adamw usually wants the square "
+        f"root of the batch ratio for batches this small, {reference:.2g}: try optim.lr {reference * 256 / batch:.2g}"
+    )
+
+
+def _suggest_warmup(plan: Plan) -> str:
+    """A warm-up should be neither most of the run nor a handful of steps."""
+    share, least = plan.warmup_steps / plan.total_steps, min(50, round(0.05 * plan.total_steps))
+    if share <= 0.34 and plan.warmup_steps >= least:
+        return ""
+    return (
+        f"optim.warmup {plan.cfg.optim.warmup} is {plan.warmup_steps} of {plan.total_steps} steps ({share:.0%}), "
+        + ("which leaves little of the run at full rate" if share > 0.34 else "too few for the first large gradients to settle")
+        + ": try optim.warmup 10%"
+    )

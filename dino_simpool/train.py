@@ -1,0 +1,357 @@
+"""DINO pre-training: `train(cfg)` from the first image to the last checkpoint, read from top to bottom.
+
+One step is in step.py. The random state of a step is a function of (seed, step, rank) and that of an image of (seed, epoch, image,
+view): a run that stops anywhere goes on exactly, with any number of workers, and the ranks draw different stochastic depth (in the
+published code they draw the same).
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dino_simpool import __version__, distributed
+from dino_simpool.augment import MultiCrop
+from dino_simpool.checkpoint import check_same_run, export_encoder, keep_state, newest_state, save_state, write_atomically
+from dino_simpool.config import ConfigError, TrainConfig, dump, to_dict
+from dino_simpool.data import EvalTransform, ImageSet, class_folder, default_workers, find_images, read_rgb, train_loader
+from dino_simpool.eval.knn import knn_accuracy
+from dino_simpool.logs import RunLog, progress, say
+from dino_simpool.model import Encoder
+from dino_simpool.monitor import effective_rank, feature_spread, non_finite_names, write_failure
+from dino_simpool.pictures import overlay, strip, unnormalize
+from dino_simpool.plan import Plan, make_plan
+from dino_simpool.step import METRICS, Learner, NonFiniteLoss, build_learner, train_step
+
+
+def train(cfg: TrainConfig) -> Path:
+    """Pre-train as configured, or go on where cfg.run.out stopped; returns that folder.
+
+    Under torchrun or in a SLURM job each process calls this. ValueError and OSError say in one line what is wrong with the
+    options, the data or the folder, before anything is written. NonFiniteLoss: see OUT/error.txt.
+    """
+    device = distributed.setup(cfg.run.device)
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+
+    # -- what there is to do. Whatever can be wrong is found here, before the first file is written.
+    roots = [cfg.data.root] if isinstance(cfg.data.root, str) else list(cfg.data.root)
+    images = find_images(roots, subset_per_class=cfg.data.subset_per_class)
+    knn_sets = (class_folder(cfg.run.knn_train), class_folder(cfg.run.knn_val)) if cfg.run.knn_train and cfg.run.knn_val else None
+    plan = make_plan(cfg, len(images))
+    images_of_one_pass = _images_of_one_pass(cfg)
+    out = _writable(cfg.run.out)
+    learner = build_learner(cfg, device, warmup_steps=plan.warmup_steps)
+    saved = newest_state(out, say)
+    if saved is not None:
+        changes = check_same_run(to_dict(cfg), saved["config"], out)
+        if saved["num_images"] != len(images):
+            raise ConfigError(f"{out} was trained on {saved['num_images']} images, now there are {len(images)}: give another run.out")
+        learner.load(saved)
+        for change in changes:
+            say(f"changed since this run was saved: {change}")
+
+    # -- what is about to happen, said and written down.
+    distributed.barrier()  # nobody writes before everybody has read
+    first, main = learner.step, distributed.is_main()
+    workers = default_workers() if cfg.data.workers is None else cfg.data.workers
+    say(_announce(cfg, plan, learner, device, workers))
+    if main:
+        (out / "error.txt").unlink(missing_ok=True)
+        write_atomically(out / "config.yaml", lambda path: path.write_text(dump(cfg)))
+    log = RunLog(out, resume_step=first, resume_epoch=_epochs_logged(learner, plan), enabled=main)
+    forward: nn.Module = learner.student
+    if distributed.world_size() > 1:
+        forward = DistributedDataParallel(learner.student, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # -- the loop.
+    augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
+    loader = train_loader(
+        images, augment, seed=cfg.run.seed, batch_size=images_of_one_pass, accumulate=cfg.run.accumulate, start_step=first,
+        total_steps=plan.total_steps, rank=distributed.rank(), world_size=distributed.world_size(), workers=workers, device=device,
+    )  # fmt: skip
+    feed = _Feed(loader, device)
+    saved_at = time.monotonic()
+    with _signals() as received, progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size) as bar:
+        if learner.epoch_open:
+            _end_epoch(cfg, plan, learner, out, log, knn_sets, feed)
+        while learner.step < plan.total_steps:
+            values = plan.values(learner.step)
+            # Stochastic depth of this step, whatever came before it: resuming needs no stored random state.
+            torch.manual_seed((cfg.run.seed * 1_000_003 + learner.step) * 65_537 + distributed.rank())
+            late = time.monotonic() - saved_at > 60 * cfg.run.save_minutes
+            try:
+                _, features, (stop, late) = train_step(
+                    learner, feed.batches(cfg.run.accumulate), values, forward=forward, accumulate=cfg.run.accumulate,
+                    clip=cfg.optim.clip, precision=cfg.run.precision, requests=(bool(received), late),
+                )  # fmt: skip
+            except NonFiniteLoss as error:
+                if main:
+                    _write_failure(out, learner, plan, [images.path(i) for i in feed.indices], error)
+                raise
+            done = learner.step
+            bar.update()
+            if done == first + 1:
+                log.image("crops", strip([unnormalize(view[0], cfg.model.mean, cfg.model.std) for view in feed.views]), done)
+            if done == 1 or done % cfg.run.log_every == 0 or done == plan.total_steps:
+                _log_step(cfg, learner, plan, features, log, feed, bar)
+            learner.epoch_open = done % plan.steps_per_epoch == 0 or done == plan.total_steps
+            stop = stop or done == cfg.run.stop_after_steps
+            due = cfg.run.save_every_steps and done % cfg.run.save_every_steps == 0
+            if learner.epoch_open or stop or due or late:
+                _save(cfg, learner, out, len(images))
+                saved_at = time.monotonic()
+            if stop and done < plan.total_steps:
+                say(f"stopped after step {done} of {plan.total_steps}; the same command goes on from there")
+                break
+            if learner.epoch_open:
+                _end_epoch(cfg, plan, learner, out, log, knn_sets, feed)
+        else:
+            _save(cfg, learner, out, len(images))  # now with the last epoch evaluated
+    log.close()
+    distributed.barrier()
+    return out
+
+
+def _announce(cfg: TrainConfig, plan: Plan, learner: Learner, device: torch.device, workers: int) -> str:
+    """What the user reads before step 1."""
+
+    def count(module: nn.Module) -> str:
+        return f"{sum(p.numel() for p in module.parameters()):,} parameters"
+
+    lines = [
+        f"dino_simpool {__version__}: {cfg.model.arch} with {cfg.model.pool}, {count(learner.student.encoder)}, "
+        f"head {count(learner.student.head)}, {cfg.run.precision} on {device}",
+        f"{distributed.world_size()} process(es) x {_images_of_one_pass(cfg)} images x {cfg.run.accumulate} pass(es) = batch "
+        f"{cfg.run.batch_size}; {workers} loader worker(s) a process; crops 2 x {cfg.crops.global_size} px + "
+        f"{cfg.crops.num_local} x {cfg.crops.local_size} px",
+        plan.table(),
+        *(f"warning: {text}" for text in plan.warnings),
+        *(f"suggestion: {text}" for text in plan.suggestions),
+    ]
+    if learner.step:
+        lines.append(f"resuming after step {learner.step} of {plan.total_steps}")
+    return "\n".join(lines)
+
+
+def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, log: RunLog, feed: _Feed, bar: Any) -> None:
+    """A line of the log over the steps since the last one, and what the monitor thinks of it."""
+    _, means = _take_means(learner, 0)
+    rows = features.flatten(0, 1).float()
+    spread, rank = math.nan, math.nan
+    if len(rows) >= 8:  # two views of a handful of images say nothing about a collapse
+        measured = torch.tensor([feature_spread(rows), effective_rank(rows)], dtype=learner.sums.dtype, device=rows.device)
+        spread, rank = distributed.all_mean(measured).tolist()
+    log_k = math.log(cfg.head.out_dim)
+    record = {
+        "kind": "step", "step": learner.step, "epoch": (learner.step - 1) // plan.steps_per_epoch, "loss": means["loss"],
+        "loss_over_lnK": means["loss"] / log_k, "entropy_over_lnK": means["entropy"] / log_k, "kl": means["kl"],
+        "grad_norm": means["grad_norm"], "feature_spread": spread, "effective_rank": rank,
+        **dataclasses.asdict(plan.values(learner.step - 1)), **feed.timings("window"),
+    }  # fmt: skip
+    log.write(record)
+    waiting = record["data_wait_percent"]
+    bar.set_postfix_str(f", loss/lnK {record['loss_over_lnK']:.3f}, data wait {waiting:.0f} %")
+    if waiting > 10 and not feed.warned:
+        feed.warned = True
+        say(
+            f"warning: {waiting:.0f} % of the time went into waiting for images: raise data.workers if there are idle cores, or put "
+            "the images on a faster disk"
+        )
+    for warning in learner.monitor.update(
+        loss=means["loss"], entropy=means["entropy"], out_dim=cfg.head.out_dim, spread=spread, step=learner.step
+    ):
+        say(f"warning: {warning}")
+
+
+def _end_epoch(
+    cfg: TrainConfig, plan: Plan, learner: Learner, out: Path, log: RunLog, knn_sets: tuple[ImageSet, ImageSet] | None, feed: _Feed
+) -> None:
+    """Evaluate the teacher if it is time, write the epoch's line, keep what is to be kept. Its steps are saved already."""
+    epoch = (learner.step - 1) // plan.steps_per_epoch
+    started = time.monotonic()
+    steps, means = _take_means(learner, 1)
+    values = [plan.values(step) for step in range(learner.step - steps, learner.step)]
+    record: dict[str, Any] = {
+        "kind": "epoch", "step": learner.step, "epoch": epoch, "train_loss": means["loss"], "train_entropy": means["entropy"],
+        "train_KL_div": means["kl"], "train_lr": sum(v.lr for v in values) / steps,
+        "train_wd": sum(v.weight_decay for v in values) / steps, "train_momentum": sum(v.momentum for v in values) / steps,
+        "train_teacher_temp": values[0].teacher_temperature, "train_grad_norm": means["grad_norm"],
+    }  # fmt: skip
+    last = learner.step == plan.total_steps
+    if knn_sets is not None and cfg.run.knn_every and (epoch % cfg.run.knn_every == 0 or last):
+        encoder = learner.teacher.encoder
+        size = cfg.model.image_size
+        transform = EvalTransform(size, resize=cfg.run.knn_resize or size * 256 // 224, mean=cfg.model.mean, std=cfg.model.std)
+        record["k-NN"] = knn_accuracy(
+            encoder, *knn_sets, transform=transform, batch_size=128, workers=cfg.data.workers, device=learner.sums.device
+        )
+        top1 = record["k-NN"]["10"]["top1"]
+        say(f"epoch {epoch}: k-NN (k = 10) {top1:.2f} %")
+        if distributed.is_main():
+            log.image("attention", _attention_strip(encoder, knn_sets[1], transform, learner.sums.device), learner.step)
+        if top1 > learner.best:
+            learner.best = top1
+            if distributed.is_main():
+                keep_state(out, "best.pth")
+    if distributed.is_main():
+        export_encoder(out, learner.teacher.encoder)
+        if cfg.run.keep_every and (epoch + 1) % cfg.run.keep_every == 0:
+            keep_state(out, f"epoch_{epoch + 1:04d}.pth")
+    timings = feed.timings("epoch")
+    record |= {
+        "img_per_s": timings["images_per_second"], "data_time": timings["data_wait_percent"], "knn_time": time.monotonic() - started,
+        "max_mem": timings["max_memory_mb"],
+    }  # fmt: skip
+    log.write(record)
+    learner.epoch_open = False
+
+
+@torch.no_grad()
+def _attention_strip(encoder: Encoder, images: ImageSet, transform: EvalTransform, device: torch.device) -> Tensor:
+    """Eight images, evenly spread over the set, each under its attention: (3, H, W) in 0..1."""
+    chosen = [int(i) for i in torch.linspace(0, len(images) - 1, min(8, len(images)))]
+    pixels = torch.stack([transform(read_rgb(images.path(i))) for i in chosen])
+    was_training = encoder.training
+    attention = encoder.eval().attention(pixels.to(device)).cpu()
+    encoder.train(was_training)
+    shown = unnormalize(pixels, transform.mean, transform.std)
+    return torch.cat([strip(list(shown)), strip([overlay(image, a) for image, a in zip(shown, attention, strict=True)])], dim=1)
+
+
+def _take_means(learner: Learner, row: int) -> tuple[int, dict[str, float]]:
+    """Steps and mean METRICS over all processes since the last call for that row of the sums, which starts anew."""
+    steps, *sums = distributed.all_mean(learner.sums[row]).tolist()
+    learner.sums[row] = 0
+    return int(steps), {name: value / steps for name, value in zip(METRICS, sums, strict=True)}
+
+
+def _save(cfg: TrainConfig, learner: Learner, out: Path, num_images: int) -> None:
+    """Write last.pth, unless something in the student is not finite: then the last good one stays."""
+    sums = distributed.all_mean(learner.sums)  # of all processes: each goes on from the mean, and the next mean is the same
+    if not distributed.is_main():
+        return
+    if not all(norm.isfinite() for norm in torch._foreach_norm(list(learner.student.parameters()))):
+        raise NonFiniteLoss(f"a weight of the student is not finite after step {learner.step}; {out}/last.pth is from before")
+    run = {"config": to_dict(cfg), "num_images": num_images, "world_size": distributed.world_size()}
+    versions = {"dino_simpool": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    save_state(out, {**run, "versions": versions, **learner.state(), "sums": sums.cpu()})
+
+
+def _write_failure(out: Path, learner: Learner, plan: Plan, paths: list[str], error: NonFiniteLoss) -> None:
+    """OUT/error.txt: the step, its schedules, its images, and which weights and gradients are not finite."""
+    record = {
+        "error": str(error), "step": learner.step + 1, "epoch": learner.step // plan.steps_per_epoch, "not_finite": non_finite_names(learner.student),
+        "schedules": dataclasses.asdict(plan.values(learner.step)), "images_of_this_process": paths,
+        "sums_since_the_last_log_line": dict(zip(("steps", *METRICS), learner.sums[0].tolist(), strict=True)),
+    }  # fmt: skip
+    write_failure(out / "error.txt", record)
+
+
+def _writable(folder: str) -> Path:
+    """The folder of the run, made if it is not there. OSError or ConfigError if nothing can be written into it."""
+    if not folder:
+        raise ConfigError("run.out is empty: give the folder of this run")
+    out = Path(folder)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigError(f"nothing can be written to {out} ({error.strerror}): give another run.out") from None
+    return out
+
+
+def _images_of_one_pass(cfg: TrainConfig) -> int:
+    """Images in one forward pass of one process."""
+    parts = distributed.world_size() * cfg.run.accumulate
+    if cfg.run.batch_size % parts:
+        lower = cfg.run.batch_size // parts * parts
+        raise ConfigError(
+            f"run.batch_size {cfg.run.batch_size} cannot be split over {distributed.world_size()} process(es) x {cfg.run.accumulate} "
+            f"accumulation step(s): use {f'{lower} or ' if lower else ''}{lower + parts}"
+        )
+    return cfg.run.batch_size // parts
+
+
+def _epochs_logged(learner: Learner, plan: Plan) -> int:
+    """Epochs whose line is in the log."""
+    if learner.step == plan.total_steps:
+        return plan.epochs - learner.epoch_open
+    return learner.step // plan.steps_per_epoch - learner.epoch_open
+
+
+class _Feed:
+    """Hands out batches on the device, and knows how long the run waited for them."""
+
+    def __init__(self, loader: Iterable[tuple[list[Tensor], Tensor]], device: torch.device) -> None:
+        self._batches, self._device = iter(loader), device
+        self._images, self._waited = 0, 0.0
+        now = (time.monotonic(), 0, 0.0)
+        self._since = {"window": now, "epoch": now}
+        self.views: list[Tensor] = []
+        self.indices: list[int] = []
+        self.warned = False
+
+    def batches(self, count: int) -> Iterator[list[Tensor]]:
+        """The next `count` batches, each a list of V tensors (b, 3, S, S)."""
+        self.indices = []
+        for _ in range(count):
+            started = time.monotonic()
+            views, indices = next(self._batches)
+            self.views = [view.to(self._device, non_blocking=True) for view in views]
+            self._waited += time.monotonic() - started
+            self._images += len(indices) * distributed.world_size()
+            self.indices += indices.tolist()
+            yield self.views
+
+    def timings(self, row: str) -> dict[str, float]:
+        """Images per second, share of the time spent waiting, and peak memory, since the last call for this row."""
+        started, images, waited = self._since[row]
+        now = time.monotonic()
+        self._since[row] = (now, self._images, self._waited)
+        seconds = max(now - started, 1e-9)
+        on_cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "images_per_second": (self._images - images) / seconds,
+            "data_wait_percent": 100 * (self._waited - waited) / seconds,
+            "max_memory_mb": peak / 2**20,
+            "seconds": seconds,
+            "time": time.time(),
+        }
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that fills with the signals that ask the run to stop; the loop saves at the next step, never the handler."""
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if number == signal.SIGINT and received:  # asked a second time: at once
+            raise KeyboardInterrupt
+        received.append(number)
+
+    kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals in its main thread only
+        yield received
+        return
+    before = {kind: signal.signal(kind, handle) for kind in kinds}
+    try:
+        yield received
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
