@@ -1,10 +1,10 @@
 """Multi-crop augmentation: two global and some local views of one image, drawn first and applied afterwards.
 
-The published recipe of DINO and SimPool (facebookresearch/dino and billpsomas/simpool, main_dino.py), on the CPU with Pillow, view by
-view in this order: random resized crop (bicubic), horizontal flip, colour jitter in random order, grey, Gaussian blur, solarise,
-normalise. `MultiCrop.draw` makes every random number of an image, `apply_view` uses them, so that another implementation can apply
-the same draw. What deviates: the random numbers are a pure function of (seed, epoch, image, view) by a counter-based generator
-instead of following from worker processes.
+The published recipe of DINO and SimPool (facebookresearch/dino and billpsomas/simpool, main_dino.py), on the CPU with Pillow,
+view by view in this order: random resized crop (bicubic), horizontal flip, colour jitter in random order, grey, Gaussian blur,
+solarise, normalise. `MultiCrop.draw` makes every random number of an image, `apply_view` uses them, so that another
+implementation can apply the same draw. What deviates: the random numbers are a pure function of (seed, epoch, image, view) by a
+counter-based generator, and do not follow from worker processes.
 
 Letters: V views (global 1, global 2, then local ones), S side of a view in pixels.
 """
@@ -23,8 +23,8 @@ from torch import Tensor
 
 CROP_TRIES = 10
 CROP_RATIO = (3 / 4, 4 / 3)
-# Uniform numbers of one view, by column: (area, ratio) of ten crop tries, top and left; whether to flip, jitter, turn grey, blur and
-# solarise; four jitter factors; four sort keys for their order; the blur's sigma.
+# Uniform numbers of one view, by column: area and ratio of ten crop tries, top and left; whether to flip, jitter, turn grey,
+# blur and solarise; four jitter factors; four sort keys for their order; the blur's sigma.
 _BOX, _CHANCES, _FACTORS, _ORDER, _SIGMA = slice(0, 22), slice(22, 27), slice(27, 31), slice(31, 35), 35
 NUM_UNIFORMS = 36
 
@@ -40,7 +40,8 @@ def uniforms(seed: int, epoch: int, index: int, *, rows: int, columns: int) -> n
 def crop_boxes(height: int, width: int, *, low: np.ndarray, high: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Boxes of random resized crops as in torchvision's RandomResizedCrop: ten tries, then the largest centre crop.
 
-    low, high: (V,) range of the area as a share of the image.   numbers: (V, 22) in [0, 1): area and ratio of ten tries, top, left.
+    low, high: (V,) range of the area as a share of the image.   numbers: (V, 22) in [0, 1): area and ratio of ten tries, top,
+    left.
     Returns (V, 4) int64: top, left, height, width in pixels, inside the image.
     """
     ratio_low, ratio_high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
@@ -178,7 +179,8 @@ def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
 
 
 def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Mix with the mean grey level, rounded: factor 0 is plain grey, 1 the image itself (ImageEnhance.Contrast with less overhead)."""
+    """Mix with the mean grey level, rounded: factor 0 is plain grey, 1 the image itself."""
+    # The numbers of ImageEnhance.Contrast at half its overhead, which at 32 px is all there is.
     level = int(float(np.asarray(image.convert("L")).mean()) + 0.5)
     return Image.blend(Image.new("RGB", image.size, (level, level, level)), image, factor)
 

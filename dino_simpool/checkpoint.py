@@ -18,7 +18,6 @@ library versions. No random state is in it, since every random number is a funct
 """
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, Callable, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -75,8 +75,11 @@ def read_state(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files; the cause is kept
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read (truncated, or not a checkpoint of this tool): {reason}") from error
+        said = [line.strip().split(". ")[0] for line in str(error).splitlines()]
+        # The first line of a refused pickle advises how to run it anyway; the cause stands below.
+        reason = next((line for line in said if "Unpickler error" in line or "GLOBAL" in line), said[0] if said else "")
+        name = type(error).__name__
+        raise ValueError(f"{path} cannot be read (truncated, or not a checkpoint of this tool): {name} {reason[:160]}".strip()) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this tool (format {FORMAT}); its keys: {list(state)[:5] if isinstance(state, dict) else '-'}")
     return state
@@ -110,8 +113,13 @@ def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -
 
     ValueError if they build other networks or another optimiser than the stored one.
     """
-    changed = [(group, name, saved[group].get(name), value) for group, options in config.items() for name, value in options.items()
-               if saved.get(group, {}).get(name) != value]
+    before = {(group, name): value for group, options in saved.items() for name, value in options.items()}
+    changed = [
+        (group, name, before.get((group, name)), value)
+        for group, options in config.items()
+        for name, value in options.items()
+        if before.get((group, name)) != value
+    ]
     fixed = [c for c in changed if c[0] in ("model", "head") or c[:2] == ("optim", "name")]
     if fixed:
         lines = ", ".join(f"{group}.{name} {old} -> {new}" for group, name, old, new in fixed)
@@ -149,23 +157,32 @@ def load_encoder(path: str | Path, *, which: Literal["teacher", "student", "untr
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        if not (path.is_file() and (path.parent / "model.json").is_file()):
-            raise FileNotFoundError(f"{path} needs to exist with model.json beside it: give a checkpoint of a run, or both files")
-        saved, seed = json.loads((path.parent / "model.json").read_text()), 0
-        weights = {"teacher": lambda: load_file(path)}
+        teacher, saved = _read_export(path)
+        seed, weights = 0, {"teacher": teacher}
     else:
         state = read_state(path)
         saved, seed = state["config"]["model"], state["config"]["run"]["seed"]
-        weights = {name: (lambda name=name: _encoder_part(state[name])) for name in ("teacher", "student")}
-    config = dataclasses.replace(from_dict(ModelConfig, saved), **overrides)
+        weights = {name: _encoder_part(state[name]) for name in ("teacher", "student")}
+    config = from_dict(ModelConfig, {**saved, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_encoder(config)
     if which != "untrained":
         if which not in weights:
             raise ValueError(f"{path} holds no {which}: only {', '.join(weights)}")
-        load_strictly(encoder, weights[which](), str(path))
+        load_strictly(encoder, weights[which], str(path))
     return encoder.eval()
+
+
+def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights and the options that `export_encoder` wrote."""
+    options = path.parent / "model.json"
+    if not (path.is_file() and options.is_file()):
+        raise FileNotFoundError(f"{path} needs to exist with model.json beside it: give a checkpoint of a run, or both files")
+    try:
+        return load_file(path), json.loads(options.read_text())
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} or model.json beside it cannot be read (truncated, or not of this tool): {error}") from error
 
 
 def _encoder_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -55,8 +56,8 @@ def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = No
     """All images below some folders and in some text files of paths, in a fixed order, without labels.
 
     A text file has one path a line, relative to the file itself; empty lines and lines that start with # are skipped. With
-    `subset_per_class` the first so many images of each top-level folder are taken. Raises FileNotFoundError for a missing folder
-    or file, PermissionError for one that may not be read, ValueError for a source without images.
+    `subset_per_class` the first so many images of each top-level folder are taken. Raises FileNotFoundError for a missing
+    folder or file, PermissionError for one that may not be read, ValueError for a source without images.
     """
     roots = [roots] if isinstance(roots, str) else list(roots)
     if not roots or "" in roots:
@@ -176,10 +177,10 @@ def _first_of_each(root: str, paths: dict[str, list[str]], count: int) -> dict[s
 def read_rgb(path: str) -> Image.Image:
     """An image file as 8-bit RGB, whatever it holds.
 
-    Transparent pixels are laid on white (a plain conversion would show the colours hidden under them; opaque images are the same
-    either way). 16-bit samples keep their high byte. CMYK is converted as Pillow does, without colour profiles. Of an animation the
-    first frame is taken. The EXIF orientation is not applied, as in the published code. Raises ValueError with the path if the file
-    is missing, broken, or has 32-bit samples, which have no agreed range.
+    Transparent pixels are laid on white (a plain conversion would show the colours hidden under them; opaque images are the
+    same either way). 16-bit samples keep their high byte. CMYK is converted as Pillow does, without colour profiles. Of an
+    animation the first frame is taken. The EXIF orientation is not applied, as in the published code. Raises ValueError with
+    the path if the file is missing, broken, or has 32-bit samples, which have no agreed range.
     """
     try:
         with Image.open(path) as image:
@@ -189,11 +190,11 @@ def read_rgb(path: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or (image.mode == "I" and not 0 <= image.getextrema()[0] <= image.getextrema()[1] <= 65535):
-        raise ValueError(f"its samples have 32 bits, mode {image.mode}; 8 and 16 bits are known")
-    if image.mode.startswith("I"):
-        high_bytes = (np.asarray(image) >> 8).astype(np.uint8)
-        return Image.fromarray(high_bytes).convert("RGB")
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        samples = np.asarray(image)
+        if samples.dtype.kind == "f" or samples.min() < 0 or samples.max() > 65535:
+            raise ValueError("it has 32-bit samples; 8 and 16 bits are known")
+        image = Image.fromarray((samples >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -244,7 +245,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
 
 
 @dataclass(frozen=True, eq=False)
-class AugmentedImages(Dataset[tuple[list[Tensor], int]]):
+class MultiCropDataset(Dataset[tuple[list[Tensor], int]]):
     """(V views, index) by (epoch, index)."""
 
     images: ImageSet
@@ -309,26 +310,15 @@ def train_loader(
     """Micro-batches of the whole rest of a run, in one iterator whose workers live until its end.
 
     batch_size: images of one process in one forward pass.   start_step: steps done before; their images are not read.
-    workers, device and items: as for `augmented_loader`.
+    workers: loader processes, 0 for none, None for `default_workers()`; they change no bit.   device: where batches will go.
+    Each item: a list of V tensors (B, 3, S, S) float32, global views first, and (B,) int64 image numbers.
     """
     batches = TrainBatches(
         num_images=len(images), seed=seed, batch_size=batch_size, accumulate=accumulate, start_step=start_step,
         total_steps=total_steps, rank=rank, world_size=world_size,
     )  # fmt: skip
-    return augmented_loader(images, augment, batches, seed=seed, workers=workers, device=device)
-
-
-def augmented_loader(
-    images: ImageSet, augment: Augmentation, batches: Iterable[list[tuple[int, int]]], *, seed: int, workers: int | None,
-    device: torch.device,
-) -> DataLoader:  # fmt: skip
-    """Augmented views of the given batches of (epoch, index).
-
-    workers: loader processes, 0 for none, None for `default_workers()`; they change no bit.   device: that the batches will go to.
-    Each item: a list of V tensors (B, 3, S, S) float32, and (B,) int64 image numbers.
-    """
     return DataLoader(
-        AugmentedImages(images, augment, seed), batch_sampler=batches, num_workers=_number(workers),
+        MultiCropDataset(images, augment, seed), batch_sampler=batches, num_workers=_number(workers),
         pin_memory=device.type == "cuda", worker_init_fn=_start_worker, generator=torch.Generator(),
     )  # fmt: skip
 
@@ -339,11 +329,11 @@ def index_loader(
 ) -> DataLoader:  # fmt: skip
     """The images `indices`, transformed, in this order, the last batch smaller.
 
-    workers, device: as for `augmented_loader`.   Each item: (B, 3, S, S) float32 and (B,) int64 image numbers.
+    workers, device: as for `train_loader`.   Each item: (B, 3, S, S) float32 and (B,) int64 image numbers.
     """
     order = np.asarray(indices, np.int64).tolist()
     return DataLoader(
-        TransformedImages(images, transform), batch_size=batch_size, sampler=order, num_workers=min(_number(workers), len(order)),
+        TransformedImages(images, transform), batch_size=batch_size, sampler=order, num_workers=_number(workers),
         pin_memory=device.type == "cuda", worker_init_fn=_start_worker, generator=torch.Generator(),
     )  # fmt: skip
 
@@ -362,8 +352,18 @@ def _number(workers: int | None) -> int:
 
 
 def _start_worker(worker: int) -> None:
-    """Keep to one thread, and ignore signals meant for the training process, which still needs its images to finish the step."""
+    """Keep to one thread, and leave to the training process the signals of schedulers and terminals, which go to all processes:
+    it needs the images to finish its step. Only a SIGTERM that it sends itself ends this process."""
     torch.set_num_threads(1)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -189,7 +189,9 @@ def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
             synced = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-            synced.load_state_dict(child.state_dict())
+            # The tensors themselves, so that dtype and requires_grad stay what they were.
+            synced.weight, synced.bias, synced.num_batches_tracked = child.weight, child.bias, child.num_batches_tracked
+            synced.running_mean, synced.running_var = child.running_mean, child.running_var
             # timm fuses an activation into its BatchNorm layers: keep what follows the normalisation.
             after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
             setattr(module, name, nn.Sequential(synced, *after) if after else synced)

@@ -1,15 +1,18 @@
 """One feature vector for each image of a set, computed by all processes together.
 
-Process r of W takes the images r, r + W, r + 2W, ... and writes its rows by image index, so nothing is padded or counted twice and the
-result depends neither on the batch size nor on the numbers of workers and processes (beyond the rounding of matrix products).
+Process r of W takes the images r, r + W, r + 2W, ... and its rows are put in place by image index. So nothing is padded or
+counted twice, and the result depends neither on the batch size nor on the numbers of workers and processes (but for the
+rounding of matrix products, and for min_over="batch", whose features depend on the batch by definition).
 
 M images of the set, D width of a feature.
 """
+
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from PIL import Image
@@ -43,18 +46,26 @@ def encode(encoder: nn.Module, images: Tensor, *, device: torch.device, precisio
 
 
 def extract_features(
-    encoder: nn.Module, images: ImageSet, *, transform: Callable[[Image.Image], Tensor], batch_size: int, workers: int | None,
-    device: torch.device, precision: str = "fp32", description: str = "features",
+    encoder: nn.Module,
+    images: ImageSet,
+    *,
+    transform: Callable[[Image.Image], Tensor],
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    precision: str = "fp32",
+    description: str = "features",
 ) -> Tensor:
     """Features (M, D) of all images, float32 on the CPU, on every process, in the order of the set.
 
     encoder: images (B, 3, S, S) -> (B, D), with D as its `embed_dim`; it is evaluated in evaluation mode and keeps its modes.
-    batch_size: images in one forward pass of one process. workers: loader processes, None for the cores there are. precision: fp32, or bf16 for the encoder's matrix products.
-    ValueError names the first image whose feature is not finite.
+    batch_size: images in one forward pass of one process. workers: loader processes, None for the cores there are. precision:
+    as in `encode`. ValueError names the first image whose feature is not finite.
     """
     total, world = len(images), distributed.world_size()
+    width: int = encoder.embed_dim  # type: ignore[assignment]
     indices = torch.arange(distributed.rank(), total, world)
-    rows = torch.empty(len(indices), encoder.embed_dim)
+    rows = torch.empty(len(indices), width)
     done = 0
     loader = index_loader(images, transform, indices.tolist(), batch_size=batch_size, workers=workers, device=device)
     with evaluation_mode(encoder), _progress(total, description) as bar:
@@ -66,13 +77,17 @@ def extract_features(
     features = distributed.gather_by_index(rows, indices, total)
     damaged = torch.nonzero(~features.sum(1).isfinite())
     if len(damaged):
-        raise ValueError(f"{len(damaged)} of {total} features are not finite, the first of {images.path(int(damaged[0]))}: "
-                         "check the weights and that image, and use precision fp32")
+        raise ValueError(
+            f"{len(damaged)} of {total} features are not finite, the first of {images.path(int(damaged[0]))}: "
+            "check the weights and that image, and use precision fp32"
+        )
     return features
 
 
-def _progress(total: int, description: str) -> tqdm:
-    """A bar in images of all processes on the main one; in a file, a line every half minute at most."""
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=description, unit=" images", disable=not distributed.is_main(), mininterval=interval, maxinterval=interval,
-                leave=False)
+def _progress(total: int, description: str) -> tqdm[Any]:
+    """A bar in images of all processes on the main one; in a file, a line every half minute and none before."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total, desc=description, unit=" images", disable=not distributed.is_main(), delay=interval, mininterval=interval,
+        maxinterval=interval, leave=False,
+    )  # fmt: skip

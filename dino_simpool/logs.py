@@ -1,12 +1,13 @@
 """What a run tells while it goes: log.jsonl, TensorBoard, lines and a progress bar on the console. One writer for all of them.
 
-log.jsonl holds one JSON object per line. Each has a "kind" and the "step" (optimiser steps done) it was written at; lines of kind
-"epoch" also carry the zero-based "epoch" that ended, under the field names of the published SimPool training (train_loss,
-train_entropy, train_KL_div, train_lr, train_wd, "k-NN": {"10": {"top1": ..., "top5": ...}}), which existing tools read.
+log.jsonl holds one JSON object per line. Each has a "kind" and the "step" (optimiser steps done) it was written at; lines of
+kind "epoch" also carry the zero-based "epoch" that ended, and use the field names of the published SimPool training, which
+existing tools read: train_loss, train_entropy, train_KL_div, train_lr, train_wd, "k-NN": {"10": {"top1": ..., "top5": ...}}.
 
-A resumed run goes back to the step of its checkpoint, so the lines beyond it are dropped first. For the file to equal that of an
-uninterrupted run (after removing TIMING_FIELDS), write the lines of a step before the checkpoint of that step.
+A resumed run goes back to the step of its checkpoint, so the lines beyond it are dropped first. For the file to equal that of
+an uninterrupted run (after removing TIMING_FIELDS), the lines of a step are written before the checkpoint of that step.
 """
+
 from __future__ import annotations
 
 import json
@@ -21,21 +22,32 @@ from tqdm import tqdm
 
 from dino_simpool import distributed
 
-TIMING_FIELDS: frozenset[str] = frozenset({
-    "images_per_second", "data_wait_percent", "max_memory_mb", "seconds", "time",
-    "img_per_s", "data_time", "knn_time", "max_mem",
-})
+TIMING_FIELDS: frozenset[str] = frozenset(
+    {
+        "images_per_second",
+        "data_wait_percent",
+        "max_memory_mb",
+        "seconds",
+        "time",
+        "img_per_s",
+        "data_time",
+        "knn_time",
+        "max_mem",
+    }
+)
 """Fields of log.jsonl that differ between two runs that are equal otherwise."""
 
 
 class RunLog:
     """Writes OUT/log.jsonl and OUT/tensorboard.
 
-    resume_step: optimiser steps done when the run goes on; 0 starts an empty log.   resume_epoch: epochs that are wholly done, their
-    line included.   enabled: False on all but the main process; then nothing is ever written.
+    resume_step: optimiser steps done when the run goes on; 0 starts an empty log.   resume_epoch: epochs whose line belongs to
+    the log then.   enabled: False on all but the main process, which alone writes.   ValueError if an old line is broken.
     """
 
-    def __init__(self, out: str | Path, *, resume_step: int = 0, resume_epoch: int = 0, tensorboard: bool = True, enabled: bool = True):
+    def __init__(
+        self, out: str | Path, *, resume_step: int = 0, resume_epoch: int = 0, tensorboard: bool = True, enabled: bool = True
+    ) -> None:
         self._file = self._tensorboard = None
         if not enabled:
             return
@@ -50,7 +62,7 @@ class RunLog:
             self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one line (NaN and infinities as null) and shows its numbers in TensorBoard as kind/name.
+        """Append one line (NaN and infinities as null) and show its numbers in TensorBoard as kind/name.
 
         record: plain values, with "kind" and "step" at least.
         """
@@ -65,12 +77,12 @@ class RunLog:
                 self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def image(self, tag: str, image: Any, step: int) -> None:
-        """Shows an image in TensorBoard: (3, H, W) array or tensor, uint8, or float in 0..1."""
+        """Show an image in TensorBoard: (3, H, W) array or tensor, uint8, or float in 0..1."""
         if self._tensorboard is not None:
             self._tensorboard.add_image(tag, image, step)
 
     def close(self) -> None:
-        """Ends both files; the log may be opened again by a new RunLog."""
+        """End both files; the log may be opened again by a new RunLog."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._file is not None:
@@ -79,37 +91,45 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the records of a log.jsonl; a last line that a crash left incomplete is not one.
+    """The records of a log.jsonl; a last line that a crash left incomplete is not one.
 
-    Raises ValueError if another line is not a JSON object.
+    ValueError if another line is not a JSON object.
     """
     return [record for _, record in _lines(Path(path))]
 
 
 def say(text: str) -> None:
-    """Prints a line on stderr, on the main process only and without tearing the progress bar."""
+    """Print a line on stderr, on the main process only and without tearing the progress bar."""
     if distributed.is_main():
         tqdm.write(text, file=sys.stderr)
 
 
 def progress(total: int, initial: int, desc: str, *, images_per_step: int = 1) -> tqdm[Any]:
-    """Returns a bar over steps with the time left and images/s; silent except on the main process.
+    """A bar over steps with the time left and images/s; silent except on the main process.
 
     On a terminal it redraws in place; in a file it is a line every 10 seconds or more.
     """
     terminal = sys.stderr.isatty()
     return _Bar(
-        total=total, initial=initial, desc=desc, images_per_step=images_per_step, disable=not distributed.is_main(),
-        file=sys.stderr if terminal else _Lines(), mininterval=0.2 if terminal else 10.0, maxinterval=10.0, dynamic_ncols=terminal,
+        total=total,
+        initial=initial,
+        desc=desc,
+        images_per_step=images_per_step,
+        redraws=terminal,
+        disable=not distributed.is_main(),
+        file=sys.stderr if terminal else _Lines(),
+        mininterval=0.2 if terminal else 10.0,
+        maxinterval=10.0,
+        dynamic_ncols=terminal,
         bar_format="{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps, {remaining} left, {images_rate}{postfix}",
     )
 
 
-class _Bar(tqdm):  # type: ignore[misc]
-    """A tqdm bar whose format may name images_rate."""
+class _Bar(tqdm):
+    """A tqdm bar whose format may name images_rate, and that draws on its own time only where each drawing stays."""
 
-    def __init__(self, *, images_per_step: int, **options: Any):
-        self.images_per_step = images_per_step  # before the first drawing, which super() does
+    def __init__(self, *, images_per_step: int, redraws: bool, **options: Any):
+        self.images_per_step, self.redraws = images_per_step, redraws  # before the first drawing, which super() does
         super().__init__(**options)
 
     @property
@@ -119,6 +139,10 @@ class _Bar(tqdm):  # type: ignore[misc]
         done, elapsed = fields["n"] - fields["initial"], fields["elapsed"]
         rate = fields["rate"] or (done / elapsed if elapsed else 0)
         return fields | {"images_rate": f"{rate * self.images_per_step:.0f} images/s"}
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Set the text at the end of the line; tqdm puts a comma before it."""
+        super().set_postfix_str(s, refresh and self.redraws)
 
 
 class _Lines:
@@ -134,11 +158,14 @@ class _Lines:
 
 
 def _truncate(path: Path, *, step: int, epoch: int) -> None:
-    """Drops the lines beyond the resumed step (all for step 0), all at once or not at all."""
+    """Drop the lines beyond the resumed step (all for step 0), all at once or not at all."""
     if not path.exists():
         return
-    kept = [line for line, record in _lines(path) if step and record["step"] <= step
-            and (record["kind"] != "epoch" or record["epoch"] < epoch)]
+    kept = [
+        line
+        for line, record in _lines(path)
+        if step and record["step"] <= step and (record["kind"] != "epoch" or record["epoch"] < epoch)
+    ]
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.writelines(line + b"\n" for line in kept)

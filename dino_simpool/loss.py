@@ -1,16 +1,16 @@
 """The DINO loss: cross-entropy from each teacher view to every other student view, with a centred and sharpened teacher.
 
-Source: "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021), section 3.1 and its public code; entropy and KL
-divergence are logged as in the public code of "Keep It SimPool" (ICCV 2023). With z_v = student logits of view v / student
-temperature, q_t = softmax((teacher logits of view t - center) / teacher temperature) and t in {0, 1} the global views,
+Source: "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021), section 3.1, and its public code; entropy and
+KL divergence as in the public code of "Keep It SimPool" (ICCV 2023). With z_v = student logits of view v / student temperature,
+q_t = softmax((teacher logits of view t - center) / teacher temperature), and the global views t in {0, 1},
 
     loss = mean over images b and over the 2V - 2 pairs (t, v), t != v, of  -sum_k q_t[b, k] log softmax(z_v[b])_k
          = 1 / ((2V - 2) B) * sum_b [ sum_v w_v logsumexp(z_v[b]) - sum_t <q_t[b], sum_{v != t} z_v[b]> ],
 
-with w_v = 1 for a global view (it has one partner) and 2 for a local one. The second line is what is computed: V logsumexp instead of
-2V - 2 log-softmax, and no tensor per pair. Deviations: the entropy counts 0 log 0 as 0, where the public code gives NaN once a
-probability underflows. All of it runs in float32 (float64 stays float64), under autocast as well: logits rounded to bfloat16
-would be wrong by up to 0.1 after the division by the temperature.
+with w_v = 1 for a global view (it has one partner) and 2 for a local one. The second line is what is computed: V logsumexp
+instead of 2V - 2 log-softmax, and no tensor per pair. Deviation: the entropy counts 0 log 0 as 0, where the public code gives
+NaN once a probability underflows. Everything runs in float32 (float64 stays float64), under autocast as well: logits rounded to
+bfloat16 would be wrong by up to 0.1 after the division by the temperature.
 
 Letters: B images, V views (two global views first), D width of the unit features, K prototypes.
 """
@@ -28,7 +28,7 @@ CHUNK_ELEMENTS = 2**24
 
 
 class LossTerms(NamedTuple):
-    """Three scalars: the loss (with gradient), the mean entropy of the teacher, and their difference, the KL divergence, in nats."""
+    """Scalars in nats: the loss (with gradient), the mean entropy of the teacher, and their difference, the KL divergence."""
 
     loss: Tensor
     entropy: Tensor
@@ -70,8 +70,8 @@ class DinoLoss(nn.Module):
     ) -> LossTerms:
         """The same numbers without a (V, B, K) tensor: student_features (V, B, D), prototypes (K, D), teacher_logits (2, B, K).
 
-        <q, x W^T> = <q W, x>, so that logits are needed for the logsumexp only; these are made in chunks, and again in the backward
-        pass. ValueError for shapes that do not fit.
+        Since <q, W x> = <W^T q, x>, only the logsumexp needs logits; they are made in chunks, and again in the backward pass.
+        ValueError for shapes that do not fit.
         """
         self._check_shapes(student_features, teacher_logits, prototypes.shape[0])
         with _no_autocast(student_features):
@@ -91,7 +91,10 @@ class DinoLoss(nn.Module):
     def _targets(self, teacher: Tensor, temperature: float) -> Tensor:
         return ((_wide(teacher) - self.center) / temperature).softmax(-1)
 
-    def _finish(self, normalizers: Tensor, agreement: Tensor, targets: Tensor, teacher: Tensor, update_center: bool) -> LossTerms:
+    def _finish(
+        self, normalizers: Tensor, agreement: Tensor, targets: Tensor, teacher: Tensor, update_center: bool
+    ) -> LossTerms:
+        """The terms from logsumexp (V, B) and the sum of all dot products."""
         num_views, num_images = normalizers.shape
         total = normalizers[:2].sum() + 2 * normalizers[2:].sum() - agreement
         loss = total / ((2 * num_views - 2) * num_images)

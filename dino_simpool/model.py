@@ -5,24 +5,20 @@ Source: the self-supervised models of "Keep It SimPool" (ICCV 2023) and facebook
     ViT        blocks -> pool -> norm   (norm_order norm_then_pool: blocks -> norm -> pool, the published supervised ViTs)
     ResNet     stages -> pool           ConvNeXt   stages -> pool -> norm
 
-Without the class-token pooling a ViT has no class token at all. Deviations from timm: the class token starts from a truncated
-normal of 0.02 and the last BatchNorm of a residual branch from 1, both as in DINO; position embeddings go from grid to grid by
-a constant matrix, which repeats the published interpolation to the last digit and costs one small product.
+Without the class-token pooling a ViT has no class token at all. Position embeddings go from grid to grid by a constant matrix,
+which repeats the published interpolation to the last digits and costs one small product.
 
 Letters: B images, V views, N tokens, D width, K prototypes; (H, W) pixels, (h, w) positions.
 """
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import timm
 import torch
 from timm.layers import Attention, DropPath
 from torch import Tensor, nn
@@ -30,10 +26,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from dino_simpool.config import ModelConfig
-from dino_simpool.simpool import ClsPool, GapPool, SimPool, as_tokens
-
-RECIPES = {f"vit_{size}": f"vit_{size}_patch16_224" for size in ("tiny", "small", "base")}
-"""Our short names; those of the CNNs are timm's own."""
+from dino_simpool.simpool import ClsPool, GapPool, SimPool, as_tokens, without_autocast
+from dino_simpool.trunk import build_trunk
 
 Grid = tuple[int, int]
 
@@ -62,14 +56,16 @@ def position_matrix(native: Grid, grid: Grid, rule: str, *, device: torch.device
 class Encoder(nn.Module):
     """A timm trunk with a pooling and a final norm: images in, one feature an image out.
 
-    Images are (B, 3, H, W), normalised with config.mean and config.std, of any size; a ViT drops the pixels beyond a multiple of
-    its patch. An image smaller than a patch, or a CNN map under 2 x 2, is a ValueError.
+    Images are (B, 3, H, W), normalised with config.mean and config.std, of any size; a ViT drops the pixels beyond a multiple
+    of its patch. An image smaller than a patch, or a CNN map under 2 x 2, is a ValueError.
     """
+
+    trunk: Any  # of one of timm's classes
 
     def __init__(self, trunk: nn.Module, pool: nn.Module, *, norm: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         self.trunk, self.pool, self.norm, self.config = trunk, pool, norm, config
-        self.embed_dim: int = trunk.num_features
+        self.embed_dim: int = self.trunk.num_features
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D)."""
@@ -124,8 +120,8 @@ class Encoder(nn.Module):
         trunk, (height, width), patch = self.trunk, images.shape[-2:], self.config.patch_size
         grid = (height // patch, width // patch)
         if not all(grid):
-            raise ValueError(f"images of {height} x {width} pixels are smaller than a patch of {self.config.arch}: give at least "
-                             f"{patch} pixels a side, or set a smaller model.patch_size")
+            raise ValueError(f"images of {height} x {width} pixels are smaller than a patch of {self.config.arch}: give at "
+                             f"least {patch} pixels a side, or set a smaller model.patch_size")
         x = trunk.patch_embed(images[..., :grid[0] * patch, :grid[1] * patch]).flatten(1, 2)
         prefix = [token.expand(len(x), -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None]
         if trunk.pos_embed is not None:
@@ -140,14 +136,14 @@ class Encoder(nn.Module):
         """Position embedding (h * w, D) for a grid from the stored one (rows, D)."""
         native, rule = self.trunk.patch_embed.grid_size, self.config.pos_interp
         # The published shortcut asks for a square image too. parity: test_model.py::test_positions_match_the_published_ones
-        if grid == native and (rule == "size" or rule == "dino" and square):
+        if grid == native and (rule == "size" or (rule == "dino" and square)):
             return embedding
         matrix = position_matrix(native, grid, rule, device=embedding.device, dtype=embedding.dtype)
-        with torch.autocast(embedding.device.type, enabled=False):
+        with without_autocast(embedding):
             return matrix @ embedding
 
 
-def class_attention(block: nn.Module, tokens: Tensor, *, num_prefix: int) -> Tensor:
+def class_attention(block: Any, tokens: Tensor, *, num_prefix: int) -> Tensor:
     """Attention (B, N) of the first token to the patches in a ViT block, mean over its heads, scaled to the sum 1.
 
     tokens: (B, num_prefix + N, D) before the block. It is computed here because the fused kernels do not return it.
@@ -161,110 +157,16 @@ def class_attention(block: nn.Module, tokens: Tensor, *, num_prefix: int) -> Ten
     return weights / weights.sum(1, keepdim=True)
 
 
-def find_arch(arch: str) -> tuple[str, str]:
-    """Family ("vit", "resnet" or "convnext") and timm name of an architecture; a ValueError with the nearest name otherwise."""
-    name = RECIPES.get(arch, arch)
-    known = {model: "vit" for module in ("vision_transformer", "deit") for model in timm.list_models(module=module)
-             if model.startswith(("vit", "deit")) and "distilled" not in model}
-    known |= {model: family for family in ("resnet", "convnext") for model in timm.list_models(module=family)}
-    if name in known:
-        return known[name], name
-    if timm.is_model(name):
-        raise ValueError(f"model.arch is {arch}, which is in timm but of another family: allowed are its ViTs, ResNets and ConvNeXts")
-    nearest = difflib.get_close_matches(arch, [*RECIPES, *known], 1, cutoff=0)
-    raise ValueError(f"model.arch is {arch}, which timm does not know: did you mean {nearest[0]}?")
-
-
 def build_encoder(cfg: ModelConfig) -> Encoder:
     """A freshly initialised encoder; a ValueError if the options do not go together. The one place where encoders are made."""
-    family, name = find_arch(cfg.arch)
-    build = {"vit": _vit, "resnet": _resnet, "convnext": _convnext}[family]
-    trunk, norm = build(name, cfg)
+    trunk, norm = build_trunk(cfg)
     if cfg.pool != "simpool":
         return Encoder(trunk, ClsPool() if cfg.pool == "cls" else GapPool(), norm=norm, config=cfg)
     pool = SimPool(trunk.num_features, gamma=cfg.gamma, num_heads=cfg.num_heads, beta=cfg.beta, min_over=cfg.min_over)
-    if family != "resnet":
+    if not isinstance(norm, nn.Identity):  # ResNets keep the initialisation of nn.Linear, as published
         for linear in (pool.q, pool.k):
             nn.init.trunc_normal_(linear.weight, std=0.02)
     return Encoder(trunk, pool, norm=norm, config=cfg)
-
-
-def _on_meta(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name)
-
-
-def _vit(name: str, cfg: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    patch = re.search(r"patch(\d+)", cfg.arch)
-    if patch and int(patch[1]) != cfg.patch_size:
-        raise ValueError(f"model.patch_size is {cfg.patch_size}, but {cfg.arch} has patches of {patch[1]}: set model.patch_size {patch[1]}")
-    sizes: dict[str, int] = {}
-    if cfg.width or cfg.heads:
-        width = cfg.width or _on_meta(name).embed_dim
-        heads = cfg.heads or max(1, width // 64)
-        if width % heads:
-            raise ValueError(f"model.width {width} does not divide into {heads} heads: set model.heads to a divisor")
-        sizes |= {"embed_dim": width, "num_heads": heads}
-    if isinstance(cfg.depth, tuple):
-        raise ValueError(f"model.depth is {cfg.depth}, but {cfg.arch} has no stages: give the number of its blocks")
-    if cfg.depth:
-        sizes |= {"depth": cfg.depth}
-    trunk = timm.create_model(name, num_classes=0, global_pool="", final_norm=True, fc_norm=False, class_token=cfg.pool == "cls",
-                              img_size=cfg.image_size, patch_size=cfg.patch_size, dynamic_img_size=True,
-                              drop_path_rate=cfg.drop_path, **sizes)
-    if trunk.cls_token is not None:
-        nn.init.trunc_normal_(trunk.cls_token, std=0.02)
-    norm, trunk.norm = trunk.norm, nn.Identity()
-    return trunk, norm
-
-
-def _stages(cfg: ModelConfig) -> dict[str, Any]:
-    """Blocks in each of the four stages of a CNN, as far as given; stages that are left out have none."""
-    if cfg.depth is None:
-        return {}
-    depth = cfg.depth if isinstance(cfg.depth, tuple) else (cfg.depth,) * 4
-    if not 1 <= len(depth) <= 4 or min(depth) < 1 or sum(depth) < 2:
-        raise ValueError(f"model.depth is {cfg.depth}: give one to four numbers of blocks, each 1 or more, two blocks in all")
-    return {"depth": depth + (0,) * (4 - len(depth))}
-
-
-def _resnet(name: str, cfg: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    sizes: dict[str, Any] = {"layers": stages["depth"]} if (stages := _stages(cfg)) else {}
-    plain_stem = False
-    if cfg.width:
-        if cfg.width % 2:
-            raise ValueError(f"model.width is {cfg.width}: give an even number for {cfg.arch}")
-        plain_stem = isinstance(_on_meta(name).conv1, nn.Conv2d)
-        # timm has a width for its deep stems only; the single convolution is put back below.
-        sizes |= {"channels": tuple(cfg.width * 2 ** i for i in range(4)), "stem_width": cfg.width // 2, "stem_type": "deep"}
-    trunk = timm.create_model(name, num_classes=0, global_pool="", zero_init_last=False, drop_path_rate=cfg.drop_path, **sizes)
-    if plain_stem or cfg.stem == "small":
-        last = trunk.conv1 if isinstance(trunk.conv1, nn.Conv2d) else trunk.conv1[-1]
-        kernel, stride = (3, 1) if cfg.stem == "small" else (7, 2)
-        trunk.conv1 = nn.Conv2d(3, last.out_channels, kernel, stride, kernel // 2, bias=False)
-        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
-    if cfg.stem == "small":
-        trunk.maxpool = nn.Identity()
-    trunk.num_features = trunk.feature_info[-1]["num_chs"]
-    return trunk, nn.Identity()
-
-
-def _convnext(name: str, cfg: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    sizes: dict[str, Any] = {"depths": stages["depth"]} if (stages := _stages(cfg)) else {}
-    if cfg.width:
-        sizes |= {"dims": tuple(cfg.width * 2 ** i for i in range(4))}
-    trunk = timm.create_model(name, num_classes=0, global_pool="", head_norm_first=False, head_hidden_size=None,
-                              drop_path_rate=cfg.drop_path, **sizes)
-    num_stages = sum(len(stage.blocks) > 0 for stage in trunk.stages)
-    trunk.stages = trunk.stages[:num_stages]
-    trunk.num_features = trunk.feature_info[num_stages - 1]["num_chs"]
-    if cfg.stem == "small":
-        norm = trunk.stem[-1]
-        trunk.stem = nn.Sequential(nn.Conv2d(3, trunk.feature_info[0]["num_chs"], 3, padding=1), norm)
-        nn.init.trunc_normal_(trunk.stem[0].weight, std=0.02)
-        nn.init.zeros_(trunk.stem[0].bias)
-    eps, trunk.head = trunk.head.norm.eps, nn.Identity()
-    return trunk, nn.LayerNorm(trunk.num_features, eps=eps)
 
 
 class DinoHead(nn.Module):

@@ -1,9 +1,9 @@
 """Says when a training is going wrong: the two collapses of self-distillation, and non-finite numbers.
 
-Source: section 5.3 of "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021): without centre or sharpening the output
-becomes uniform (entropy and loss = ln K) or constant (entropy 0). A healthy training starts near ln K as well, so the rules ask for
-more than a loss near ln K; each threshold says what it was chosen against. The effective rank is that of Roy and Vetterli (2007), as
-in RankMe (2023).
+Source: section 5.3 of "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021): without sharpening the output
+becomes uniform (entropy and loss are ln K), without center constant (both are 0). A healthy training starts near ln K as well,
+so that a loss near ln K alone is a sign only if it lasts; each threshold says what it was chosen against. The effective rank is
+that of Roy and Vetterli (2007), as in RankMe (2023).
 
 Letters: B rows, D width, K prototypes. Nothing here runs more often than the log is written.
 """
@@ -19,29 +19,31 @@ import torch
 from torch import Tensor, nn
 
 PATIENCE = 40
-"""Steps for which a sign must last without a break. The centre needs that long to forget its start: 0.9 ** 40 = 0.015."""
-UNIFORM = 1e-4
-"""Uniform now: the teacher's entropy is this close to ln K, as a share of ln K. Untrained encoders keep 1e-3 and more."""
+"""Steps for which a sign must last without a break. The center needs them to forget its start: 0.9 ** 40 = 0.015."""
+UNIFORM = 1e-3
+"""Uniform teacher: its entropy is this close to ln K, as a share of ln K. Untrained encoders, centered: 0.004 and more."""
+SAME = 0.02
+"""Same features for all images: their spread is below this. Untrained encoders: 0.27 and more."""
+CONSTANT, DIVERSE = 0.05, 0.5
+"""One prototype for all: loss and entropy are below 0.05 ln K, unless the features are diverse (spread above 0.5): a small data
+set that has been learned by heart has many sure answers, not one."""
 FLAT, FLAT_STEPS = 5e-3, 1000
-"""Not learning: the loss is this close to ln K for so many steps after the learning rate's warm-up."""
-CONSTANT = 0.02
-"""One prototype for all: loss and entropy are below this share of ln K."""
-SAME = 1e-3
-"""Same features for all images: spread below this, where 1 is the spread of independent directions."""
+"""Not learning: the loss is this close to ln K for so many steps, all after the warm-up of the learning rate."""
 
 MESSAGES = {
     "uniform": (
-        "uniform collapse: teacher entropy {entropy:.4f} and loss {loss:.4f} are ln(head.out_dim) = {log_k:.4f}, so that the teacher gives "
-        "every prototype the same probability and there is nothing to learn: lower teacher.temperature and "
+        "uniform collapse: the teacher's entropy {entropy:.4f} (loss {loss:.4f}) is ln(head.out_dim) = {log_k:.4f}, so it "
+        "gives every prototype the same probability and there is nothing to learn: lower teacher.temperature and "
         "teacher.warmup_temperature, or head.out_dim; then try a lower optim.lr or a longer optim.warmup"
     ),
     "flat": (
-        "not learning: the loss {loss:.4f} has stayed at ln(head.out_dim) = {log_k:.4f} for {steps} steps after the warm-up: lower "
-        "head.out_dim (small data: some hundred to a few thousand) or teacher.temperature, or change optim.lr"
+        "not learning: the loss {loss:.4f} has stayed at ln(head.out_dim) = {log_k:.4f} for {steps} steps after the warm-up: "
+        "lower head.out_dim (small data: some hundred to a few thousand) or teacher.temperature, or change optim.lr"
     ),
     "point": (
-        "point collapse: all images get the same output (loss {loss:.4f}, teacher entropy {entropy:.4f}, feature spread {spread:.4f}): "
-        "use loss.center_momentum 0.9, raise teacher.temperature or teacher.warmup_temperature, lower optim.lr, set optim.clip"
+        "point collapse: all images get the same output (loss {loss:.4f}, teacher entropy {entropy:.4f}, feature spread "
+        "{spread:.4f}): use loss.center_momentum 0.9, raise teacher.temperature or teacher.warmup_temperature, lower optim.lr, "
+        "or set optim.clip"
     ),
 }
 
@@ -56,44 +58,44 @@ def feature_spread(features: Tensor) -> Tensor:
     return features.float().std(0, correction=0).mean() * features.shape[1] ** 0.5
 
 
-def effective_rank(features: Tensor) -> float:
+def effective_rank(features: Tensor) -> Tensor:
     """Number of directions that features (B, D) use: exp(entropy of the singular values over their sum), 1 to min(B, D).
 
-    Not centred, so that equal rows have rank 1. NaN if all is zero or something is not finite. Computed on the CPU.
+    A scalar on the device of the features, computed on the CPU. Not centered, so that equal rows have rank 1. NaN if everything
+    is zero or something is not finite.
     """
     values = features.detach().cpu().double()
-    if not values.isfinite().all() or not values.any():
-        return math.nan
+    if not values.isfinite().all():
+        return features.new_full((), math.nan)
     shares = torch.linalg.svdvals(values)
-    return torch.special.entr(shares / shares.sum()).sum().exp().item()
+    return torch.special.entr(shares / shares.sum()).sum().exp().to(features)
 
 
 @dataclass
 class Monitor:
-    """Counts for how many steps each sign of collapse has lasted; the fields are its whole state."""
+    """Counts for how many steps each sign of trouble has lasted; the fields are its whole state."""
 
     warmup_steps: int = 0
-    """Steps of the learning rate's warm-up, in which a loss near ln K is no sign."""
+    """Of the learning rate, in which a loss near ln K is no sign."""
     last_step: int = 0
     uniform: int = 0
-    flat: int = 0
     point: int = 0
+    flat: int = 0
 
     def update(self, *, loss: float, entropy: float, out_dim: int, spread: float, step: int) -> list[str]:
-        """Warnings that became due at this step (steps done so far), each given once until its sign has gone.
+        """Warnings that became due at this step (steps done so far); each is given once, and again after its sign had gone.
 
-        loss, entropy: in nats, means over the steps since the last call; spread: `feature_spread`, NaN if unknown.
+        loss, entropy: in nats, means over the steps since the last call; spread: `feature_spread`, NaN if it is not known.
         """
         log_k = math.log(out_dim)
         elapsed, self.last_step = step - self.last_step, step
-        near_uniform = entropy > (1 - UNIFORM) * log_k
-        signs = {
-            "uniform": (near_uniform, PATIENCE),
-            "flat": (loss > (1 - FLAT) * log_k and not near_uniform and step > self.warmup_steps, FLAT_STEPS),
-            "point": (spread < SAME or max(loss, entropy) < CONSTANT * log_k, PATIENCE),
-        }
+        uniform = entropy > (1 - UNIFORM) * log_k
+        constant = max(loss, entropy) < CONSTANT * log_k and not spread > DIVERSE
+        flat = loss > (1 - FLAT) * log_k and not uniform and step > self.warmup_steps
         warnings = []
-        for name, (present, patience) in signs.items():
+        for name, present, patience in (
+            ("uniform", uniform, PATIENCE), ("point", constant or spread < SAME, PATIENCE), ("flat", flat, FLAT_STEPS),
+        ):
             before = getattr(self, name)
             lasted = before + elapsed if present else 0
             setattr(self, name, lasted)

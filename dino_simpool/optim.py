@@ -1,12 +1,11 @@
-"""Optimisers of the student, gradient clipping, and the teacher's moving average: few large operations, no host synchronisation.
+"""Optimisers of the student, gradient clipping, and the teacher's moving average: few large operations, no wait for the device.
 
-Source: training of DINO (github.com/facebookresearch/dino, main_dino.py and utils.py), which SimPool uses unchanged. Two parameter
-groups: weight decay for tensors, none for biases and one-dimensional parameters; each parameter is clipped by its own norm (not a
-global one); a frozen last layer has no gradient at all, hence neither moments nor decay. The schedules are in plan.py.
+Source: training of DINO (github.com/facebookresearch/dino, main_dino.py and utils.py), which SimPool uses unchanged. Two
+parameter groups: weight decay for tensors, none for biases and one-dimensional parameters; each parameter is clipped by its own
+norm (not a global one); a frozen last layer has no gradient at all, hence neither moments nor decay. Schedules are in plan.py.
 
-LARS is our own short one, since timm's `Lars` is another algorithm as soon as weight decay matters: its trust ratio divides by
-|g| + decay * |p| where DINO's divides by |g + decay * p| (parameters differ by 6e-3 after 20 steps at a decay of 0.04), and it stops
-adapting where the decay is 0. Schedules that pass through such values must not change the optimiser.
+LARS is our own short one, since timm's `Lars` becomes another algorithm once weight decay matters: its trust ratio divides by
+|g| + decay * |p| where the published one divides by |g + decay * p|, and it stops adapting where the decay is 0.
 """
 from __future__ import annotations
 
@@ -66,8 +65,8 @@ class Lars(torch.optim.Optimizer):
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters as two groups: with weight decay, and without (biases and one-dimensional parameters).
 
-    Each group has "params", "names" (parallel to params) and "weight_decay" (0 here, set by `set_hyperparameters`). Each trainable
-    parameter is in one group exactly; position embeddings and class tokens are decayed, as published.
+    Each group has "params", "names" (parallel to params) and "weight_decay" (0 here, set by `set_hyperparameters`). Each
+    trainable parameter is in one group exactly; position embeddings and class tokens are decayed, as published.
     """
     decayed: list[tuple[str, nn.Parameter]] = []
     plain: list[tuple[str, nn.Parameter]] = []
@@ -128,6 +127,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
     BatchNorm statistics of the teacher come from its own forward passes.
     """
-    teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
-    assert len(teacher_parameters) == len(student_parameters), "the teacher is a copy of the student"
-    torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - momentum)
+    means: list[Tensor] = list(teacher.parameters())
+    values: list[Tensor] = list(student.parameters())
+    assert len(means) == len(values), "the teacher is a copy of the student"
+    torch._foreach_lerp_(means, values, 1 - momentum)

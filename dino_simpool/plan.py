@@ -1,9 +1,9 @@
-"""What happens at which step: the schedules of DINO as pure functions, the plan of a run made of them, and advice for small runs.
+"""What happens at which step: DINO's schedules as pure functions, the plan of a run made of them, and advice for small runs.
 
-Source: utils.cosine_scheduler and DINOLoss of github.com/facebookresearch/dino, quirks kept: the warm-up includes both of its ends, so
-that the first learning rate is 0 and the peak occurs twice; the final value is approached, never reached; the peak is scaled by
-batch / 256 and the minimum is not; the teacher's temperature is constant within an epoch. Deviation: a warm-up longer than the run is
-scaled down with a warning instead of a crash (teacher) or a run that never reaches its peak (learning rate).
+Source: utils.cosine_scheduler and DINOLoss of github.com/facebookresearch/dino, quirks kept: the warm-up includes both of its
+ends, so that the first learning rate is 0 and the peak occurs twice; the final value is approached, never reached; the peak is
+scaled by batch / 256 and the minimum is not; the teacher's temperature is constant within an epoch. Deviation: a warm-up longer
+than the run is scaled down with a warning, where the public code crashes.
 
 A step is one optimiser step over the global batch, counted from 0; an epoch is num_images // batch_size steps. No torch here.
 """
@@ -23,10 +23,10 @@ WARMUP_SHARES = {"optim.warmup": 0.1, "teacher.warmup": 0.3}
 def cosine_schedule(
     step: int, total_steps: int, base: float, final: float, *, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> float:
-    """Value at a step: linear from warmup_start to base over warmup_steps values, then half a cosine from base towards final."""
+    """Value at a step: linear from warmup_start to base over warmup_steps values, then half a cosine down (or up) to final."""
     if step < warmup_steps - 1:
         return warmup_start + step * (base - warmup_start) / (warmup_steps - 1)
-    if step < warmup_steps:  # the warm-up's last value is the base exactly; one that is a single value is its start, as in linspace
+    if step < warmup_steps:  # the last value is the base exactly; a warm-up of a single value is its start, as in linspace
         return base if warmup_steps > 1 else warmup_start
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
@@ -117,8 +117,8 @@ class Plan:
         }
         names = {min(step, last): name for name, step in points.items() if step <= last}
         lines = [
-            f"{self.num_images} images, batch {self.batch_size}: {self.steps_per_epoch} steps an epoch, {self.total_steps} steps"
-            f" ({self.total_steps / self.steps_per_epoch:g} epochs, {self.total_steps * self.batch_size} images seen)",
+            f"{self.num_images} images, batch {self.batch_size}: {self.steps_per_epoch} steps an epoch, {self.total_steps} in "
+            f"all ({self.total_steps / self.steps_per_epoch:g} epochs, {self.total_steps * self.batch_size} images seen)",
             f"{'':20}{'step':>9}{'epoch':>8}{'lr':>12}{'decay':>10}{'momentum':>11}{'temperature':>13}  prototypes",
         ]
         for step in sorted(names):
@@ -183,7 +183,8 @@ def _warnings(plan: Plan) -> list[str]:
 
 def _suggestions(plan: Plan) -> tuple[str, ...]:
     """Advice where the run is far from the published setting (batch 480 to 1280 of 1.3 M images): see each reason."""
-    return tuple(text for text in (_suggest_out_dim(plan), _suggest_momentum(plan), _suggest_lr(plan), _suggest_warmup(plan)) if text)
+    advice = (_suggest_out_dim(plan), _suggest_momentum(plan), _suggest_lr(plan), _suggest_warmup(plan))
+    return tuple(text for text in advice if text)
 
 
 def _suggest_out_dim(plan: Plan) -> str:
@@ -193,27 +194,27 @@ def _suggest_out_dim(plan: Plan) -> str:
     if plan.num_images >= out_dim or advised >= out_dim:
         return ""
     return (
-        f"head.out_dim {out_dim} is more than the {plan.num_images} images, and prototypes without images of their own leave the loss "
-        f"flat at ln(out_dim): try head.out_dim {advised} (published: about 20 images per prototype)"
+        f"head.out_dim {out_dim} is more than the {plan.num_images} images, and with prototypes that have no images of their "
+        f"own the loss may stay at ln(out_dim): try head.out_dim {advised} (published: about 20 images per prototype)"
     )
 
 
 def _suggest_momentum(plan: Plan) -> str:
-    """The teacher's memory, in images as published, as long as that is a small share of the run."""
+    """The teacher's memory in images should be the published one, as long as that is a small share of the run."""
     momentum, batch, total = plan.cfg.teacher.momentum, plan.batch_size, plan.total_steps
     if not 0 < momentum < 1:
         return ""
-    half_life = math.log(0.5) / math.log(momentum)  # steps
+    steps = math.log(0.5) / math.log(momentum)  # half-life: half of the teacher's weight is on newer steps
     published = math.log(0.5) / math.log(REFERENCE_MOMENTUM) * REFERENCE_BATCH  # images
-    affordable = max(1.0, 0.05 * total)  # steps
-    advised = 0.5 ** (1 / min(published / batch, affordable))
-    memory = f"the teacher's half-life at teacher.momentum {momentum:g} is {half_life * batch:.0f} images ({half_life:.0f} steps)"
-    if half_life > 0.25 * total and advised < momentum:
+    memory = f"at teacher.momentum {momentum:g} the teacher's half-life is {steps:.0f} steps ({steps * batch:.0f} images)"
+    if steps > 0.25 * total:
+        advised = 0.5 ** (1 / max(1.0, 0.1 * total))
         return (
-            f"{memory}, {half_life / total:.0%} of this run, so that it stays close to its random start: "
-            f"try teacher.momentum {advised:.3g} (5% of the run)"
+            f"{memory}, {steps / total:.0%} of this run, so that it stays close to its random start: "
+            f"try teacher.momentum {_short_momentum(advised)} (10% of the run)"
         )
-    if half_life * batch < 0.3 * published and 1 - advised < 0.7 * (1 - momentum):
+    advised = 0.5 ** (1 / max(1.0, min(published / batch, 0.05 * total)))
+    if steps * batch < 0.3 * published and 1 - advised < 0.7 * (1 - momentum):
         return (
             f"{memory}, against {published:.0f} images as published (batch {REFERENCE_BATCH}), so that it follows the noise of "
             f"small batches: try teacher.momentum {_short_momentum(advised)}"
@@ -233,8 +234,8 @@ def _suggest_lr(plan: Plan) -> str:
     if optim.name != "adamw" or batch >= 128 or plan.peak_lr >= 0.7 * reference:
         return ""
     return (
-        f"optim.lr {optim.lr:g} * batch {batch} / 256 gives a peak learning rate of {plan.peak_lr:.2g}; adamw usually wants the square "
-        f"root of the batch ratio for batches this small, {reference:.2g}: try optim.lr {reference * 256 / batch:.2g}"
+        f"optim.lr {optim.lr:g} * batch {batch} / 256 gives a peak learning rate of {plan.peak_lr:.2g}; for batches this small "
+        f"adamw usually wants the square root of the ratio, {reference:.2g}: try optim.lr {reference * 256 / batch:.2g}"
     )
 
 

@@ -1,24 +1,30 @@
 """SimPool, attention-based pooling, and the two poolings that it replaces: the class token and the global average.
 
-Source: Psomas et al., "Keep It SimPool: Who Said Supervised Transformers Suffer from Attention Deficit?", ICCV 2023, Algorithm 2,
-with X the tokens of one image, X' = LayerNorm(X) and m the minimum of X' over the image:
+Source: Psomas et al., "Keep It SimPool: Who Said Supervised Transformers Suffer from Attention Deficit?", ICCV 2023,
+Algorithm 2, with X the tokens of one image, X' = LayerNorm(X) and m the minimum of X' over the image:
 
     q = W_q mean_j x_j,   a_j = softmax_j(q . W_k x'_j / sqrt(D)),   u = (sum_j a_j (x'_j - m + eps)^gamma)^(1/gamma)
 
 Deviations, none of which changes a number of the published single-head module: W_k is folded into the query, q . W_k x'_j =
-(W_k^T q) . x'_j, which saves its (N, D) x (D, D) product; a batch of one stays a batch; the outputs of several heads are always put
-side by side. The published code takes the minimum over the whole batch, here `min_over="batch"`.
+(W_k^T q) . x'_j, which saves its (N, D) x (D, D) product; a batch of one stays a batch; the outputs of several heads are always
+put side by side. The published code takes the minimum over the whole batch, here `min_over="batch"`.
 
 Letters: B images, N tokens, D width, H heads.   This module needs torch only.
 """
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which products on the device of x keep their dtype; the meta device has no autocast to switch off."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def as_tokens(x: Tensor) -> Tensor:
@@ -62,7 +68,7 @@ class SimPool(nn.Module):
         precision is computed in float32, also under autocast; both outputs have the dtype of the parameters.
         """
         precision = self._precision()
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             tokens = as_tokens(x).to(precision)
             values = self._normalise(tokens)
             attention = self._attention(tokens, values)
@@ -74,7 +80,7 @@ class SimPool(nn.Module):
 
     def keys(self, x: Tensor) -> Tensor:
         """Keys K = W_k LayerNorm(x) of eq. 14, (B, N, D), of tokens (B, N, D) or maps (B, D, H, W)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             values = self._normalise(as_tokens(x).to(self._precision()))
             return F.linear(values, self.k.weight.to(values.dtype)).to(self.k.weight.dtype)
 
@@ -120,7 +126,7 @@ class GapPool(nn.Module):
         """Mean (B, D) over the positions of tokens (B, N, D) or maps (B, D, H, W); the attention is 1/N everywhere."""
         tokens = as_tokens(x)
         # Under autocast float32 comes out, as from the other poolings and their norm.
-        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = torch.float32 if not x.is_meta and torch.is_autocast_enabled(x.device.type) else x.dtype
         pooled = tokens.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
         if not return_attention:
             return pooled
@@ -158,15 +164,15 @@ class _MapOut(nn.Module):
         return self.pool(x)[..., None, None]
 
 
-def attach_simpool(model: nn.Module, *, gamma: float | None = None, num_heads: int = 1, beta: bool = False,
+def attach_simpool(model: Any, *, gamma: float | None = None, num_heads: int = 1, beta: bool = False,
                    min_over: Literal["image", "batch"] = "image") -> SimPool:
     """Replaces the global pooling of a timm or torchvision model by a new SimPool, in place, and returns the SimPool.
 
     timm: ViTs (their prefix tokens stay but are not pooled) and CNNs with one global pooling; torchvision: CNNs that average
-    the last map. The attention map is `pool(model.forward_features(x), return_attention=True)[1]` (timm CNN). Anything else is a
-    ValueError.
+    the last map. The attention of a timm CNN is `pool(model.forward_features(x), return_attention=True)[1]`. Anything else is
+    a ValueError.
     """
-    parameter = next(model.parameters())
+    parameter: Tensor = next(model.parameters())
 
     def new(dim: int) -> SimPool:
         pool = SimPool(dim, gamma=gamma, num_heads=num_heads, beta=beta, min_over=min_over)
@@ -176,7 +182,8 @@ def attach_simpool(model: nn.Module, *, gamma: float | None = None, num_heads: i
         model.attn_pool = pool = new(model.num_features)
         model.pool_include_prefix = False
         return pool
-    for owner in (model, getattr(model, "head", None)):  # timm CNN: the pooling belongs to the model or to its head
+    owners: tuple[Any, Any] = (model, getattr(model, "head", None))
+    for owner in owners:  # timm CNN: the pooling belongs to the model or to its head
         old = getattr(owner, "global_pool", None)
         if isinstance(old, nn.Module):
             pool = new(model.num_features)
@@ -187,5 +194,5 @@ def attach_simpool(model: nn.Module, *, gamma: float | None = None, num_heads: i
         pool = new(next(layer for layer in classifier.modules() if isinstance(layer, nn.Linear)).in_features)
         model.avgpool = _MapOut(pool)
         return pool
-    raise ValueError(f"{type(model).__name__} has no global pooling that SimPool could replace: give a ViT or CNN of timm, or a "
-                     "CNN of torchvision that averages its last map")
+    raise ValueError(f"{type(model).__name__} has no global pooling that SimPool could replace: give a ViT or CNN of timm, or "
+                     "a CNN of torchvision that averages its last map")

@@ -74,7 +74,8 @@ def build_learner(cfg: TrainConfig, device: torch.device, *, warmup_steps: int =
         encoder.embed_dim, cfg.head.out_dim, hidden_dim=cfg.head.hidden_dim, bottleneck_dim=cfg.head.bottleneck_dim,
         layers=cfg.head.layers, batch_norm=cfg.head.batch_norm, norm_last_layer=cfg.head.norm_last_layer,
     )
-    student = DinoModel(encoder, head).to(device)
+    # Convolutions are faster with the channels last (1.3 times in a CPU step of a small ResNet); transformers do not care.
+    student = DinoModel(encoder, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = make_teacher(student, cfg.teacher.drop_path)
     for model in (student, teacher):
         distributed.synchronize_batch_norm(model, device)

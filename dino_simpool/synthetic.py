@@ -14,6 +14,9 @@ import colorsys
 import functools
 import json
 import math
+import os
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,11 +26,21 @@ from PIL import Image, ImageDraw
 Field = np.ndarray
 Region = Callable[[Field, Field, Field, Field], Field]
 """Which points belong to it: (x, y, r, a) -> bool, all of one shape."""
+Structure = Callable[[Field, Field, Field, Field, float], Field]
+"""The same with a phase (0 to 2 pi) by which the pattern is shifted."""
 
 FIRST_VAL_NUMBER = 1_000_000
 """Images of val are numbered from here, so that no drawing is ever in train and val both."""
-AREA = (0.2, 0.33)
+AREA = (0.2, 0.34)
 """Share of the image that an object is drawn to cover."""
+ROTATION = 0.6
+"""Largest turn of an object to either side in radians."""
+SLACK = 0.6
+DARK, LIGHT = 0.22, 0.85
+"""Brightness of the two colours of an object, whichever comes first, and of the fragments."""
+FRAGMENTS = 14
+"""Pieces of clutter in each image."""
+GRID_STEP = 0.04
 FORMAT = 1
 """Raised when the same settings would give other pixels."""
 
@@ -41,123 +54,180 @@ def _fish(x: Field, y: Field, r: Field, a: Field) -> Field:
     return ((x - 0.22) ** 2 / 0.62 + y**2 / 0.3 < 1) | ((x < -0.3) & (x > -1) & (np.abs(y) < 0.12 - 0.6 * (x + 0.3)))
 
 
-SHAPES: dict[str, tuple[Region, Region]] = {
+SHAPES: dict[str, tuple[Region, Structure]] = {
     # name: (outline, inner structure, painted in the second colour where it holds)
     "chessboard": (
         lambda x, y, r, a: np.maximum(np.abs(x), np.abs(y)) < 0.8,
-        lambda x, y, r, a: np.sin(7.0 * x) * np.sin(7.0 * y) > 0,
+        lambda x, y, r, a, p: np.sin(6 * x + p) * np.sin(6 * y + p) > 0,
     ),
     "crescent": (
         lambda x, y, r, a: (r < 1) & (np.hypot(x - 0.6, y) > 0.65),
-        lambda x, y, r, a: np.cos(9 * x + 1) * np.cos(9 * y) > 0.5,
+        lambda x, y, r, a, p: np.cos(7 * x + p) * np.cos(7 * y) > 0.4,
     ),
     "cross": (
-        lambda x, y, r, a: (np.minimum(np.abs(x), np.abs(y)) < 0.36) & (np.maximum(np.abs(x), np.abs(y)) < 1),
-        lambda x, y, r, a: (np.minimum(np.abs(x), np.abs(y)) < 0.14) & (np.maximum(np.abs(x), np.abs(y)) < 0.8),
+        lambda x, y, r, a: (np.minimum(np.abs(x), np.abs(y)) < 0.38) & (np.maximum(np.abs(x), np.abs(y)) < 1),
+        lambda x, y, r, a, p: (np.minimum(np.abs(x), np.abs(y)) < 0.15) & (np.maximum(np.abs(x), np.abs(y)) < 0.8),
     ),
-    "fish": (_fish, lambda x, y, r, a: (np.sin(11 * np.hypot(x - 1.2, y)) > 0.2) & (x < 0.5)),
-    "flower": (
-        lambda x, y, r, a: r < 0.78 + 0.24 * np.cos(6 * a),
-        lambda x, y, r, a: (r < 0.28) | ((np.cos(6 * a) > 0.75) & (r > 0.45) & (r < 0.85)),
-    ),
+    "fish": (_fish, lambda x, y, r, a, p: np.sin(12 * np.hypot(x - 1.5, y) + p) > 0),
+    "flower": (lambda x, y, r, a: r < 0.8 + 0.22 * np.cos(5 * a), lambda x, y, r, a, p: r < 0.4),
     "gear": (
         lambda x, y, r, a: r < 0.82 + 0.18 * (np.cos(9 * a) > 0),
-        lambda x, y, r, a: (r > 0.3) & (r < 0.66) & (np.cos(4 * a) > -0.3),
+        lambda x, y, r, a, p: (r > 0.3) & (r < 0.66) & (np.cos(4 * a + p) > -0.3),
     ),
     "ladder": (
         lambda x, y, r, a: (np.abs(x) < 0.5) & (np.abs(y) < 1.05),
-        lambda x, y, r, a: (np.abs(x) < 0.3) & (np.sin(9.4 * y) > -0.25),
+        lambda x, y, r, a, p: (np.abs(x) < 0.3) & (np.sin(9.4 * y + p) > -0.25),
     ),
     "leaf": (
         lambda x, y, r, a: (np.hypot(x, y - 0.55) < 1.1) & (np.hypot(x, y + 0.55) < 1.1),
-        lambda x, y, r, a: (np.abs(y) < 0.07) | (np.sin(11 * (x - np.abs(y))) > 0.55),
+        lambda x, y, r, a, p: (np.abs(y) < 0.08) | (np.sin(10 * (x - np.abs(y)) + p) > 0.35),
     ),
-    "spiral": (
-        lambda x, y, r, a: r < 0.95,
-        lambda x, y, r, a: np.sin(a + 2 * np.pi * r / 0.42) > 0,
-    ),
-    "star": (_star, lambda x, y, r, a: np.sin(5 * a) > 0),
+    "spiral": (lambda x, y, r, a: r < 0.95, lambda x, y, r, a, p: np.sin(a + 2 * np.pi * r / 0.48 + p) > 0),
+    "star": (_star, lambda x, y, r, a, p: np.sin(5 * a + p) > 0),
 }
 """The classes, in the sorted order that class folders get."""
 
 
 @functools.cache
 def _outline_points(class_id: int) -> np.ndarray:
-    """Grid points (n, 2) inside the outline of a class, moved and scaled to mean 0 and area 1."""
-    step = 0.04
-    x, y = np.meshgrid(*[np.arange(-1.3, 1.3, step)] * 2)
-    inside = _region(SHAPES[list(SHAPES)[class_id]][0], x, y)
+    """Points (n, 2) of a grid with steps of GRID_STEP that lie inside the outline of a class."""
+    x, y = np.meshgrid(*[np.arange(-1.3, 1.3, GRID_STEP)] * 2)
+    outline, _ = list(SHAPES.values())[class_id]
+    inside = outline(x, y, np.hypot(x, y), np.arctan2(y, x))
     return np.stack([x[inside], y[inside]], axis=1)
 
 
-def _region(region: Region, x: Field, y: Field) -> Field:
-    return region(x, y, np.hypot(x, y), np.arctan2(y, x))
-
-
-def _colour(rng: np.random.Generator, value: float) -> np.ndarray:
-    """A colour of any hue, RGB in 0..1, about as bright as `value`."""
-    return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.45), np.clip(value + rng.uniform(-0.1, 0.1), 0, 1)))
+def _colour(rng: np.random.Generator, value: float) -> tuple[float, ...]:
+    """A colour of any hue, RGB in 0..255, about as bright as `value` (0..1)."""
+    hue, saturation, shift = rng.uniform((0, 0, -0.1), (1, 0.3, 0.1))
+    return tuple(255 * c for c in colorsys.hsv_to_rgb(hue, saturation, min(1.0, value + shift)))
 
 
 def _clutter(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Background (side, side, 3) in 0..1: uneven ground under fragments of strokes, arcs and corners, alike in all images."""
-    ground = np.full((side, side, 3), 0.0)
-    for cells, strength in ((3, 0.5), (9, 0.5)):
-        noise = (rng.uniform(0.35, 0.65, (cells, cells, 3)) * 255).astype(np.uint8)
-        ground += strength * np.asarray(Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC), np.float64)
-    canvas = Image.fromarray(ground.astype(np.uint8))
+    """Background (side, side, 3) in 0..255: uneven ground under strokes, arcs, corners and splinters, alike in all images."""
+    noise = rng.normal(0, 1, (10, 10))
+    noise = np.clip(128 + 20 * (noise - noise.mean()) / noise.std(), 0, 255).astype(np.uint8)
+    canvas = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
     draw = ImageDraw.Draw(canvas)
-    for _ in range(26):
-        colour = tuple(int(255 * c) for c in _colour(rng, rng.choice([0.25, 0.85])))
-        centre, length, angle = rng.uniform(0, side, 2), side * rng.uniform(0.05, 0.13), rng.uniform(0, 2 * math.pi)
+    for _ in range(FRAGMENTS):
+        colour = tuple(int(c) for c in _colour(rng, DARK if rng.uniform() < 0.5 else LIGHT))
+        x, y, length, angle, slant = rng.uniform((0, 0, 0.05, 0, 0.3), (1, 1, 0.13, 2 * math.pi, 1)) * (side, side, side, 1, 1)
         width = max(1, round(side * rng.uniform(0.02, 0.05)))
-        along = length * np.array([math.cos(angle), math.sin(angle)])
-        across = along[::-1] * (1, -1) * rng.uniform(0.3, 1)
-        kind = rng.integers(4)
-        if kind == 0:
-            draw.line([*(centre - along), *(centre + along)], fill=colour, width=width)
-        elif kind == 1:
-            draw.arc([*(centre - length), *(centre + length)], math.degrees(angle), math.degrees(angle) + 150, colour, width)
-        elif kind == 2:
-            draw.line([*(centre + along), *centre, *(centre + across)], fill=colour, width=width)
-        else:
-            draw.polygon([*(centre + along), *(centre - along), *(centre + across)], fill=colour)
-    return np.asarray(canvas, np.float64) / 255
+        dx, dy = length * math.cos(angle), length * math.sin(angle)
+        start, end, third = (x + dx, y + dy), (x - dx, y - dy), (x + slant * dy, y - slant * dx)
+        match rng.integers(4):
+            case 0:
+                draw.line([start, end], colour, width)
+            case 1:
+                draw.line([start, (x, y), third], colour, width)
+            case 2:
+                draw.polygon([start, end, third], colour)
+            case _:
+                turn = math.degrees(angle)
+                draw.arc([x - length, y - length, x + length, y + length], turn, turn + 150, colour, width)
+    return np.array(canvas, np.float32)
 
 
 def _pose(rng: np.random.Generator, class_id: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Matrix (2, 2) from object coordinates to pixels and the place (2,) of the object's origin, all of it inside the image."""
     points = _outline_points(class_id)
-    angle, stretch, shear = rng.uniform(-0.6, 0.6), math.exp(rng.uniform(-0.15, 0.15)), rng.uniform(-0.2, 0.2)
+    angle, shear, stretch = rng.uniform((-ROTATION, -0.15, -0.1), (ROTATION, 0.15, 0.1))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    matrix = turn @ np.array([[1, shear], [0, 1]]) @ np.diag([stretch, rng.choice([-1, 1]) / stretch])
-    unit_area = len(points) * 0.04**2
-    matrix *= side * math.sqrt(rng.uniform(*AREA) / unit_area)
+    mirror = -1 if rng.uniform() < 0.5 else 1
+    matrix = turn @ np.array([[1, shear], [0, 1]]) @ np.diag([mirror * math.exp(stretch), math.exp(-stretch)])
+    matrix *= side * math.sqrt(rng.uniform(*AREA) / (len(points) * GRID_STEP**2))
     reach = points @ matrix.T
     low, high = reach.min(0), reach.max(0)
-    matrix *= min(1.0, 0.96 * side / (high - low).max())
-    reach = points @ matrix.T
-    low, high = reach.min(0), reach.max(0)
-    return matrix, (0.02 * side - low) + rng.beta(0.7, 0.7, 2) * (0.96 * side - (high - low))
+    fit = min(1.0, 0.96 * side / (high - low).max())  # a long object that would stick out is drawn smaller
+    matrix, low, high = fit * matrix, fit * low, fit * high
+    slack = 0.96 * side - (high - low)
+    return matrix, 0.02 * side - low + rng.uniform(0.5 - SLACK / 2, 0.5 + SLACK / 2, 2) * slack
 
 
 def draw_image(seed: int, class_id: int, number: int, *, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image `number` of class `class_id`: rgb (S, S, 3) uint8 and the object's mask (S, S) bool, the same for the same arguments."""
+    """Image `number` of class `class_id`: rgb (S, S, 3) uint8 and the object's mask (S, S) bool; same arguments, same image.
+
+    Raises ValueError for a class that does not exist, a negative seed or number, and a size under 16 pixels.
+    """
+    if not 0 <= class_id < len(SHAPES) or min(seed, number) < 0 or size < 16:
+        raise ValueError(f"seed {seed}, class {class_id}, number {number}, size {size}: give a class from 0 to "
+                         f"{len(SHAPES) - 1}, a seed and a number of 0 or more, and a size of 16 or more")
     rng = np.random.default_rng((seed, class_id, number))
-    outline, structure = list(SHAPES.values())[class_id]
     side = 2 * size  # drawn twice as large and averaged, so that edges are smooth
     image = _clutter(rng, side)
     matrix, origin = _pose(rng, class_id, side)
-    column, row = np.meshgrid(*[np.arange(side) + 0.5] * 2)
-    x, y = np.einsum("ij,jrc->irc", np.linalg.inv(matrix), np.stack([column - origin[0], row - origin[1]]))
-    body = _region(outline, x, y)
-    inner = body & _region(structure, x, y)
-    values = rng.permutation([0.25, 0.85])
-    image[body] = _colour(rng, values[0])
-    image[inner] = _colour(rng, values[1])
-    angle = rng.uniform(0, 2 * math.pi)
-    light = rng.uniform(0.8, 1.15) * (1 + rng.uniform(0, 0.3) * (column * math.cos(angle) + row * math.sin(angle) - side / 2) / side)
-    image *= light[..., None]
-    image = image.reshape(size, 2, size, 2, 3).mean((1, 3)) + rng.normal(0, 0.02, (size, size, 3))
-    mask = body.reshape(size, 2, size, 2).mean((1, 3)) >= 0.5
-    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), mask
+    row, column = np.mgrid[:side, :side].astype(np.float32) + np.float32(0.5)
+    inverse = np.linalg.inv(matrix).astype(np.float32)
+    dx, dy = column - np.float32(origin[0]), row - np.float32(origin[1])
+    x, y = inverse[0, 0] * dx + inverse[0, 1] * dy, inverse[1, 0] * dx + inverse[1, 1] * dy
+    r, a = np.hypot(x, y), np.arctan2(y, x)
+    outline, structure = list(SHAPES.values())[class_id]
+    body = outline(x, y, r, a)
+    first, second = (DARK, LIGHT) if rng.uniform() < 0.5 else (LIGHT, DARK)
+    image[body] = _colour(rng, first)
+    image[body & structure(x, y, r, a, rng.uniform(0, 2 * math.pi))] = _colour(rng, second)
+    angle, slope, exposure = rng.uniform((0, 0, 0.8), (2 * math.pi, 0.2, 1.2))
+    across = column[0] / side - 0.5
+    image *= exposure * (1 + slope * (math.cos(angle) * across + math.sin(angle) * across[:, None]))[..., None]
+    image = _halve(image) + rng.normal(0, 5, (size, size, 3))
+    return np.clip(image, 0, 255).round().astype(np.uint8), _halve(body) >= 0.5
+
+
+def _halve(field: np.ndarray) -> np.ndarray:
+    """(2 S, 2 S, ...) -> (S, S, ...), the mean of each 2 x 2 block."""
+    return (field[::2, ::2] + np.float32(0) + field[1::2, ::2] + field[::2, 1::2] + field[1::2, 1::2]) / 4
+
+
+def write_dataset(folder: str | Path, *, seed: int = 0, classes: int = 10, train_per_class: int = 300, val_per_class: int = 60,
+                  size: int = 40) -> None:
+    """Write the image tree {train,val}/<class>/<name>.png, masks/ of the same shape, and annotations.json with class and box of each.
+
+    A box is (x0, y0, x1, y1) in pixels, x1 and y1 exclusive. The tree appears under its name only when it is complete. A folder
+    that already holds the set with the same settings is left as it is, and that is said; any other that is not empty raises
+    ValueError, as do settings that are out of range.
+    """
+    folder = Path(folder)
+    if not 1 <= classes <= len(SHAPES) or not 0 < train_per_class <= FIRST_VAL_NUMBER or val_per_class < 0:
+        raise ValueError(f"classes {classes}, train_per_class {train_per_class}, val_per_class {val_per_class}: give 1 to "
+                         f"{len(SHAPES)} classes, 1 to {FIRST_VAL_NUMBER} images of each to train and 0 or more to evaluate")
+    settings = {"format": FORMAT, "seed": seed, "classes": classes, "train_per_class": train_per_class,
+                "val_per_class": val_per_class, "size": size}
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if _settings_of(folder) != settings:
+            raise ValueError(f"{folder} is not empty and does not hold the set {settings}: give another folder or remove it")
+        print(f"{folder} already holds this set: nothing was drawn", file=sys.stderr)
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+        tree = Path(unfinished) / "set"
+        images = []
+        for split, first, count in (("train", 0, train_per_class), ("val", FIRST_VAL_NUMBER, val_per_class)):
+            for class_id in range(classes):
+                images += _write_class(tree, split, class_id, range(first, first + count), seed=seed, size=size)
+        record = {"settings": settings, "classes": list(SHAPES)[:classes], "images": images}
+        (tree / "annotations.json").write_text(json.dumps(record, indent=1))
+        os.replace(tree, folder)
+
+
+def _write_class(tree: Path, split: str, class_id: int, numbers: range, *, seed: int, size: int) -> list[dict[str, object]]:
+    name = list(SHAPES)[class_id]
+    for parent in (tree, tree / "masks"):
+        (parent / split / name).mkdir(parents=True)
+    records: list[dict[str, object]] = []
+    for number in numbers:
+        rgb, mask = draw_image(seed, class_id, number, size=size)
+        path = f"{split}/{name}/{name}_{number - numbers.start:04d}.png"
+        Image.fromarray(rgb).save(tree / path, compress_level=1)
+        Image.fromarray(mask).save(tree / "masks" / path)
+        rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+        box = [int(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)]
+        records.append({"image": path, "mask": f"masks/{path}", "split": split, "class": name, "box": box})
+    return records
+
+
+def _settings_of(folder: Path) -> object:
+    """The settings of the set in a folder, or None if no set is there."""
+    try:
+        return json.loads((folder / "annotations.json").read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -164,8 +164,8 @@ def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, 
     }  # fmt: skip
     log.write(record)
     waiting = record["data_wait_percent"]
-    bar.set_postfix_str(f", loss/lnK {record['loss_over_lnK']:.3f}, data wait {waiting:.0f} %")
-    if waiting > 10 and not feed.warned:
+    bar.set_postfix_str(f"loss/lnK {record['loss_over_lnK']:.3f}, data wait {waiting:.0f} %")
+    if waiting > 10 and record["seconds"] > 10 and not feed.warned:
         feed.warned = True
         say(
             f"warning: {waiting:.0f} % of the time went into waiting for images: raise data.workers if there are idle cores, or put "
@@ -312,7 +312,7 @@ class _Feed:
         for _ in range(count):
             started = time.monotonic()
             views, indices = next(self._batches)
-            self.views = [view.to(self._device, non_blocking=True) for view in views]
+            self.views = [v.to(self._device, non_blocking=True, memory_format=torch.channels_last) for v in views]
             self._waited += time.monotonic() - started
             self._images += len(indices) * distributed.world_size()
             self.indices += indices.tolist()

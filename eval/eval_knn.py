@@ -1,4 +1,5 @@
 """The same as `dino-simpool knn`, as a script: python eval/eval_knn.py --checkpoint RUN/last.pth --data DIR."""
+
 from __future__ import annotations
 
 import sys

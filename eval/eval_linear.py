@@ -1,4 +1,5 @@
 """The same as `dino-simpool linear`, as a script: python eval/eval_linear.py --checkpoint RUN/last.pth --data DIR."""
+
 from __future__ import annotations
 
 import sys

@@ -1,4 +1,5 @@
 """log.jsonl after any crash and resume, TensorBoard, and what the console shows."""
+
 from __future__ import annotations
 
 import json
@@ -21,7 +22,15 @@ def run(out, *, start: int = 0, stop: int, per_epoch: int = 4) -> None:
         if step % 2 == 0:
             log.write({"kind": "step", "step": step, "loss": 1 / step, "seconds": start + 0.5})
         if step % per_epoch == 0:
-            log.write({"kind": "epoch", "epoch": step // per_epoch - 1, "step": step, "k-NN": {"10": {"top1": step / 7}}, "img_per_s": start})
+            log.write(
+                {
+                    "kind": "epoch",
+                    "epoch": step // per_epoch - 1,
+                    "step": step,
+                    "k-NN": {"10": {"top1": step / 7}},
+                    "img_per_s": start,
+                }
+            )
     log.close()
 
 
@@ -42,7 +51,9 @@ def test_resumed_log_equals_the_uninterrupted_one(tmp_path, checkpoint, died_aft
 
 def test_epoch_line_of_an_unfinished_epoch_goes(tmp_path):
     run(tmp_path, stop=4)
-    RunLog(tmp_path, resume_step=4, resume_epoch=0, tensorboard=False).close()  # saved after step 4, before the epoch was closed
+    RunLog(
+        tmp_path, resume_step=4, resume_epoch=0, tensorboard=False
+    ).close()  # saved after step 4, before the epoch was closed
     assert [record["kind"] for record in read_log(tmp_path / "log.jsonl")] == ["step", "step"]
 
 
@@ -96,7 +107,15 @@ def test_truncation_is_all_or_nothing(tmp_path, monkeypatch):
 
 def test_lines_are_strict_json_and_exact(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
-    log.write({"loss": math.nan, "nested": {"values": (1.5, math.inf, None), "third": 1 / 3}, "step": 7, "kind": "step", "text": "ü\n"})
+    log.write(
+        {
+            "loss": math.nan,
+            "nested": {"values": (1.5, math.inf, None), "third": 1 / 3},
+            "step": 7,
+            "kind": "step",
+            "text": "ü\n",
+        }
+    )
     line = (tmp_path / "log.jsonl").read_text()  # before close: every line is flushed
     log.close()
 

@@ -1,4 +1,5 @@
 """The share of attention on the object, by hand, by an independent loop, and over images and processes."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -41,14 +42,22 @@ def test_by_hand():
 def test_cells_that_cut_pixels():
     mask = np.array([[True, False, False]])
     assert np.allclose(cell_coverage(mask, (0, 0, 3, 1), grid=(1, 2)), [[1 / 1.5, 0]], atol=1e-15)
-    assert np.allclose(cell_coverage(mask, (0, 0, 3, 1), grid=(2, 6)), [[1, 1, 0, 0, 0, 0]] * 2, atol=1e-15)  # cells below a pixel
+    assert np.allclose(
+        cell_coverage(mask, (0, 0, 3, 1), grid=(2, 6)), [[1, 1, 0, 0, 0, 0]] * 2, atol=1e-15
+    )  # cells below a pixel
     assert np.allclose(cell_coverage(mask, (0.5, 0, 2.5, 1), grid=(1, 1)), [[0.25]], atol=1e-15)
     assert np.allclose(cell_coverage(mask, (-1, 0, 1, 2), grid=(1, 2)), [[0, 0.5]], atol=1e-15)  # beyond the image: nothing
 
 
-@pytest.mark.parametrize(("shape", "grid", "box"), [
-    ((7, 5), (3, 2), (0, 0, 5, 7)), ((5, 9), (4, 4), (1.3, 0.2, 7.7, 4.9)), ((1, 1), (3, 5), (0, 0, 1, 1)), ((6, 6), (7, 11), (0.5, 0, 6, 5)),
-])
+@pytest.mark.parametrize(
+    ("shape", "grid", "box"),
+    [
+        ((7, 5), (3, 2), (0, 0, 5, 7)),
+        ((5, 9), (4, 4), (1.3, 0.2, 7.7, 4.9)),
+        ((1, 1), (3, 5), (0, 0, 1, 1)),
+        ((6, 6), (7, 11), (0.5, 0, 6, 5)),
+    ],
+)
 def test_coverage_equals_a_loop_over_cells_and_pixels(shape, grid, box):
     mask = np.random.default_rng(0).random(shape) < 0.5
     left, top, right, bottom = box
@@ -66,7 +75,9 @@ def test_coverage_equals_a_loop_over_cells_and_pixels(shape, grid, box):
     assert inside == pytest.approx(area, rel=1e-12)  # uniform attention: 1, for any mask and grid
 
 
-@pytest.mark.parametrize(("size", "resize", "crop"), [((40, 30), 20, 16), ((30, 41), 18, 16), ((16, 16), 16, 16), ((12, 50), 24, 12)])
+@pytest.mark.parametrize(
+    ("size", "resize", "crop"), [((40, 30), 20, 16), ((30, 41), 18, 16), ((16, 16), 16, 16), ((12, 50), 24, 12)]
+)
 def test_seen_box_is_what_the_transform_keeps(size, resize, crop):
     """A ramp image holds its own coordinates: their means over the crop must be the centre of the box."""
     width, height = size
@@ -87,9 +98,16 @@ def test_vit_sees_whole_patches_only():
     assert seen_box(cnn, (18, 18), resize=18, crop=18) == (0, 0, 18, 18)
 
 
-@pytest.mark.parametrize(("total", "count", "expected"), [
-    (1, 10, [0]), (5, 5, [0, 1, 2, 3, 4]), (5, 9, [0, 1, 2, 3, 4]), (9, 3, [0, 4, 8]), (7, 1, [0]),
-])
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [
+        (1, 10, [0]),
+        (5, 5, [0, 1, 2, 3, 4]),
+        (5, 9, [0, 1, 2, 3, 4]),
+        (9, 3, [0, 4, 8]),
+        (7, 1, [0]),
+    ],
+)
 def test_evenly(total, count, expected):
     assert evenly(total, count).tolist() == expected
 
@@ -165,7 +183,7 @@ def test_bad_masks(tmp_path):
     write_set(tmp_path, {"a/0": np.zeros((20, 20), bool)})
     encoder = build_encoder(ModelConfig(**MODEL))
     cfg = MasksConfig(data=str(tmp_path), workers=0)
-    with pytest.raises(ValueError, match="no mask .* has a pixel left"):
+    with pytest.raises(ValueError, match=r"no mask .* has a pixel left"):
         evaluate(encoder, cfg)
     mask = tmp_path / "masks/val/a/0.png"
     Image.new("L", (20, 21), 255).save(mask)

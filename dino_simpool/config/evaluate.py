@@ -4,6 +4,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dino_simpool.config.train import check_device
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -37,6 +39,14 @@ class EvalConfig:
     """Arithmetic of the encoder; similarities are float32 always."""
     seed: int = 0
     """Of the probe's initialisation, shuffling and augmentation, and of untrained weights."""
+
+    def __post_init__(self) -> None:
+        counts = (self.batch_size, self.subset_per_class, self.image_size, self.resize)
+        if min(1 if count is None else count for count in counts) < 1:
+            raise ValueError("batch_size, subset_per_class, image_size and resize must be 1 or more")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError("workers must be 0 or more")
+        check_device("device", self.device)
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,9 @@ class ReportConfig:
     """Held-out images to show."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        check_device("device", self.device)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,10 @@ def _allowed(config: type, name: str) -> str:
         config = next(f.default_factory for f in dataclasses.fields(config) if f.name == group)  # type: ignore[assignment]
     annotation = str(next(f.type for f in dataclasses.fields(config) if f.name == last))
     if choices := re.search(r"Literal\[(.*)\]", annotation):
-        return "one of " + choices[1].replace('"', "")
+        return "one of " + re.sub("['\"]", "", choices[1])
+    for kind, word in (("int", "whole number"), ("float", "number"), ("str", "text")):
+        # A tuple as it is written: [number, number].
+        annotation = re.sub(rf"(?<=[\[ ]){kind}(?=[,\]])", word, annotation).replace("tuple[", "[")
     words = {"None": "null", "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "Duration": "a duration"}
     return " or ".join(words.get(part, part) for part in annotation.split(" | "))
 
@@ -47,8 +50,12 @@ def _explain(message: str, config: type) -> str:
     unknown = unknown or re.search(r"(?:Option '|unrecognized arguments: (?:--)?)()([\w.]+)", message)
     if unknown:
         given = f"{unknown[1]}.{unknown[2]}" if unknown[1] else unknown[2]
-        near = difflib.get_close_matches(given, names, 1, 0.5)
+        same = [name for name in names if name.endswith(f".{given}")]  # `--lr` for `--optim.lr`
+        near = same or difflib.get_close_matches(given, names, 1, 0.5)
         return f"unknown option {given}: " + (f"did you mean {near[0]}?" if near else "--help lists all options")
+    if group := re.search(r'Parser key "(\w+)": Unable to load config', message):
+        first = next(name for name in names if name.startswith(f"{group[1]}."))
+        return f"{group[1]} is a group of options: give them one by one, as in --{first} VALUE"
     wrong = re.search(r'Parser key "([\w.]+)".*(?:Given|Got) value: (.*)', message)
     if wrong and wrong[1] in names:
         hint = " (nothing is written null in YAML and here)" if wrong[2] == "None" else ""
@@ -60,14 +67,14 @@ def _parser(config: type, program: str, description: str | None = None) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings  # 0.1 s: only where options are read
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, description=description or config.__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog=program, description=description or config.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A recipe: a file, or a name such as vit_small_simpool. Give it first; several are merged.")
     parser.add_class_arguments(config)
     return parser
 
 
 def _instantiate(config: type[Config], parser: Any, namespace: Any) -> Config:
-    values = parser.instantiate_classes(namespace)
+    values = parser.instantiate(namespace)
     return config(**{f.name: values[f.name] for f in dataclasses.fields(config)})  # type: ignore[arg-type]
 
 
@@ -84,7 +91,31 @@ def _recipe(name: str) -> str:
     raise ConfigError(f"no recipe {name}" + (f": did you mean {near[0]}?" if near else f"; recipes: {', '.join(known)}"))
 
 
-def _find_recipes(arguments: list[str]) -> list[str]:
+def _check_groups(config: type, values: dict[str, Any]) -> None:
+    for f in dataclasses.fields(config):
+        if dataclasses.is_dataclass(f.default_factory) and not isinstance(values.get(f.name, {}), dict):
+            raise ConfigError(f"{f.name} is a group of options: write {f.name}: {{NAME: VALUE}}")
+
+
+def _check_recipe(path: str, config: type) -> str:
+    """The path, after checks that the library lacks: the file has options, none is given twice, and groups are groups."""
+    try:
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = f"line {error.problem_mark.line + 1}: {error.problem}" if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        raise ConfigError(f"{path} is not YAML, {line}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path} is not a recipe: it has no options, such as `run: {{seed: 1}}`")
+    groups = {key.value: value for key, value in node.value if isinstance(value, yaml.MappingNode)}
+    _check_groups(config, {key.value: {} if key.value in groups else value.value for key, value in node.value})
+    for prefix, mapping in [("", node), *((f"{name}.", group) for name, group in groups.items())]:
+        keys = [key.value for key, _ in mapping.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:  # YAML would drop the first
+            raise ConfigError(f"{path} gives {prefix}{twice[0]} twice: write it once")
+    return path
+
+
+def _find_recipes(arguments: list[str], config: type) -> list[str]:
     """Resolve recipe names, and insist that recipes come before the options that override them."""
     found: list[str] = []
     position, overridden = 0, ""
@@ -98,7 +129,7 @@ def _find_recipes(arguments: list[str]) -> list[str]:
                 if position == len(arguments):
                     raise ConfigError("--config needs a recipe: a file or a name")
                 value = arguments[position]
-            found += ["--config", _recipe(value)]
+            found += ["--config", _check_recipe(_recipe(value), config)]
         else:
             if name.startswith("--") and not overridden and not name.startswith("--print_config"):
                 overridden = name
@@ -114,13 +145,14 @@ def parse(config: type[Config], arguments: list[str], *, program: str = "dino-si
     """
     parser = _parser(config, program)
     try:
-        return _instantiate(config, parser, parser.parse_args(_find_recipes(arguments)))
+        return _instantiate(config, parser, parser.parse_args(_find_recipes(arguments, config)))
     except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError, OSError) as error:
         raise ConfigError(_explain(str(error), config)) from None
 
 
 def from_dict(config: type[Config], values: dict[str, Any]) -> Config:
     """A plain dict (of a checkpoint, of a YAML file) -> a configuration. ConfigError for unknown keys and wrong types."""
+    _check_groups(config, values)
     parser = _parser(config, "dino-simpool")
     try:
         return _instantiate(config, parser, parser.parse_object(values))

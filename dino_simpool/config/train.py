@@ -25,6 +25,12 @@ def parse_duration(value: Duration) -> tuple[float, str]:
     return float(match[1]), match[2] or "ep"
 
 
+def check_device(name: str, device: str) -> None:
+    """ValueError if that is no device's name; whether it is there, only the run can know."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"{name} is {device}: allowed are auto, cpu, mps, cuda and cuda:N")
+
+
 def _check_duration(name: str, value: Duration, share: bool = True) -> None:
     try:
         number, unit = parse_duration(value)
@@ -78,6 +84,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         is_vit = self.arch.startswith(("vit", "deit"))
+        if min(self.num_heads, self.patch_size, self.image_size) < 1:
+            raise ValueError("model.num_heads, patch_size and image_size must be 1 or more")
+        sizes = (self.width, self.heads, *(self.depth if isinstance(self.depth, tuple) else (self.depth,)))
+        if min(1 if size is None else size for size in sizes) < 1:
+            raise ValueError("model.width, depth and heads must be 1 or more, or null for those of the architecture")
         if self.pool == "cls" and not is_vit:
             raise ValueError(f"model.pool cls needs a ViT, and {self.arch} has no class token: use gap or simpool")
         if self.gamma is not None and not 0 < self.gamma < math.inf:
@@ -92,8 +103,8 @@ class ModelConfig:
             raise ValueError(_not_divisible("model.image_size", self.image_size, self.patch_size))
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path is {self.drop_path}: allowed is 0 up to (not including) 1")
-        if min(self.num_heads, self.patch_size, self.image_size) < 1:
-            raise ValueError("model.num_heads, patch_size and image_size must be 1 or more")
+        if not min(self.std) > 0:
+            raise ValueError(f"model.std is {self.std}: give numbers above 0")
 
 
 @dataclass(frozen=True)
@@ -295,10 +306,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if min(self.batch_size, self.accumulate, self.log_every) < 1 or min(self.keep_every, self.knn_every) < 0:
             raise ValueError("run.batch_size, accumulate and log_every must be 1 or more, keep_every and knn_every 0 or more")
+        counts = (self.threads, self.save_every_steps, self.stop_after_steps, self.knn_resize)
+        if min(1 if count is None else count for count in counts) < 1:
+            raise ValueError("run.threads, save_every_steps, stop_after_steps and knn_resize must be 1 or more, or null")
         if (self.knn_train is None) != (self.knn_val is None):
             raise ValueError("run.knn_train and run.knn_val go together: give both class folders or neither")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise ValueError(f"run.device is {self.device}: allowed are auto, cpu, mps, cuda and cuda:N")
+        check_device("run.device", self.device)
         _check_duration("run.epochs", self.epochs, share=False)
 
 

@@ -1,8 +1,9 @@
 """Evaluators: frozen encoder in, results.json out. `run` is what each command calls; the rest is what evaluators share.
 
-An evaluator is a function evaluate(encoder, cfg) -> dict. Numbers in it are metrics in %, tensors are saved beside the results, and
-anything else (counts, what a choice was made on, curves) is written into the record as it is.
+An evaluator is a function evaluate(encoder, cfg) -> dict. Numbers in it are metrics, in % but for a `ratio`; tensors are
+saved beside the results; anything else (counts, what a choice was made on, curves) is written into the record as it is.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_simpool import __version__, distributed
 from dino_simpool.checkpoint import file_sha256, load_encoder, write_atomically
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, EvalConfig, to_dict
 from dino_simpool.data import ImageSet, class_folder
+from dino_simpool.model import Encoder
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "faiss-cpu", "pillow")
 MAX_BYTES = 2**28
@@ -30,32 +32,34 @@ MAX_BYTES = 2**28
 
 
 def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConfig) -> dict[str, Any]:
-    """Evaluate a checkpoint and write <out>/<name>.json, tensors as <name>.safetensors; prints the metrics and returns the record.
+    """Evaluate a checkpoint, write <out>/<name>.json (tensors: <name>.safetensors), print the metrics and return the record.
 
     name: of the evaluator. evaluate: see the module. cfg: its options; the file is called after those that must not be mixed up
-    (`result_name`). Under torchrun or SLURM all processes take part, and the first one writes. ValueError or OSError, in one
-    line, before anything is computed if an input is missing or the folder cannot be written.
+    (`result_name`). Under torchrun or SLURM all processes take part and the main one writes. ValueError or OSError, in one line
+    and before anything is computed, if an input is missing or the folder cannot be written.
     """
     started = time.perf_counter()
     device = distributed.setup(cfg.device)
     evaluator = f"{name}_grid" if getattr(cfg, "protocol", None) == "grid" else name
-    folder = _results_folder(cfg)
     encoder = None
     if cfg.checkpoint:
         encoder = load_encoder(cfg.checkpoint, which=cfg.which).to(device)
     elif getattr(cfg, "features", None) != "pixels":
         raise ValueError("no checkpoint is given: say --checkpoint RUN/last.pth (or backbone.safetensors)")
-    settings = preprocessing(encoder, cfg)
+    folder = _results_folder(cfg)
+    # Both before the evaluation: a training run may replace the file meanwhile.
+    model, settings = _model(encoder, cfg), preprocessing(encoder, cfg)
     torch.manual_seed(cfg.seed)
     result = evaluate(encoder, cfg)
     tensors = {key: value for key, value in result.items() if isinstance(value, Tensor)}
     metrics = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-    record = {
+    record: dict[str, Any] = {
         "evaluator": evaluator, "dataset": cfg.data, "split": cfg.val, "metrics": metrics, "units": "%",
         **{key: value for key, value in result.items() if key not in metrics and key not in tensors},
-        "config": to_dict(cfg), "preprocessing": settings, "model": _model(encoder, cfg), "versions": versions(), "device": _device_name(device),
-        "processes": distributed.world_size(), "dtype": cfg.precision, "seed": cfg.seed, "seconds": time.perf_counter() - started,
-    }
+        "config": to_dict(cfg), "preprocessing": settings, "model": model, "versions": versions(),
+        "device": _device_name(device), "processes": distributed.world_size(), "dtype": cfg.precision, "seed": cfg.seed,
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
     if distributed.is_main():
         path = folder / f"{result_name(evaluator, cfg)}.json"
         text = json.dumps(record, indent=2, allow_nan=False) + "\n"
@@ -68,9 +72,9 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
 
 
 def result_name(evaluator: str, cfg: EvalConfig) -> str:
-    """The name of the results file without suffix: knn, knn_pixels, knn_untrained, knn_student, knn_epoch_0020, linear_grid, ...
+    """The name of the results file without suffix: knn, knn_pixels, knn_untrained, knn_student, knn_epoch_0020, linear_grid ...
 
-    The default folder is shared by all checkpoints of a run, so those other than the newest state of the run are named there.
+    The default folder is shared by all checkpoints of a run, hence those other than its newest are named in it.
     """
     if getattr(cfg, "features", None) == "pixels":
         return f"{evaluator}_pixels"
@@ -81,11 +85,11 @@ def result_name(evaluator: str, cfg: EvalConfig) -> str:
     return "_".join(parts if cfg.out or checkpoint in ("last", "backbone") else [*parts, checkpoint])
 
 
-def preprocessing(encoder: Any, cfg: EvalConfig) -> dict[str, Any]:
+def preprocessing(encoder: Encoder | None, cfg: EvalConfig) -> dict[str, Any]:
     """The settings of the evaluation transform, as its arguments: image_size, resize, mean, std.
 
-    Size and normalisation belong to the encoder; cfg may ask for another size. resize is by default image_size * 256 / 224, cut to a
-    whole number as published. ValueError if there is no encoder and no size.
+    Size and normalisation belong to the encoder; cfg may ask for another size. resize: by default image_size * 256 / 224, cut
+    to a whole number as published. ValueError if there is neither encoder nor size.
     """
     size = cfg.image_size or (encoder.config.image_size if encoder is not None else None)
     if size is None:
@@ -101,8 +105,8 @@ def class_folders(cfg: EvalConfig) -> tuple[ImageSet, ImageSet]:
     """
     if not cfg.data:
         raise ValueError("no data is given: say --data DIR, a folder with the class folders train/ and val/")
-    train = class_folder(Path(cfg.data) / cfg.train, subset_per_class=cfg.subset_per_class)
-    val = class_folder(Path(cfg.data) / cfg.val)
+    train = class_folder(str(Path(cfg.data) / cfg.train), subset_per_class=cfg.subset_per_class)
+    val = class_folder(str(Path(cfg.data) / cfg.val))
     classes_of(val, train)
     return train, val
 
@@ -112,13 +116,15 @@ def classes_of(images: ImageSet, train: ImageSet) -> Tensor:
     number = {name: i for i, name in enumerate(train.classes)}
     missing = [name for name in images.classes if name not in number]
     if missing:
-        raise ValueError(f"class {missing[0]} of {images.root} is not among the {len(number)} classes of {train.root} "
-                         f"({len(missing)} such): use the same class folders in both")
+        raise ValueError(
+            f"class {missing[0]} of {images.root} is not among the {len(number)} classes of {train.root} "
+            f"({len(missing)} such): use the same class folders in both"
+        )
     return torch.from_numpy(np.array([number[name] for name in images.classes], dtype=np.int64)[images.labels])
 
 
 def chunks(count: int, row_bytes: int, *, max_bytes: int = MAX_BYTES, most: int | None = None) -> Iterator[slice]:
-    """Slices that cover range(count), each of as many rows of `row_bytes` as fit in max_bytes (one at least), and at most `most`."""
+    """Slices that cover range(count), each of as many rows of `row_bytes` as fit in max_bytes (1 at least, `most` at most)."""
     step = max(1, max_bytes // max(1, row_bytes))
     step = step if most is None else min(step, most)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
@@ -131,13 +137,14 @@ def describe(record: dict[str, Any], path: Path) -> str:
     what = f"raw pixels, as {what} sees them" if model and config.get("features") == "pixels" else what
     counts = ", ".join(f"{number} {name}" for name, number in record.get("counts", {}).items())
     lines = [f"{record['evaluator']}: {what}", f"  {record['dataset']}/{record['split']} ({counts})"]
-    lines += [f"  {name:<12} {value:8.2f} %" for name, value in record["metrics"].items()]
+    lines += [f"  {name:<18} {value:8.2f}{'' if name == 'ratio' else ' %'}" for name, value in record["metrics"].items()]
     return "\n".join([*lines, f"  written to {path}"])
 
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    return {"dino_simpool": __version__, "python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return {"dino_simpool": __version__, "python": platform.python_version(), **packages}
 
 
 def _results_folder(cfg: EvalConfig) -> Path:
@@ -145,7 +152,7 @@ def _results_folder(cfg: EvalConfig) -> Path:
     if not cfg.out and not cfg.checkpoint:
         raise ValueError("without a checkpoint there is no place for the results: give --out DIR")
     folder = Path(cfg.out) if cfg.out else Path(cfg.checkpoint).parent / "results"
-    if distributed.is_main() and not (cfg.checkpoint and not Path(cfg.checkpoint).is_file()):
+    if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "writable", lambda path: path.touch())
@@ -155,10 +162,11 @@ def _results_folder(cfg: EvalConfig) -> Path:
     return folder
 
 
-def _model(encoder: nn.Module | None, cfg: EvalConfig) -> dict[str, Any] | None:
+def _model(encoder: Encoder | None, cfg: EvalConfig) -> dict[str, Any] | None:
     if encoder is None:
         return None
-    return {**dataclasses.asdict(encoder.config), "checkpoint": cfg.checkpoint, "sha256": file_sha256(cfg.checkpoint), "which": cfg.which}
+    source = {"checkpoint": cfg.checkpoint, "sha256": file_sha256(cfg.checkpoint), "which": cfg.which}
+    return dataclasses.asdict(encoder.config) | source
 
 
 def _device_name(device: torch.device) -> str:

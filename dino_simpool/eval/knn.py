@@ -1,21 +1,25 @@
 """Weighted k-nearest-neighbour classification of frozen features, as in the DINO and SimPool papers.
 
-The k training images of highest cosine similarity s to a test image vote for their classes with weight exp(s / T), T = 0.07
-(facebookresearch/dino and billpsomas/simpool, eval_knn.py). What is fixed here where the published code leaves it open: equal
-similarities go to the lower training index, equal votes to the lower class; a top-5 hit needs a vote for its class, since classes without
-one are in no order; any number of images and classes works; k above the bank is clamped.
+The k training images of highest cosine similarity s to a test image vote for their classes with weight exp(s / temperature),
+temperature 0.07 (facebookresearch/dino and billpsomas/simpool, eval_knn.py). What the published code leaves open is fixed
+here: of equal similarities the lower training index is nearer, of equal votes the lower class wins; a top-5 hit needs a vote
+for its class (classes without one are in no order); any number of images and classes works, and k above the bank means all of
+it.
 
-The search costs one pass in float32 (faiss on the CPU, a blocked product elsewhere) that finds somewhat more candidates than
-asked for. Their cosines are then computed in float64 and rounded to 2**-30, which makes ties ties, and the result exact and independent of blocks,
-batches and processes. Test images for which rounding could have hidden a neighbour (more than 32 near-ties) are searched in float64.
+One search in float32 (faiss on the CPU, a blocked product elsewhere) finds the candidates, somewhat more than k. Their
+cosines are then computed in float64 and rounded to 2**-30, so that duplicates tie and the result is exact, whatever the
+blocks, batches and processes. A test image for which rounding could have hidden a neighbour (more than 32 near-ties) is
+searched in float64 instead.
 
-M training images (the bank), T test images, D width, C classes.
+M training images (the bank), T test images, b of them at a time, D width, C classes.
 """
+
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import torch
@@ -25,8 +29,9 @@ from torch import Tensor, nn
 from dino_simpool import distributed
 from dino_simpool.config import KnnConfig
 from dino_simpool.data import EvalTransform, ImageSet
-from dino_simpool.eval import MAX_BYTES, chunks, class_folders, classes_of, preprocessing
+from dino_simpool.eval import MAX_BYTES, chunks, class_folders, classes_of, preprocessing, run
 from dino_simpool.features import extract_features
+from dino_simpool.model import Encoder
 
 KS = (10, 20, 100, 200)
 """The numbers of neighbours of the published evaluation; the paper reports 10."""
@@ -39,13 +44,20 @@ INDEX = 2**32
 
 
 def knn_rank(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, *, k: int, temperature: float = 0.07, num_classes: int | None = None, top: int = 5
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    *,
+    k: int,
+    temperature: float = 0.07,
+    num_classes: int | None = None,
+    top: int = 5,
 ) -> Tensor:
     """Classes of each test image by descending vote of its k nearest training images, (T, min(top, C)) int64.
 
-    train_x: (M, D), train_y: (M,) classes 0..C-1, test_x: (T, D); features need not have unit length. num_classes: C, by default
-    the highest class + 1. Equal votes (none at all included) are ordered by class. k above M counts as M, with a warning.
-    ValueError if k, temperature, the labels or a feature is impossible. Source: eval_knn.py of facebookresearch/dino.
+    train_x: (M, D), train_y: (M,) classes 0..C-1, test_x: (T, D), of any length (they are normalised here). num_classes: C,
+    by default the highest class + 1. Equal votes, none at all included, are ordered by class. k above M counts as M, with a
+    warning. ValueError if k, temperature, a label or a feature is impossible. Source: eval_knn.py of facebookresearch/dino.
     """
     num_classes = int(train_y.max()) + 1 if num_classes is None and len(train_y) else num_classes or 0
     votes = vote_each_k(train_x, train_y, test_x, ks=(k,), temperature=temperature, num_classes=num_classes, top=top)
@@ -61,9 +73,9 @@ def vote_each_k(
     """
     check_settings(ks, temperature)
     if not len(train_y) == len(train_x) > 0:
-        raise ValueError(f"{len(train_x)} training features and {len(train_y)} labels: give one label for each, and at least one")
+        raise ValueError(f"{len(train_x)} training features and {len(train_y)} labels: give one label for each, at least one")
     if not 0 <= int(train_y.min()) <= int(train_y.max()) < num_classes:
-        raise ValueError(f"training labels go from {int(train_y.min())} to {int(train_y.max())}: allowed is 0 to {num_classes - 1}")
+        raise ValueError(f"training labels are {int(train_y.min())} to {int(train_y.max())}: allowed is 0 to {num_classes - 1}")
     if max(ks) > len(train_x):
         warnings.warn(f"k = {max(ks)} is more than the {len(train_x)} training images; all of them vote", stacklevel=2)
     similarity, index = neighbors(train_x, test_x, k=min(max(ks), len(train_x)))
@@ -94,11 +106,12 @@ def _vote(similarity: Tensor, labels: Tensor, *, temperature: float, num_classes
 
 
 def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
-    """The k training rows of highest cosine similarity: similarities (T, k) float64, descending, and indices (T, k), on the CPU.
+    """The k training rows of highest cosine: similarities (T, k) float64, descending, and indices (T, k), on the CPU.
 
     train: (M, D), on the CPU; test: (T, D), where the search shall run; k <= M. Equal similarities: lower index first.
     max_bytes: size of each working array. ValueError if a feature is not finite.
     """
+    test = test.cpu() if test.device.type == "mps" else test  # which has no float64
     bank = _Bank(train.cpu(), _lengths(train.cpu()), max_bytes)
     lengths = _lengths(test)
     count = min(k + SPARE, len(train))
@@ -107,8 +120,8 @@ def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES
         queries = test[rows].double() / lengths[rows, None]
         lowest, index = bank.candidates(queries.float(), count)
         found = bank.settle(queries.cpu(), index, k)
-        # float32 products of unit vectors err by less than this (four standard deviations of the rounding of D additions).
-        unsure = (found[:, -1] >> 32).double() / UNIT - lowest <= 2**-22 * test.shape[1] ** 0.5
+        # Float32 products of unit vectors err by less: the rounding of both vectors, and four sigma of that of D additions.
+        unsure = (found[:, -1] >> 32).double() / UNIT - lowest <= 2**-22 * (2 + test.shape[1] ** 0.5)
         if count < len(train) and unsure.any():
             found[unsure] = bank.search_all(queries.cpu()[unsure], k)
         keys[rows] = found
@@ -139,7 +152,8 @@ class _Bank:
     def settle(self, queries: Tensor, index: Tensor, k: int) -> Tensor:
         """The keys (b, k) of the best of the candidates (b, count), from float64 products."""
         keys = []
-        for part in chunks(len(index), 12 * index.shape[1] * queries.shape[1], max_bytes=self.max_bytes):
+        # A part that fits in the processor's cache is twice as fast.
+        for part in chunks(len(index), 12 * index.shape[1] * queries.shape[1], max_bytes=self.max_bytes // 32):
             found = self.rows[index[part]].double() @ queries[part, :, None]
             keys.append(_keys(found[..., 0] / self.lengths[index[part]], index[part]).topk(k).values)
         return torch.cat(keys)
@@ -149,7 +163,7 @@ class _Bank:
         found = []
         for part in queries.split(256):
             keys = torch.empty(len(part), 0, dtype=torch.int64)
-            for block in chunks(len(self.rows), 16 * (len(part) + queries.shape[1]), max_bytes=self.max_bytes):
+            for block in chunks(len(self.rows), 16 * (len(part) + queries.shape[1]), max_bytes=self.max_bytes // 32):
                 similarity = (part @ self.rows[block].double().T) / self.lengths[block]
                 keys = torch.cat([keys, _keys(similarity, torch.arange(block.start, block.stop))], 1)
                 keys = keys.topk(min(k, keys.shape[1])).values
@@ -182,13 +196,24 @@ def _lengths(features: Tensor) -> Tensor:
     parts = [features[rows].double().norm(dim=1) for rows in chunks(len(features), 8 * features.shape[1])]
     lengths = torch.cat(parts) if parts else features.new_empty(0, dtype=torch.float64)
     if not lengths.isfinite().all():
-        raise ValueError(f"feature {int(lengths.isfinite().logical_not().nonzero()[0])} is not finite: k-NN needs finite features")
+        raise ValueError(
+            f"feature {int((~lengths.isfinite()).nonzero()[0])} is not finite, which k-NN needs: check the encoder"
+        )
     return lengths.clamp_min(1e-12)
 
 
 def knn_accuracy(
-    encoder: nn.Module, train_set: ImageSet, val_set: ImageSet, *, transform: Callable[[Image.Image], Tensor], ks: Sequence[int] = KS,
-    temperature: float = 0.07, batch_size: int, workers: int | None, device: torch.device, precision: str = "fp32",
+    encoder: nn.Module,
+    train_set: ImageSet,
+    val_set: ImageSet,
+    *,
+    transform: Callable[[Image.Image], Tensor],
+    ks: Sequence[int] = KS,
+    temperature: float = 0.07,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    precision: str = "fp32",
 ) -> dict[str, dict[str, float]]:
     """Accuracy in % of the images of val_set among those of train_set: {"10": {"top1": ..., "top5": ...}, ...} for each k.
 
@@ -198,14 +223,28 @@ def knn_accuracy(
     check_settings(ks, temperature)
     labels = classes_of(val_set, train_set)
     train_x, test_x = (
-        extract_features(encoder, images, transform=transform, batch_size=batch_size, workers=workers, device=device,
-                         precision=precision, description=f"k-NN {name}")
+        extract_features(
+            encoder,
+            images,
+            transform=transform,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            precision=precision,
+            description=f"k-NN {name}",
+        )
         for name, images in (("bank", train_set), ("val", val_set))
     )
     mine = torch.arange(distributed.rank(), len(val_set), distributed.world_size())
-    queries = test_x[mine].to(device if device.type == "cuda" else "cpu")
-    voted = vote_each_k(train_x, torch.from_numpy(train_set.labels), queries, ks=ks, temperature=temperature,
-                        num_classes=len(train_set.classes), top=5)
+    voted = vote_each_k(
+        train_x,
+        torch.from_numpy(train_set.labels),
+        test_x[mine].to(device),
+        ks=ks,
+        temperature=temperature,
+        num_classes=len(train_set.classes),
+        top=5,
+    )
     hits = [((classes == labels[mine, None]) & (votes > 0)) for classes, votes in voted.values()]
     counts = torch.stack([torch.stack([hit[:, 0], hit.any(1)], 1) for hit in hits], 1)  # (T, ks, 2)
     percent = 100 * distributed.gather_by_index(counts, mine, len(val_set)).double().mean(0)
@@ -223,7 +262,12 @@ class Pixels(nn.Module):
         return images.flatten(1)
 
 
-def evaluate(encoder: nn.Module | None, cfg: KnnConfig) -> dict[str, object]:
+def main(cfg: KnnConfig) -> None:
+    """The command knn."""
+    run("knn", evaluate, cfg)
+
+
+def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
     """k-NN accuracy in % on cfg.data: top1_k10, top5_k10, ..., and the `counts` behind them.
 
     encoder: on the device where it shall run; it may be None if cfg.features is "pixels".
@@ -232,12 +276,19 @@ def evaluate(encoder: nn.Module | None, cfg: KnnConfig) -> dict[str, object]:
     settings = preprocessing(encoder, cfg)
     train_set, val_set = class_folders(cfg)
     device = torch.device("cpu") if encoder is None else next(encoder.parameters()).device
-    if cfg.features == "pixels":
-        encoder = Pixels(settings["image_size"])
-    assert encoder is not None
+    features = Pixels(settings["image_size"]) if cfg.features == "pixels" else encoder
+    assert features is not None
     accuracy = knn_accuracy(
-        encoder, train_set, val_set, transform=EvalTransform(**settings), ks=cfg.k, temperature=cfg.temperature,
-        batch_size=cfg.batch_size, workers=cfg.workers, device=device, precision=cfg.precision,
+        features,
+        train_set,
+        val_set,
+        transform=EvalTransform(**settings),
+        ks=cfg.k,
+        temperature=cfg.temperature,
+        batch_size=cfg.batch_size,
+        workers=cfg.workers,
+        device=device,
+        precision=cfg.precision,
     )
     metrics = {f"{name}_k{k}": value for k, names in accuracy.items() for name, value in names.items()}
     return metrics | {"counts": {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)}}

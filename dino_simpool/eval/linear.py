@@ -1,41 +1,45 @@
 """Linear classification of frozen features: the published protocol, and a grid of learning rates chosen without the val images.
 
-protocol "paper" (billpsomas/simpool and facebookresearch/dino, eval_linear.py): features of augmented images (random resized crop of
-8 to 100 % of the area, bilinear, and flip), softmax regression by SGD with momentum 0.9 and no weight decay, learning rate
-0.001 * batch / 256 with a cosine by epoch to 0, 100 epochs, weights from N(0, 0.01), bias 0. It is validated after every epoch and
-best_top1 is the highest of these, as published, hence selected on the val images; last_top1 is that of the last epoch.
+protocol "paper" (billpsomas/simpool and facebookresearch/dino, eval_linear.py): features of augmented images (random resized
+crop of 8 to 100 % of the area, bilinear, and flip), softmax regression by SGD with momentum 0.9 and no weight decay, learning
+rate 0.001 * batch / 256 with a cosine by epoch to 0, 100 epochs, weights from N(0, 0.01), bias 0. It is validated after every
+epoch; best_top1 is the highest of these, as published, hence selected on the val images; last_top1 is that of the last epoch.
 
 protocol "grid": features of all images once, without augmentation; one head for each learning rate, all in one tensor (their
-losses add up and they share nothing, so each is what it would be alone). The learning rate with the highest accuracy on a held-out part
-of train (a share of each class; equal: the lower one) is trained again on all of train, and only that head sees val.
+losses add up and they share nothing, so each is what it would be alone). The learning rate with the highest accuracy on a
+held-out part of train (a share of each class; of equals the lower one) is trained again on all of train, and only that head
+sees val.
 
-Features enter as they are, not standardised. The gradient of softmax regression is written out: softmax minus one-hot, times the feature.
-The augmentation of an image is a function of (seed, epoch, image), and a batch is dealt out to the processes and summed up again, so
-that neither workers nor processes change the result beyond rounding. Classes come from the train folders.
+Features enter as they are, not standardised. The gradient of softmax regression is written out: (softmax - one-hot) times
+feature. The augmentation of an image is a function of (seed, epoch, image), and a batch is dealt out to the processes and
+summed up again, so that neither workers nor processes change the result beyond rounding. Classes come from the train folders.
 
 M images, B images of a batch, D width, C classes, H heads.
 """
+
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dino_simpool import distributed
 from dino_simpool.augment import crop_boxes, to_tensor, uniforms
 from dino_simpool.config import LinearConfig
 from dino_simpool.data import EvalTransform, ImageSet, MultiCropDataset, default_workers, epoch_order
-from dino_simpool.eval import chunks, class_folders, classes_of, preprocessing
+from dino_simpool.eval import chunks, class_folders, classes_of, preprocessing, run
 from dino_simpool.features import encode, evaluation_mode, extract_features
 from dino_simpool.logs import progress
+from dino_simpool.model import Encoder
 
 MOMENTUM = 0.9
 INIT_STD = 0.01
@@ -114,11 +118,16 @@ class ProbeAugmentation:
         return list(to_tensor([image], mean=self.mean, std=self.std))
 
 
-def evaluate(encoder: nn.Module, cfg: LinearConfig) -> dict[str, Any]:
-    """Accuracy in % of the linear probe on cfg.data, its settings, and the head: `weight` (C, D) and `bias` (C,).
+def main(cfg: LinearConfig) -> None:
+    """The command linear."""
+    run("linear", evaluate, cfg)
 
-    paper: best_top1, last_top1 (and top5 of the same epochs), the `curve` by epoch, the head of the last epoch. grid: top1 (and top5), the
-    `grid` of held-out accuracies, the head of the chosen rate. With fewer than 5 classes there is no top5.
+
+def evaluate(encoder: Encoder, cfg: LinearConfig) -> dict[str, Any]:
+    """Accuracy in % of the linear probe on cfg.data, its settings (`probe`), and the head: `weight` (C, D) and `bias` (C,).
+
+    paper: best_top1, last_top1 and top5 of the same epochs, the `curve` by epoch, the head of the last epoch. grid: top1, top5,
+    the `grid` of held-out accuracies, the head of the chosen rate. With fewer than 5 classes there is no top5.
     """
     _check(cfg)
     train, val = class_folders(cfg)
@@ -130,7 +139,7 @@ def evaluate(encoder: nn.Module, cfg: LinearConfig) -> dict[str, Any]:
     return result | {"counts": counts, "classes": train.classes}
 
 
-def _paper(encoder: nn.Module, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, device: torch.device) -> dict[str, Any]:
+def _paper(encoder: Encoder, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, device: torch.device) -> dict[str, Any]:
     settings = preprocessing(encoder, cfg)
     augmentation = ProbeAugmentation(image_size=settings["image_size"], mean=settings["mean"], std=settings["std"])
     # The encoder is frozen and val is not augmented: its features are the same in every epoch.
@@ -141,10 +150,15 @@ def _paper(encoder: nn.Module, cfg: LinearConfig, *, train: ImageSet, val: Image
     heads = Heads([learning_rate], len(train.classes), encoder.embed_dim, seed=cfg.seed, device=device)
     curve: list[dict[str, float]] = []
     workers = default_workers() if cfg.workers is None else cfg.workers
-    items = iter(DataLoader(
-        MultiCropDataset(train, augmentation, cfg.seed), num_workers=workers, pin_memory=device.type == "cuda",
-        batch_sampler=_keys(len(train), cfg, batch_size=batch_size), generator=torch.Generator(),
-    ))
+    items = iter(
+        DataLoader(
+            MultiCropDataset(train, augmentation, cfg.seed),
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            batch_sampler=_keys(len(train), cfg, batch_size=batch_size),
+            generator=torch.Generator(),
+        )
+    )
     total = cfg.epochs * math.ceil(len(train) / batch_size)
     with evaluation_mode(encoder), progress(total, 0, "linear probe", images_per_step=batch_size) as bar:
         for epoch in range(cfg.epochs):
@@ -158,39 +172,49 @@ def _paper(encoder: nn.Module, cfg: LinearConfig, *, train: ImageSet, val: Image
                 loss += heads.step(features, labels.to(device), batch_size=size, decay=decay).item() * size / len(train)
                 bar.update()
             if not math.isfinite(loss):
-                raise ValueError(f"the probe's loss is not finite in epoch {epoch}: lower --lr, or check the weights and the images")
+                raise ValueError(f"the probe's loss is not finite in epoch {epoch}: lower --lr, or check weights and images")
             top1, top5 = (accuracy.item() for accuracy in heads.accuracy(val_x, val_y))
             curve.append({"epoch": epoch, "lr": learning_rate * decay, "train_loss": loss, "top1": top1, "top5": top5})
     best, last = max(curve, key=lambda line: line["top1"]), curve[-1]
+    probe = {"learning_rate": learning_rate, "batch_size": batch_size, "best_epoch": best["epoch"]}
     return {
         "best_top1": best["top1"], "last_top1": last["top1"], "best_top5": best["top5"], "last_top5": last["top5"],
-        "selected_on": "val_epochs", "best_epoch": best["epoch"], "learning_rate": learning_rate, "probe_batch_size": batch_size,
-        "curve": curve, "weight": heads.weight[0].cpu(), "bias": heads.bias[0].cpu(),
-    }
+        "selected_on": "val_epochs", "probe": probe, "curve": curve,
+        "weight": heads.weight[0].cpu(), "bias": heads.bias[0].cpu(),
+    }  # fmt: skip
 
 
-def _grid(encoder: nn.Module, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, device: torch.device) -> dict[str, Any]:
+def _grid(encoder: Encoder, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, device: torch.device) -> dict[str, Any]:
     train_y, val_y = torch.from_numpy(train.labels), classes_of(val, train)
     learn, held = split_held_out(train_y, cfg.held_out, seed=cfg.seed)
     train_x, val_x = _features(encoder, cfg, train, device=device), _features(encoder, cfg, val, device=device)
     rates = sorted(set(cfg.grid))
     batch_size = _batch_size(cfg, len(learn))
     scaled = [rate * batch_size / 256 for rate in rates]
-    fit = {"num_classes": len(train.classes), "epochs": cfg.epochs, "batch_size": batch_size, "seed": cfg.seed, "device": device}
-    held_top1, _ = fit_heads(train_x[learn], train_y[learn], learning_rates=scaled, **fit).accuracy(train_x[held], train_y[held])
+    fit = partial(
+        fit_heads, num_classes=len(train.classes), epochs=cfg.epochs, batch_size=batch_size, seed=cfg.seed, device=device
+    )
+    held_top1, _ = fit(train_x[learn], train_y[learn], learning_rates=scaled).accuracy(train_x[held], train_y[held])
     chosen = int(held_top1.argmax())  # the first of equals
-    heads = fit_heads(train_x, train_y, learning_rates=scaled[chosen : chosen + 1], **fit)
+    heads = fit(train_x, train_y, learning_rates=scaled[chosen : chosen + 1])
     top1, top5 = (accuracy.item() for accuracy in heads.accuracy(val_x, val_y))
+    grid = [{"lr": rate, "held_out_top1": value} for rate, value in zip(rates, held_top1.tolist(), strict=True)]
+    probe = {"lr": rates[chosen], "learning_rate": scaled[chosen], "batch_size": batch_size, "held_out": len(held)}
     return {
-        "top1": top1, "top5": top5, "selected_on": "train_heldout", "held_out": len(held), "lr": rates[chosen],
-        "learning_rate": scaled[chosen], "probe_batch_size": batch_size,
-        "grid": [{"lr": rate, "held_out_top1": value} for rate, value in zip(rates, held_top1.tolist(), strict=True)],
+        "top1": top1, "top5": top5, "selected_on": "train_heldout", "probe": probe, "grid": grid,
         "weight": heads.weight[0].cpu(), "bias": heads.bias[0].cpu(),
-    }
+    }  # fmt: skip
 
 
 def fit_heads(
-    features: Tensor, labels: Tensor, *, learning_rates: Sequence[float], num_classes: int, epochs: int, batch_size: int, seed: int,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    learning_rates: Sequence[float],
+    num_classes: int,
+    epochs: int,
+    batch_size: int,
+    seed: int,
     device: torch.device,
 ) -> Heads:
     """Train one head for each learning rate on the same features (M, D) and labels (M,), with a cosine by epoch to 0."""
@@ -217,14 +241,14 @@ def split_held_out(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, 
     for rows, size in zip(by_class, sizes, strict=True):
         held[rows[:size]] = True
     if not held.any():
-        raise ValueError("every class of train has a single image, so none can be held out: give more images or --protocol paper")
+        raise ValueError("every class of train has one image only, so none can be held out: give more, or --protocol paper")
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
 def _batches(
     num_images: int, epoch: int, *, seed: int, batch_size: int, forward_size: int
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Each global batch of an epoch: its size, the last one smaller, and this process's share of image numbers by forward pass."""
+    """Each global batch of an epoch: its size (the last one is smaller) and this process's image numbers, by forward pass."""
     order = epoch_order(num_images, seed=seed, epoch=epoch)
     for start in range(0, num_images, batch_size):
         batch = order[start : start + batch_size]
@@ -240,17 +264,22 @@ def _keys(num_images: int, cfg: LinearConfig, *, batch_size: int) -> Iterator[li
                 yield [(epoch, index) for index in part.tolist()]
 
 
-def _features(encoder: nn.Module, cfg: LinearConfig, images: ImageSet, *, device: torch.device) -> Tensor:
+def _features(encoder: Encoder, cfg: LinearConfig, images: ImageSet, *, device: torch.device) -> Tensor:
     return extract_features(
-        encoder, images, transform=EvalTransform(**preprocessing(encoder, cfg)), batch_size=cfg.batch_size, workers=cfg.workers,
-        device=device, precision=cfg.precision,
+        encoder,
+        images,
+        transform=EvalTransform(**preprocessing(encoder, cfg)),
+        batch_size=cfg.batch_size,
+        workers=cfg.workers,
+        device=device,
+        precision=cfg.precision,
     )
 
 
 def _batch_size(cfg: LinearConfig, num_images: int) -> int:
     """The global batch size: that of cfg, or all images if there are fewer; the learning rate is scaled by what it is."""
     if cfg.probe_batch_size > num_images:
-        warnings.warn(f"probe_batch_size {cfg.probe_batch_size} is more than the {num_images} training images; it is {num_images} now", stacklevel=3)
+        warnings.warn(f"probe_batch_size {cfg.probe_batch_size} is cut to the {num_images} images to learn from", stacklevel=3)
     return min(cfg.probe_batch_size, num_images)
 
 

@@ -1,12 +1,15 @@
 """How much of the attention falls on the object: its share of the mass inside the true mask over the mask's share of the area.
 
-1 is what uniform attention gets, 1 / area the best there is (all of the attention inside). The attention of a cell counts as spread
-evenly over the part of the image that the cell sees, so the shares are exact for any mask and grid, without resampling either of them.
-The image is resized and centre cropped before the encoder sees it, and what is cropped away counts neither as object nor as area.
+1 is what uniform attention gets, 1 / area the best there is (all of the attention inside). The attention of a cell counts as
+spread evenly over the part of the image that the cell sees: the shares are exact for any mask and grid; neither is resampled.
+The image is resized and centre cropped before the encoder sees it; what is cropped away counts neither as object nor as area.
 
-A data set with masks holds, beside {train,val}/<class>/<name>.*, a file masks/{train,val}/<class>/<name>.png of the image's size,
-0 outside the object and anything else inside. h, w: cells of the attention; H, W: pixels of the image.
+A data set with masks holds, beside {train,val}/<class>/<name>.*, a file masks/{train,val}/<class>/<name>.png of the image's
+size, 0 outside the object and anything else inside.
+
+h, w: cells of the attention; H, W: pixels of the image.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -27,7 +30,7 @@ Box = tuple[float, float, float, float]
 
 
 def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
-    """attention_in_mask and mask_area, in % and means over images, and `ratio`, the first over the second (1: uniform attention).
+    """attention_in_mask and mask_area, in % and means over images, and `ratio`, the first over the second (uniform: 1).
 
     encoder: on the device where it shall run.   Images whose object is cropped away altogether are left out and counted.
     ValueError if a mask is missing or does not fit, or if no image is left.
@@ -40,7 +43,8 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
     positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     device = next(encoder.parameters()).device
     loader = index_loader(
-        images, EvalTransform(**settings), chosen[positions], batch_size=cfg.batch_size, workers=cfg.workers, device=device)
+        images, EvalTransform(**settings), chosen[positions], batch_size=cfg.batch_size, workers=cfg.workers, device=device
+    )
     rows = []
     with evaluation_mode(encoder), torch.inference_mode():
         for batch, indices in loader:
@@ -54,7 +58,9 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
     measured = distributed.gather_by_index(own, torch.from_numpy(positions), len(chosen))
     measured = measured[measured[:, 1] > 0]
     if not len(measured):
-        raise ValueError(f"no mask of {images.root} has a pixel left after the centre crop: check the masks, or give a smaller --resize")
+        raise ValueError(
+            f"no mask of {images.root} has a pixel left after the centre crop: check the masks, or give a smaller --resize"
+        )
     inside, area = measured.mean(0).tolist()
     counts = {"images": len(measured), "without object": len(chosen) - len(measured)}
     return {"attention_in_mask": 100 * inside, "mask_area": 100 * area, "ratio": inside / area, "counts": counts}
@@ -76,8 +82,10 @@ def read_mask(path: Path, image: str | Path) -> np.ndarray:
         raise ValueError(f"{image} has no mask {path}: give a data set with masks/<split>/<class>/<name>.png for each image")
     with Image.open(path) as mask, Image.open(image) as original:
         if mask.size != original.size:
-            raise ValueError(f"mask {path} has {mask.width} x {mask.height} pixels, its image {original.width} x {original.height}: "
-                             "they must be equal")
+            raise ValueError(
+                f"mask {path} has {mask.width} x {mask.height} pixels, its image {original.width} x {original.height}: "
+                "they must be equal"
+            )
         return np.asarray(mask.convert("L")) > 0
 
 

@@ -3,13 +3,16 @@
 A chart shows a few series over the step, straight lines for comparison, and the value at each point when it is pointed at. Long
 series are shortened to the means of neighbouring points.
 """
+
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Point = tuple[float, float]
+Place = Callable[[float, float], Point]
+"""Step and value to x and y of the SVG."""
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 74, 12, 30
@@ -17,38 +20,37 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 74, 12, 30
 MAX_POINTS = 120
 
 
-def line_chart(series: dict[str, Sequence[Point]], *, references: dict[str, float] | None = None, unit: str = "") -> str:
-    """Returns an <svg> of the series (name -> (step, value) points, at least one point in all), over their steps.
+def line_chart(series: Mapping[str, Sequence[Point]], *, references: Mapping[str, float] | None = None) -> str:
+    """An <svg> of the series, name -> (step, value) points, with at least one point in all.
 
-    references: name -> value of horizontal dashed lines.   unit: written after values.
+    references: name -> value of horizontal dashed lines.
     """
     lines = {name: shorten(points) for name, points in series.items() if points}
     references = references or {}
     values = [y for points in lines.values() for _, y in points] + list(references.values())
-    steps = [x for points in lines.values() for x, _ in points]
+    last = max(x for points in lines.values() for x, _ in points) or 1
     y_ticks = nice_ticks(min(values), max(values))
-    x_ticks = nice_ticks(0, max(steps), count=4, inside=True)
-    low, high, last = y_ticks[0], y_ticks[-1], max(steps)
+    low, high = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> Point:
-        return (LEFT + (WIDTH - LEFT - RIGHT) * x / last, TOP + (HEIGHT - TOP - BOTTOM) * (high - y) / (high - low))
+        return LEFT + (WIDTH - LEFT - RIGHT) * x / last, TOP + (HEIGHT - TOP - BOTTOM) * (high - y) / (high - low)
 
-    parts = [_grid(x_ticks, y_ticks, place, unit)]
-    ends = []
+    x_ticks = [tick for tick in nice_ticks(0, last, count=4) if tick <= last]
+    parts, ends = [_grid(x_ticks, y_ticks, place)], []
     for name, value in references.items():
         x, y = place(last, value)
         parts.append(f'<line class="reference" x1="{LEFT}" x2="{x:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         ends.append((y, name, value, ""))
     for number, (name, points) in enumerate(lines.items(), 1):
-        parts.append(_series(name, points, place, number, unit))
+        parts.append(_line(name, points, place, f"s{number}"))
         ends.append((place(*points[-1])[1], name, points[-1][1], f"s{number}"))
-    parts.append(_end_labels(ends, unit))
-    label = "; ".join(f"{name}: last {short(points[-1][1])}{unit}" for name, points in lines.items())
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    parts.append(_end_labels(ends))
+    label = escape("; ".join(f"{name}: last {short(points[-1][1])}" for name, points in lines.items()))
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def shorten(points: Sequence[Point]) -> list[Point]:
-    """Returns at most MAX_POINTS points: means of runs of equal length, and the last point itself."""
+    """At most MAX_POINTS points: means of runs of equal length, and the last point itself."""
     run = math.ceil((len(points) - 1) / (MAX_POINTS - 1)) if len(points) > MAX_POINTS else 1
     if run == 1:
         return list(points)
@@ -59,39 +61,33 @@ def shorten(points: Sequence[Point]) -> list[Point]:
     return [*means, points[-1]]
 
 
-def nice_ticks(low: float, high: float, *, count: int = 5, inside: bool = False) -> list[float]:
-    """Returns about `count` round numbers (1, 2 or 5 times a power of ten apart), two at least, that enclose low and high.
-
-    inside: only those that lie between low and high.
-    """
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):  # one value: some room on both sides
+def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
+    """About `count` round numbers, 1, 2 or 5 times a power of ten apart and two at least, that enclose low and high."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value only: some room on both sides
         room = abs(high) * 0.1 or 1.0
         low, high = low - room, high + room
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    if inside:
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
+    return [number * step for number in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
 def short(value: float) -> str:
-    """Returns a number as people write it: 12000 as 12k, 0.00005 as 5e-5, otherwise three digits that count."""
-    if value and abs(value) < 1e-3:
+    """A number as people write it: 12000 as 12k, 0.00005 as 5e-5, otherwise three digits that count."""
+    if value and abs(value) < 1e-2:
         digits, exponent = f"{value:.1e}".split("e")
         return f"{digits.removesuffix('.0')}e{int(exponent)}"
-    if abs(value) >= 10_000:
+    if abs(value) >= 1e4:
         return f"{value / 1e6:.3g}M" if abs(value) >= 1e6 else f"{value / 1e3:.3g}k"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], place, unit: str) -> str:  # type: ignore[no-untyped-def]
+def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], place: Place) -> str:
     parts = []
     for tick in y_ticks:
         y = place(0, tick)[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}{unit}</text>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for tick in x_ticks:
         x = place(tick, y_ticks[0])[0]
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>')
@@ -99,30 +95,29 @@ def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], place, unit: str) 
     return "".join(parts)
 
 
-def _series(name: str, points: Sequence[Point], place, number: int, unit: str) -> str:  # type: ignore[no-untyped-def]
+def _line(name: str, points: Sequence[Point], place: Place, style: str) -> str:
+    """The line, a dot at its end, and an invisible disc on each point that tells its value."""
     placed = [place(*point) for point in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-    dots = "".join(
-        f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(name)}, step {step:.0f}: {short(value)}{unit}</title></circle>'
-        for (x, y), (step, value) in zip(placed, points, strict=True)
-    )
-    x, y = placed[-1]
-    return f'<polyline class="line s{number}" points="{path}"/><circle class="end s{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>{dots}'
+    parts = [f'<polyline class="line {style}" points="{path}"/>']
+    parts.append(f'<circle class="end {style}" cx="{placed[-1][0]:.1f}" cy="{placed[-1][1]:.1f}" r="3"/>')
+    for (x, y), (step, value) in zip(placed, points, strict=True):
+        said = escape(f"{name}, step {step:.0f}: {short(value)}")
+        parts.append(f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{said}</title></circle>')
+    return "".join(parts)
 
 
-def _end_labels(ends: list[tuple[float, str, float, str]], unit: str) -> str:
-    """Name and last value at the right end of each line, moved apart where they would overlap."""
-    space = 24
-    placed: list[float] = []
-    for y, *_ in sorted(ends):
-        placed.append(max(y, placed[-1] + space) if placed else max(y, TOP + 6))
-    excess = placed[-1] - (HEIGHT - BOTTOM - 8)
-    if excess > 0:
-        for i in reversed(range(len(placed))):
-            ceiling = placed[i + 1] - space if i + 1 < len(placed) else HEIGHT - BOTTOM - 8
-            placed[i] = min(placed[i], ceiling)
-    x = WIDTH - RIGHT + 8
-    return "".join(
-        f'<text class="{style} strong" x="{x}" y="{y:.1f}">{short(value)}{unit}</text><text x="{x}" y="{y + 11:.1f}">{escape(name)}</text>'
-        for y, (_, name, value, style) in zip(placed, sorted(ends), strict=True)
-    )
+def _end_labels(ends: Sequence[tuple[float, str, float, str]]) -> str:
+    """Name and last value at the right end of each line (y, name, value, style), moved apart where they would overlap."""
+    x, space, lowest = WIDTH - RIGHT + 8, 24, HEIGHT - BOTTOM - 14
+    ordered = sorted(ends)
+    heights: list[float] = []
+    for y, *_ in ordered:
+        heights.append(max(y, heights[-1] + space if heights else TOP + 6))
+    for i in reversed(range(len(heights))):  # back up, if the last ones were pushed below the plot
+        heights[i] = min(heights[i], lowest - space * (len(heights) - 1 - i))
+    parts = []
+    for y, (_, name, value, style) in zip(heights, ordered, strict=True):
+        parts.append(f'<text class="strong {style}" x="{x}" y="{y:.1f}">{short(value)}</text>')
+        parts.append(f'<text x="{x}" y="{y + 11:.1f}">{escape(name)}</text>')
+    return "".join(parts)

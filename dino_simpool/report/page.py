@@ -1,42 +1,49 @@
 """The page around the contents: style sheet, sections, tables, tiles. Everything that is passed as text gets escaped here."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 
 STYLE = """
-:root { color-scheme: light dark; --page: #f6f6f3; --card: #ffffff; --ink: #16181d; --soft: #5d6470; --rule: #e2e2dd;
-  --s1: #2a6fd6; --s2: #c8571b; --good: #1d7a46; --mark: #eef3fb; }
-@media (prefers-color-scheme: dark) { :root { --page: #121417; --card: #1b1e23; --ink: #e9eaec; --soft: #9aa1ac; --rule: #2e333a;
-  --s1: #6aa5f4; --s2: #f0935a; --good: #62c58d; --mark: #202a38; } }
+:root { color-scheme: light dark; --page: #f6f6f3; --card: #fff; --ink: #16181d; --soft: #5d6470; --rule: #e2e2dd;
+  --s1: #2a6fd6; --s2: #c8571b; --mark: #eef3fb; }
+@media (prefers-color-scheme: dark) { :root { --page: #121417; --card: #1b1e23; --ink: #e9eaec; --soft: #9aa1ac;
+  --rule: #2e333a; --s1: #6aa5f4; --s2: #f0935a; --mark: #202a38; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 16px 60px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 40px 0 4px; }
-p { margin: 0 0 12px; max-width: 75ch; } .soft { color: var(--soft); } .small { font-size: .85rem; }
+p { margin: 0 0 12px; max-width: 80ch; overflow-wrap: anywhere; } .soft { color: var(--soft); } .small { font-size: .85rem; }
 .tiles, .charts, .cards { display: grid; gap: 12px; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); margin: 20px 0 0; }
-.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
-.cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
-.card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 14px; margin: 0; min-width: 0; }
-.tile .value { font-size: 1.9rem; font-weight: 650; line-height: 1.15; } .tile .name { color: var(--soft); font-size: .85rem; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); margin-top: 20px; }
+.charts, .cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
+.cards.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); }
+.card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 14px; min-width: 0; }
+.card + .card, .missing + .card { margin-top: 12px; } .tiles .card, .charts .card, .cards .card { margin-top: 0; }
+.tile .value { font-size: 1.9rem; font-weight: 650; line-height: 1.15; }
+.tile .name { color: var(--soft); font-size: .85rem; }
 .card h3 { font-size: .95rem; margin: 0; } .card h3 + p { margin: 0 0 6px; }
 .chart { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif; fill: var(--soft); }
 .chart .grid { stroke: var(--rule); } .chart .reference { stroke: var(--soft); stroke-dasharray: 4 3; }
-.chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; } .chart .hit { fill: transparent; stroke: none; }
-.chart .hit:hover { fill: var(--ink); } .chart .strong { font-weight: 650; font-size: 12px; fill: var(--ink); }
-.chart .line.s1 { stroke: var(--s1); } .chart .line.s2 { stroke: var(--s2); }
-.chart .end.s1, .chart text.s1 { fill: var(--s1); } .chart .end.s2, .chart text.s2 { fill: var(--s2); }
+.chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.chart .strong { font-weight: 650; font-size: 12px; fill: var(--ink); }
+.chart .hit { fill: transparent; } .chart .hit:hover { fill: var(--ink); }
+.chart .line.s1 { stroke: var(--s1); } .chart .end.s1, .chart text.s1 { fill: var(--s1); }
+.chart .line.s2 { stroke: var(--s2); } .chart .end.s2, .chart text.s2 { fill: var(--s2); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .93rem; }
-th, td { padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; white-space: normal; } th { color: var(--soft); font-weight: 500; }
+th, td { padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+td { font-variant-numeric: tabular-nums; } th { color: var(--soft); font-weight: 500; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
 tr:last-child td { border-bottom: 0; } td.main { font-weight: 650; background: var(--mark); }
-.missing { border-left: 3px solid var(--s2); padding-left: 10px; color: var(--soft); }
-.panels { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px; } .panels figure, .views figure { margin: 0; min-width: 0; }
-.panels svg, .views svg { display: block; width: 100%; border-radius: 6px; } figcaption { color: var(--soft); font-size: .78rem; line-height: 1.3; margin-top: 3px; }
+.missing { border-left: 3px solid var(--s2); padding-left: 10px; color: var(--soft); margin: 12px 0; }
+figure { margin: 0; min-width: 0; } figure svg { display: block; width: 100%; border-radius: 6px; }
+figcaption { color: var(--soft); font-size: .78rem; line-height: 1.3; margin-top: 3px; overflow-wrap: anywhere; }
+.panels { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px; }
+.crops { display: grid; grid-template-columns: 35% 1fr; gap: 10px; align-items: start; }
 .views { display: flex; flex-wrap: wrap; gap: 8px; align-items: flex-end; }
-.scale { display: inline-block; width: 120px; height: 10px; border-radius: 5px; vertical-align: middle; margin: 0 6px; }
+.scale { display: inline-block; width: 110px; height: 10px; border-radius: 5px; vertical-align: middle; margin: 0 4px; }
 details summary { cursor: pointer; color: var(--soft); } pre { overflow-x: auto; font-size: .82rem; margin: 10px 0 0; }
 """
 
@@ -44,7 +51,8 @@ details summary { cursor: pointer; color: var(--soft); } pre { overflow-x: auto;
 def document(title: str, body: str) -> str:
     """A complete HTML page that loads nothing from elsewhere."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
     )
 
@@ -62,8 +70,10 @@ def missing(text: str) -> str:
 
 def tile(name: str, value: str, note: str) -> str:
     """One number that matters."""
-    return (f'<div class="card tile"><div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'
-            f'<div class="name">{escape(note)}</div></div>')
+    return (
+        f'<div class="card tile"><div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'
+        f'<div class="name">{escape(note)}</div></div>'
+    )
 
 
 def card(title: str, note: str, content: str) -> str:
@@ -73,11 +83,11 @@ def card(title: str, note: str, content: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, main: int | None = None) -> str:
     """A table of texts; main: number of the column that stands out."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f'<td{" class=main" if i == main else ""}>{escape(cell)}</td>' for i, cell in enumerate(row)) + "</tr>" for row in rows
-    )
-    return f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"]
+    for row in rows:
+        cells = (f"<td{' class=main' if i == main else ''}>{escape(cell)}</td>" for i, cell in enumerate(row))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="card scroll"><table>{"".join(lines)}</table></div>'
 
 
 def folded(title: str, text: str) -> str:

@@ -1,15 +1,17 @@
-"""The pictures of the page: attention over held-out images, before and after training, and what the augmentation makes of images.
+"""The pictures of the page: attention over held-out images, before and after training, and crops.
 
-A panel is an SVG in pixels of the picture that the encoder saw: the picture in grey, the attention as colour above it, the outline of
-the true mask. Colour stands for attention relative to uniform attention, on one scale for all panels, so that before and after can
-be compared; a scale of its own for each image would show structure in noise. h, w: cells of the attention; S: side of the picture.
+A panel is an SVG in pixels of the picture that the encoder saw: the picture in grey, the attention as colour above it, the
+outline of the true mask. Colour stands for attention relative to uniform attention, on one scale for all panels, so that before
+and after can be compared; a scale of its own for each image would show structure in noise.
+
+h, w: cells of the attention; S: side of the picture.
 """
+
 from __future__ import annotations
 
 import base64
 import dataclasses
 import io
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from dino_simpool.augment import MultiCrop
 from dino_simpool.config import EvalConfig, TrainConfig
 from dino_simpool.data import EvalTransform, find_images, read_rgb
 from dino_simpool.eval import preprocessing
-from dino_simpool.eval.masks import cell_coverage, evenly, mask_path, read_mask, seen_box, shares
+from dino_simpool.eval.masks import Box, cell_coverage, evenly, mask_path, read_mask, seen_box, shares
 from dino_simpool.model import Encoder
 from dino_simpool.pictures import unnormalize
 
@@ -33,50 +35,52 @@ OUTLINE_CELLS = 64
 """A mask is drawn on a grid of this many cells a side at most."""
 
 
-def attention_cards(encoders: dict[str, Encoder], data: str, *, split: str, num_images: int, device: torch.device) -> tuple[str, float]:
+def attention_cards(
+    encoders: dict[str, Encoder], data: str, *, split: str, num_images: int, device: torch.device
+) -> tuple[str, float]:
     """HTML of num_images held-out images with the attention of each encoder, and the top of the colour scale.
 
-    encoders: name -> encoder, all of one shape.   data: folder with `split`/ (or with the images themselves), and masks/`split`/.
+    encoders: label -> encoder, all of one shape.   data: folder with `split`/ (or with the images themselves), and perhaps
+    masks/`split`/.   FileNotFoundError or ValueError if there are no images.
     """
-    settings = preprocessing(next(iter(encoders.values())), EvalConfig())
-    folder = Path(data) / split if (Path(data) / split).is_dir() else Path(data)
-    images = find_images(str(folder))
-    chosen = evenly(len(images), num_images)
+    one = next(iter(encoders.values()))
+    settings = preprocessing(one, EvalConfig())
+    side = settings["image_size"]
+    images = find_images(str(Path(data) / split) if (Path(data) / split).is_dir() else data)
+    chosen = evenly(len(images), num_images).tolist()
     transform = EvalTransform(**settings)
-    pixels = torch.stack([transform(read_rgb(images.path(i))) for i in chosen])
-    maps = {}
+    pixels = torch.stack([transform(read_rgb(images.path(index))) for index in chosen])
     with torch.inference_mode():
-        for name, encoder in encoders.items():
-            maps[name] = encoder.to(device).attention(pixels.to(device)).float().cpu()
-    relative = {name: attention * attention[0].numel() for name, attention in maps.items()}
-    top = max(2.0, torch.quantile(torch.cat([x.flatten() for x in relative.values()]), 0.99).item())
+        maps = {label: encoder.to(device).attention(pixels.to(device)).double().cpu() for label, encoder in encoders.items()}
+    relative = {label: attention * attention[0].numel() for label, attention in maps.items()}
+    top = max(2.0, torch.cat([attention.flatten() for attention in relative.values()]).quantile(0.99).item())
     shown = unnormalize(pixels, transform.mean, transform.std)
     cards = []
     for row, index in enumerate(chosen):
-        picture, parent = picture_layer(shown[row], f"held-out-{row}"), Path(str(images.paths[index])).parent.name
-        mask = mask_path(data, split, images.paths[index])
-        coverage: dict[tuple[int, int], np.ndarray] = {}
-        if mask.is_file():
-            truth = read_mask(mask, images.path(index))
-            box = seen_box(next(iter(encoders.values())), truth.shape, resize=settings["resize"], crop=settings["image_size"])
-            side = min(OUTLINE_CELLS, settings["image_size"])
-            coverage = {grid: cell_coverage(truth, box, grid=grid) for grid in ((side, side), tuple(maps[next(iter(maps))].shape[1:]))}
-        drawn = outline(coverage[side, side] >= 0.5, settings["image_size"]) if coverage else ""
-        figures = [figure(panel(settings["image_size"], picture), parent or Path(str(images.paths[index])).name)]
-        for name, attention in relative.items():
-            layers = [f'<use href="#held-out-{row}" style="filter:grayscale(1)"/>', heat_layer(attention[row] / top, settings["image_size"]), drawn]
-            figures.append(figure(panel(settings["image_size"], *layers), _caption(name, maps[name][row], coverage)))
+        path, name = Path(str(images.paths[index])), f"held-out-{row}"
+        mask_file = mask_path(data, split, path)
+        truth = None
+        if mask_file.is_file():
+            mask = read_mask(mask_file, images.path(index))
+            truth = mask, seen_box(one, mask.shape, resize=settings["resize"], crop=side)
+        figures = [figure(panel(side, picture_layer(shown[row], name)), path.parent.name or path.name)]
+        for label, attention in relative.items():
+            lines, said = _compare(attention[row].numpy(), truth, side)
+            grey = f'<use href="#{name}" style="filter:grayscale(1)"/>'
+            figures.append(figure(panel(side, grey, heat_layer(attention[row] / top, side), lines), f"{label} {said}"))
         cards.append(f'<div class="card panels">{"".join(figures)}</div>')
     return f'<div class="cards">{"".join(cards)}</div>', top
 
 
-def _caption(name: str, attention: Tensor, coverage: dict[tuple[int, int], np.ndarray]) -> str:
-    """The encoder's name, and how dense its attention is inside the mask."""
-    grid = tuple(attention.shape)
-    if grid not in coverage:
-        return name
-    inside, area = shares(attention.double().numpy(), coverage[grid])
-    return f"{name}: {inside / area:.2f}\u00d7" if area else f"{name}: mask cropped away"
+def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, side: int) -> tuple[str, str]:
+    """The outline of the true mask, and the density of the attention (h, w) inside it; both empty without a mask."""
+    if truth is None:
+        return "", ""
+    cells = min(OUTLINE_CELLS, side)
+    lines = outline(cell_coverage(*truth, grid=(cells, cells)) >= 0.5, side)
+    height, width = attention.shape
+    inside, area = shares(attention, cell_coverage(*truth, grid=(height, width)))
+    return lines, f"{inside / area:.2f}×" if area else "(object cropped away)"
 
 
 def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
@@ -88,23 +92,28 @@ def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
     for index in evenly(len(images), num_images).tolist():
         image = read_rgb(images.path(index))
         boxes = augment.draw(image.height, image.width, seed=cfg.run.seed, epoch=0, index=index).box
-        views = augment(image, seed=cfg.run.seed, epoch=0, index=index)
-        small = image.copy()
-        small.thumbnail((256, 256))
-        scale = small.width / image.width
-        frames = "".join(
-            f'<rect x="{left * scale:.1f}" y="{top * scale:.1f}" width="{width * scale:.1f}" height="{height * scale:.1f}" fill="none" '
-            f'stroke="var(--s{1 if view < 2 else 2})" stroke-width="2" vector-effect="non-scaling-stroke"/>'
-            for view, (top, left, height, width) in enumerate(boxes.tolist())
-        )
-        original = f'<image href="{data_uri(np.asarray(small))}" width="{small.width}" height="{small.height}"{_sharp(small.width)}/>'
-        figures = [f'<figure style="width:132px">{_svg(small.width, small.height, original + frames)}<figcaption>image and crops</figcaption></figure>']
-        for number, view in enumerate(views):
-            name, width = (f"global {number + 1}", 92) if number < 2 else (f"local {number - 1}", 60)
-            drawn = panel(view.shape[-1], picture_layer(unnormalize(view, augment.mean, augment.std), f"view-{index}-{number}"))
-            figures.append(f'<figure style="width:{width}px">{drawn}<figcaption>{name}</figcaption></figure>')
-        cards.append(f'<div class="card views">{"".join(figures)}</div>')
-    return f'<div class="cards">{"".join(cards)}</div>'
+        figures = []
+        for view, pixels in enumerate(augment(image, seed=cfg.run.seed, epoch=0, index=index)):
+            layer = picture_layer(unnormalize(pixels, augment.mean, augment.std), f"view-{index}-{view}")
+            label, width = (f"global {view + 1}", 92) if view < 2 else (f"local {view - 1}", 60)
+            figures.append(figure(panel(pixels.shape[-1], layer), label, width=width))
+        original = figure(_original(image, boxes), "image and boxes")
+        cards.append(f'<div class="card crops">{original}<div class="views">{"".join(figures)}</div></div>')
+    return f'<div class="cards wide">{"".join(cards)}</div>'
+
+
+def _original(image: Image.Image, boxes: np.ndarray) -> str:
+    """A training image, made small, with the boxes (V, 4) of its crops: top, left, height, width in its own pixels."""
+    small = image.copy()
+    small.thumbnail((256, 256))
+    layers = [
+        f'<image href="{data_uri(np.asarray(small))}" width="{image.width}" height="{image.height}"{_sharp(image.width)}/>'
+    ]
+    for view, (top, left, height, width) in enumerate(boxes.tolist()):
+        place = f'x="{left}" y="{top}" width="{width}" height="{height}"'
+        colour = "var(--s1)" if view < 2 else "var(--s2)"
+        layers.append(f'<rect {place} fill="none" stroke="{colour}" stroke-width="2" vector-effect="non-scaling-stroke"/>')
+    return _svg(image.width, image.height, "".join(layers))
 
 
 def panel(side: int, *layers: str) -> str:
@@ -112,9 +121,10 @@ def panel(side: int, *layers: str) -> str:
     return _svg(side, side, "".join(layers))
 
 
-def figure(content: str, caption: str) -> str:
-    """A panel with a line of text under it."""
-    return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>"
+def figure(content: str, caption: str, *, width: int | None = None) -> str:
+    """A panel with a line of text under it; width: on the page, in pixels."""
+    style = f' style="width:{width}px"' if width else ""
+    return f"<figure{style}>{content}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def picture_layer(image: Tensor, name: str) -> str:
@@ -131,22 +141,25 @@ def heat_layer(strength: Tensor, side: int) -> str:
     place = smooth.clamp(0, 1).double().numpy() * (len(RAMP) - 1)
     low = np.floor(place).astype(int).clip(max=len(RAMP) - 2)
     rgba = RAMP[low] + (place - low)[..., None] * (RAMP[low + 1] - RAMP[low])
-    return f'<image href="{data_uri(rgba.round().astype(np.uint8))}" width="{side}" height="{side}" preserveAspectRatio="none"/>'
+    return (
+        f'<image href="{data_uri(rgba.round().astype(np.uint8))}" width="{side}" height="{side}" preserveAspectRatio="none"/>'
+    )
 
 
 def ramp_css() -> str:
     """The colour scale as a CSS gradient."""
-    return f"linear-gradient(90deg, {', '.join(f'rgba({r:.0f},{g:.0f},{b:.0f},{a / 255:.2f})' for r, g, b, a in RAMP)})"
+    colours = ", ".join(f"rgba({r:.0f},{g:.0f},{b:.0f},{a / 255:.2f})" for r, g, b, a in RAMP)
+    return f"linear-gradient(90deg, {colours})"
 
 
 def outline(mask: np.ndarray, side: int) -> str:
     """The border of a mask (n, n) bool along the edges of its cells, in a panel of side x side units."""
-    inside = np.pad(mask, 1).astype(np.int8)
+    padded = np.pad(mask, 1)
     unit = side / len(mask)
-    across = [f"M{x * unit:g} {y * unit:g}h{unit:g}" for y, x in np.argwhere(np.diff(inside, axis=0)[:, 1:-1])]
-    down = [f"M{x * unit:g} {y * unit:g}v{unit:g}" for y, x in np.argwhere(np.diff(inside, axis=1)[1:-1])]
-    path = f'd="{"".join(across + down)}" fill="none" vector-effect="non-scaling-stroke" stroke-linecap="square"'
-    return f'<path {path} stroke="#000" stroke-width="3" opacity=".6"/><path {path} stroke="#fff" stroke-width="1.5"/>'
+    across = [f"M{x * unit:g} {y * unit:g}h{unit:g}" for y, x in np.argwhere(padded[1:] != padded[:-1]) - (0, 1)]
+    down = [f"M{x * unit:g} {y * unit:g}v{unit:g}" for y, x in np.argwhere(padded[:, 1:] != padded[:, :-1]) - (1, 0)]
+    path = f'<path d="{"".join(across + down)}" fill="none" vector-effect="non-scaling-stroke" stroke-linecap="square"'
+    return f'{path} stroke="#000" stroke-width="3" opacity=".6"/>{path} stroke="#fff" stroke-width="1.5"/>'
 
 
 def data_uri(pixels: np.ndarray) -> str:

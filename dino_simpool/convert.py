@@ -1,0 +1,242 @@
+"""Weights of other projects and ours: the key tables, a loader that runs no code, and a strict check that names what differs.
+
+Sources: the files written by facebookresearch/dino and by the self-supervised code of SimPool (github.com/billpsomas/simpool),
+both here "dino", and by SimPool's supervised code, a fork of timm, here "supervised". Ours are the names of `model.DinoModel`:
+`encoder.trunk.*`, `encoder.pool.*`, `encoder.norm.*`, `head.*`, and `classifier.*` for a supervised file's linear classifier.
+
+A row of a table is (dino, supervised, ours); `#` stands for a number and `*` for the rest of a name.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Layout = Literal["dino", "supervised"]
+Row = tuple[str, str, str]
+
+
+def _pool(supervised: str) -> tuple[Row, ...]:
+    names = (("norm_patches.*", "norm.*"), ("wq.weight", "q.weight"), ("wk.weight", "k.weight"), ("beta", "beta"))
+    return tuple((f"simpool.{theirs}", f"{supervised}.{theirs}", f"pool.{ours}") for theirs, ours in names)
+
+
+ENCODERS: dict[str, tuple[Row, ...]] = {
+    "vit": (
+        ("pos_embed", "pos_embed", "trunk.pos_embed"),
+        ("cls_token", "cls_token", "trunk.cls_token"),
+        ("patch_embed.*", "patch_embed.*", "trunk.patch_embed.*"),
+        ("blocks.*", "blocks.*", "trunk.blocks.*"),
+        *_pool("gp.pool"),
+        ("norm.*", "norm.*", "norm.*"),
+        ("head.*", "head.*", "classifier.*"),
+    ),
+    "resnet": (
+        ("conv1.*", "conv1.*", "trunk.conv1.*"),
+        ("bn1.*", "bn1.*", "trunk.bn1.*"),
+        ("layer#.*", "layer#.*", "trunk.layer#.*"),
+        *_pool("global_pool.pool"),
+        ("fc.*", "fc.*", "classifier.*"),
+    ),
+    "convnext": (
+        ("downsample_layers.0.*", "stem.*", "trunk.stem.*"),
+        ("downsample_layers.#.*", "stages.#.downsample.*", "trunk.stages.#.downsample.*"),
+        ("stages.#.#.dwconv.*", "stages.#.blocks.#.conv_dw.*", "trunk.stages.#.blocks.#.conv_dw.*"),
+        ("stages.#.#.norm.*", "stages.#.blocks.#.norm.*", "trunk.stages.#.blocks.#.norm.*"),
+        ("stages.#.#.pwconv#.*", "stages.#.blocks.#.mlp.fc#.*", "trunk.stages.#.blocks.#.mlp.fc#.*"),
+        ("stages.#.#.gamma", "stages.#.blocks.#.gamma", "trunk.stages.#.blocks.#.gamma"),
+        *_pool("head.global_pool.pool"),
+        ("norm.*", "head.norm.*", "norm.*"),
+        ("head.*", "head.fc.*", "classifier.*"),
+    ),
+}
+"""By family: what each part of an encoder is called."""
+
+_PROTOTYPES = (("last_layer.weight_g", "", "last_layer.parametrizations.weight.original0"),
+               ("last_layer.weight_v", "", "last_layer.parametrizations.weight.original1"))
+HEADS: dict[str, tuple[Row, ...]] = {
+    "one layer": (("mlp.*", "", "fc1.*"), *_PROTOTYPES),
+    "plain": (*((f"mlp.{2 * i}.*", "", f"fc{i + 1}.*") for i in range(9)), *_PROTOTYPES),
+    "batch norm": (*((f"mlp.{3 * i}.*", "", f"fc{i + 1}.*") for i in range(9)),
+                   *((f"mlp.{3 * i + 1}.*", "", f"bn{i + 1}.*") for i in range(9)), *_PROTOTYPES),
+}
+"""DINO heads: the published ones number all modules of one sequence, activations included."""
+
+FAMILY_KEYS = {"patch_embed.proj.weight": "vit", "conv1.weight": "resnet", "stem.0.weight": "convnext",
+               "downsample_layers.0.0.weight": "convnext"}
+COLUMNS = {"dino": 0, "supervised": 1, "ours": 2}
+
+
+def load_official(path: str | Path) -> dict[str, Any]:
+    """The content of a published .pth file, tensors on the CPU; besides them it may hold only the plain values that those have.
+
+    A file that would run code, is damaged, or is no dictionary is a ValueError.
+    """
+    # Learning rates were saved as NumPy scalars, which this function makes; old versions saved it under another name.
+    scalar: Any = np.float64(0).__reduce__()[0]
+    harmless = [argparse.Namespace, pathlib.PosixPath, np.dtype, np.dtypes.Float64DType, scalar,
+                (scalar, "numpy.core.multiarray.scalar")]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {found[1]}, and loading it could run code" if found else "is no checkpoint"
+        raise ValueError(f"{path} {what}: only tensors and plain values are loaded, get the file from its authors") from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read, it is damaged or no checkpoint: copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: a dictionary of weights is needed")
+    return content
+
+
+def from_official(checkpoint: Mapping[str, Any], *, which: Literal["teacher", "student"] = "teacher") -> dict[str, Tensor]:
+    """Weights under our names, from the content of a published file or of ours, or from a bare state dict.
+
+    which: of a self-supervised file the teacher or the student; of a supervised one teacher means its moving average, if it has
+    one. Names that no table knows are a ValueError.
+    """
+    state = {_strip(name): value for name, value in _choose(checkpoint, which).items() if ".aux_bn." not in name}
+    if any(name.startswith(("encoder.trunk.", "trunk.")) for name in state):
+        ours = ("encoder.", "head.", "classifier.")
+        return {name if name.startswith(ours) else f"encoder.{name}": value for name, value in state.items()}
+    if any(name.startswith("backbone.") for name in state):
+        encoder, head = _section(state, "backbone."), _section(state, "head.")
+        if stray := [name for name in state if not name.startswith(("backbone.", "head."))]:
+            raise ValueError(f"weights that no table knows: {_first(stray)}")
+    elif "last_layer.weight_g" in state:
+        encoder, head = {}, state
+    else:
+        encoder, head = state, {}
+    result: dict[str, Tensor] = {}
+    if encoder:
+        rows = ENCODERS[_family(encoder)]
+        renamed = _rename(_without_class_position(encoder), rows, "ours")
+        result |= {name if name.startswith("classifier.") else f"encoder.{name}": value for name, value in renamed.items()}
+    if head:
+        result |= {f"head.{name}": value for name, value in _rename(head, _head_rows(head), "ours").items()}
+    return result
+
+
+def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict[str, Tensor]:
+    """Weights under published names: "dino" with backbone. and head. in front, "supervised" as the timm fork has them, bare.
+
+    state: under our names, a whole DinoModel, an encoder or a head. The head has no place in a supervised file (ValueError).
+    """
+    bare = ("trunk.", "pool.", "norm.")
+    state = {f"encoder.{name}" if name.startswith(bare) else name: value for name, value in state.items()}
+    encoder, head = _section(state, "encoder."), _section(state, "head.")
+    encoder |= {name: value for name, value in state.items() if name.startswith("classifier.")}
+    renamed = _rename(encoder, ENCODERS[_family(_section(encoder, "trunk."))], layout) if encoder else {}
+    if layout == "supervised":
+        if head:
+            raise ValueError("a supervised file has no place for a DINO head: convert the encoder only, or to the layout dino")
+        return renamed
+    return {f"backbone.{name}": value for name, value in renamed.items()} | {
+        f"head.{name}": value for name, value in _rename(head, _head_rows(head), "dino").items()}
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Loads all weights of a module, which must be exactly those of state; a ValueError names the first that are not.
+
+    source: what the message calls the state, a path for instance.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [f"{name} is {tuple(state[name].shape)}, here {tuple(own[name].shape)}" for name in own
+              if name in state and state[name].shape != own[name].shape]
+    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if any(wrong.values()):
+        found = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in wrong.items() if names)
+        raise ValueError(f"{source} does not fit this model: {found}; compare the options of the model")
+    module.load_state_dict(state)
+
+
+def _choose(checkpoint: Mapping[str, Any], which: str) -> Mapping[str, Tensor]:
+    """The state dict in a checkpoint."""
+    if all(isinstance(value, Tensor) for value in checkpoint.values()):
+        return checkpoint
+    places = ("student", "state_dict") if which == "student" else ("teacher", "state_dict_ema", "state_dict")
+    for place in places:
+        if isinstance(checkpoint.get(place), Mapping):
+            return checkpoint[place]
+    raise ValueError(f"the checkpoint has no {which}: it has {_first(checkpoint)}, and one of {', '.join(places)} is needed")
+
+
+def _strip(name: str) -> str:
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _section(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _family(names: Iterable[str]) -> str:
+    names = list(names)
+    for name, family in FAMILY_KEYS.items():
+        if name in names:
+            return family
+    raise ValueError(f"no ViT, ResNet or ConvNeXt is known by these weights: {_first(names)}")
+
+
+def _head_rows(names: Iterable[str]) -> tuple[Row, ...]:
+    names = list(names)
+    if "mlp.weight" in names or ("fc1.weight" in names and "fc2.weight" not in names):
+        return HEADS["one layer"]
+    return HEADS["batch norm" if any(name.startswith("bn1.") or name.endswith("running_mean") for name in names) else "plain"]
+
+
+def _without_class_position(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drops the first position of early SimPool files, which have one for a class token but no class token."""
+    state = dict(state)
+    if "pos_embed" in state and "cls_token" not in state:
+        rows = state["pos_embed"].shape[1]
+        if math.isqrt(rows) ** 2 != rows and math.isqrt(rows - 1) ** 2 == rows - 1:
+            warnings.warn(f"pos_embed has {rows} rows but there is no class token, as in early SimPool files: the first row is "
+                          "dropped, and model.pos_interp dino_legacy repeats their interpolation", stacklevel=3)
+            state["pos_embed"] = state["pos_embed"][:, 1:]
+    return state
+
+
+def _rename(state: Mapping[str, Tensor], rows: tuple[Row, ...], target: str) -> dict[str, Tensor]:
+    """All names by a table: to ours from the published layout that knows them all, or from ours to a published layout."""
+    unknown: dict[str, list[str]] = {}
+    for source in ("dino", "supervised") if target == "ours" else ("ours",):
+        pairs = [(_pattern(row[COLUMNS[source]]), row[COLUMNS[target]]) for row in rows]
+        names = {name: _translate(name, pairs) for name in state}
+        unknown[source] = [name for name, new in names.items() if new is None]
+        if not unknown[source]:
+            assert len(set(names.values())) == len(names)
+            return {new: state[name] for name, new in names.items() if new is not None}
+    fewest = min(unknown.values(), key=len)
+    raise ValueError(f"weights that no table knows: {_first(fewest)}")
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)"))
+
+
+def _translate(name: str, pairs: list[tuple[re.Pattern[str], str]]) -> str | None:
+    for pattern, template in pairs:
+        if match := pattern.fullmatch(name):
+            for part in match.groups():
+                template = re.sub(r"[#*]", part, template, count=1)
+            return template
+    return None
+
+
+def _first(names: Iterable[str]) -> str:
+    """The first five of many names."""
+    names = list(names)
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,125 @@
+"""The trunks of the encoders: ViTs, ResNets and ConvNeXts of timm without pooling and classifier, in any size.
+
+Source: timm, whose blocks compute what the published self-supervised models compute. Set as in facebookresearch/dino and not as
+in timm: the class token starts from a truncated normal of 0.02, the last BatchNorm of a residual branch from 1. Ours: the small
+stems (one 3x3 convolution of stride 1, no pooling) and the widths and stages of CNNs for images of 32 to 64 pixels.
+"""
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from dino_simpool.config import ModelConfig
+
+RECIPES = {f"vit_{size}": f"vit_{size}_patch16_224" for size in ("tiny", "small", "base")}
+"""Our short names; those of the CNNs are timm's own."""
+
+
+def find_arch(arch: str) -> tuple[str, str]:
+    """Family ("vit", "resnet" or "convnext") and timm name of an architecture; a ValueError with the nearest name otherwise."""
+    name = RECIPES.get(arch, arch)
+    known = {model: "vit" for module in ("vision_transformer", "deit") for model in timm.list_models(module=module)
+             if model.startswith(("vit", "deit")) and "distilled" not in model}
+    known |= {model: family for family in ("resnet", "convnext") for model in timm.list_models(module=family)}
+    if name in known:
+        return known[name], name
+    if timm.is_model(name):
+        raise ValueError(f"model.arch is {arch}, which is of another family of timm: allowed are ViTs, ResNets and ConvNeXts")
+    nearest = difflib.get_close_matches(arch, [*RECIPES, *known], 1, cutoff=0)
+    raise ValueError(f"model.arch is {arch}, which timm does not know: did you mean {nearest[0]}?")
+
+
+def build_trunk(cfg: ModelConfig) -> tuple[Any, nn.Module]:
+    """Trunk without pooling and classifier, and the norm that belongs after it; `trunk.num_features` is the width D.
+
+    An architecture that does not exist, or sizes that do not fit it, are a ValueError.
+    """
+    family, name = find_arch(cfg.arch)
+    return {"vit": _vit, "resnet": _resnet, "convnext": _convnext}[family](name, cfg)
+
+
+def _on_meta(name: str) -> Any:
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def _vit(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
+    patch = re.search(r"patch(\d+)", cfg.arch)
+    if patch and int(patch[1]) != cfg.patch_size:
+        raise ValueError(f"model.patch_size is {cfg.patch_size}, but {cfg.arch} has patches of {patch[1]} pixels: set "
+                         f"model.patch_size {patch[1]}")
+    sizes: dict[str, Any] = {}
+    if cfg.width or cfg.heads:
+        width = cfg.width or _on_meta(name).embed_dim
+        heads = cfg.heads or max(1, width // 64)
+        if width % heads:
+            raise ValueError(f"model.width {width} does not divide into {heads} heads: set model.heads to a divisor")
+        sizes |= {"embed_dim": width, "num_heads": heads}
+    if isinstance(cfg.depth, tuple):
+        raise ValueError(f"model.depth is {cfg.depth}, but {cfg.arch} has no stages: give the number of its blocks")
+    if cfg.depth:
+        sizes |= {"depth": cfg.depth}
+    trunk: Any = timm.create_model(name, num_classes=0, global_pool="", final_norm=True, fc_norm=False,
+                                   class_token=cfg.pool == "cls", img_size=cfg.image_size, patch_size=cfg.patch_size,
+                                   dynamic_img_size=True, drop_path_rate=cfg.drop_path, **sizes)
+    if trunk.cls_token is not None:
+        nn.init.trunc_normal_(trunk.cls_token, std=0.02)
+    norm, trunk.norm = trunk.norm, nn.Identity()
+    return trunk, norm
+
+
+def _stages(cfg: ModelConfig) -> dict[str, Any]:
+    """Blocks in each of the four stages of a CNN, as far as given; stages that are left out have none."""
+    if cfg.depth is None:
+        return {}
+    depth = cfg.depth if isinstance(cfg.depth, tuple) else (cfg.depth,) * 4
+    if not 1 <= len(depth) <= 4 or min(depth) < 1 or sum(depth) < 2:
+        raise ValueError(f"model.depth is {cfg.depth}: give one to four numbers of blocks, each 1 or more, two blocks in all")
+    return {"depth": depth + (0,) * (4 - len(depth))}
+
+
+def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
+    sizes: dict[str, Any] = {"layers": stages["depth"]} if (stages := _stages(cfg)) else {}
+    plain_stem = False
+    if cfg.width:
+        if cfg.width % 2:
+            raise ValueError(f"model.width is {cfg.width}: give an even number for {cfg.arch}")
+        plain_stem = isinstance(_on_meta(name).conv1, nn.Conv2d)
+        # timm has a width for its deep stems only; the single convolution is put back below.
+        sizes |= {"channels": tuple(cfg.width * 2 ** i for i in range(4)), "stem_width": cfg.width // 2, "stem_type": "deep"}
+    trunk: Any = timm.create_model(name, num_classes=0, global_pool="", zero_init_last=False, drop_path_rate=cfg.drop_path,
+                                   **sizes)
+    if plain_stem or cfg.stem == "small":
+        last = trunk.conv1 if isinstance(trunk.conv1, nn.Conv2d) else trunk.conv1[-1]
+        kernel, stride = (3, 1) if cfg.stem == "small" else (7, 2)
+        trunk.conv1 = nn.Conv2d(3, last.out_channels, kernel, stride, kernel // 2, bias=False)
+        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if cfg.stem == "small":
+        trunk.maxpool = nn.Identity()
+    trunk.num_features = trunk.feature_info[-1]["num_chs"]
+    return trunk, nn.Identity()
+
+
+def _convnext(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
+    sizes: dict[str, Any] = {"depths": stages["depth"]} if (stages := _stages(cfg)) else {}
+    if cfg.width:
+        sizes |= {"dims": tuple(cfg.width * 2 ** i for i in range(4))}
+    trunk: Any = timm.create_model(name, num_classes=0, global_pool="", head_norm_first=False, head_hidden_size=None,
+                                   drop_path_rate=cfg.drop_path, **sizes)
+    num_stages = sum(len(stage.blocks) > 0 for stage in trunk.stages)
+    trunk.stages = trunk.stages[:num_stages]
+    trunk.num_features = trunk.feature_info[num_stages - 1]["num_chs"]
+    if cfg.stem == "small":
+        norm = trunk.stem[-1]
+        convolution = nn.Conv2d(3, trunk.feature_info[0]["num_chs"], 3, padding=1)
+        nn.init.trunc_normal_(convolution.weight, std=0.02)
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
+        trunk.stem = nn.Sequential(convolution, norm)
+    eps, trunk.head = trunk.head.norm.eps, nn.Identity()
+    return trunk, nn.LayerNorm(trunk.num_features, eps=eps)

@@ -1,0 +1,510 @@
+"""Whole runs of `train` on 34 small images: stopped, killed and resumed, in one and two processes, under every launcher."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden.load import assert_close
+from PIL import Image
+from test_distributed import group, run_processes, slurm_group, values
+from test_step import assert_equal_states
+from torch import Tensor
+
+import dino_simpool.train as trainer
+from dino_simpool import cli, distributed
+from dino_simpool.checkpoint import load_encoder, read_state
+from dino_simpool.config import (
+    ConfigError,
+    CropsConfig,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    dump,
+    parse,
+)
+from dino_simpool.logs import TIMING_FIELDS, read_log
+from dino_simpool.step import NonFiniteLoss, build_learner
+from dino_simpool.train import train
+
+# The bank has fewer images than the largest k, which k-NN says.
+pytestmark = pytest.mark.filterwarnings("ignore:k = 200 is more")
+
+CNN = ModelConfig(arch="resnet18", gamma=2.0, stem="small", width=8, depth=(1, 1), image_size=16, drop_path=0.3)
+VIT = ModelConfig(arch="vit_tiny", gamma=1.25, patch_size=8, width=16, depth=2, heads=2, image_size=16)
+NUM_IMAGES = 34
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and val/ of two classes, noise that is lighter in one of them, and flat/, the first images without classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", NUM_IMAGES), ("val", 8)):
+        for number in range(count):
+            pixels = rng.integers(0, 200, (20, 20, 3), dtype=np.uint8) + np.uint8(40 * (number % 2))
+            path = root / split / "ab"[number % 2] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    (root / "flat").mkdir()
+    for path in sorted((root / "train").glob("a/*.png"))[:6]:
+        (root / "flat" / path.name).write_bytes(path.read_bytes())
+    return root
+
+
+def config(
+    images: Path, out: Path, *, model: ModelConfig = CNN, optim: OptimConfig | None = None, workers: int = 0, **run: Any
+) -> TrainConfig:
+    """Two epochs of three steps of 10 images in two passes, k-NN after each; BatchNorm in the head."""
+    knn = {"knn_train": str(images / "train"), "knn_val": str(images / "val"), "knn_every": 1}
+    run = {"epochs": 2, "batch_size": 10, "accumulate": 2, "log_every": 2, "keep_every": 1, "device": "cpu"} | knn | run
+    return TrainConfig(
+        model=model,
+        head=HeadConfig(out_dim=32, hidden_dim=16, bottleneck_dim=8, batch_norm=model is CNN),
+        crops=CropsConfig(global_size=16, local_size=8, num_local=2),
+        data=DataConfig(root=str(images / "train"), workers=workers),
+        optim=optim or OptimConfig(lr=0.05, warmup="2it", clip=3.0),
+        run=RunConfig(out=str(out), **run),
+    )
+
+
+def changed(cfg: TrainConfig, *, out: Path | None = None, workers: int | None = None, **run: Any) -> TrainConfig:
+    """A configuration with some options replaced."""
+    data = cfg.data if workers is None else dataclasses.replace(cfg.data, workers=workers)
+    run = run if out is None else run | {"out": str(out)}
+    return dataclasses.replace(cfg, data=data, run=dataclasses.replace(cfg.run, **run))
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    """log.jsonl without what the clock decides."""
+    return [{name: value for name, value in line.items() if name not in TIMING_FIELDS} for line in read_log(out / "log.jsonl")]
+
+
+def assert_same_run(ours: Path, other: Path) -> None:
+    """Every checkpoint, the exported encoder and the log, bit for bit; a checkpoint's configuration may say another folder."""
+    kept = {path.name for path in other.glob("*.pth")} - {"prev.pth"}
+    assert {path.name for path in ours.glob("*.pth")} - {"prev.pth"} == kept
+    for name in sorted(kept):
+        mine, reference = ({k: v for k, v in read_state(out / name).items() if k != "config"} for out in (ours, other))
+        assert_equal_states(mine, reference, name)
+    for name in ("backbone.safetensors", "model.json"):
+        assert (ours / name).read_bytes() == (other / name).read_bytes(), name
+    assert log_of(ours) == log_of(other)
+    assert not (ours / "error.txt").exists()
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run that nothing interrupted."""
+    cfg = config(images, tmp_path_factory.mktemp("whole"))
+    assert train(cfg) == Path(cfg.run.out)
+    return cfg
+
+
+# -- what a run leaves
+
+
+def test_files_and_log_of_a_run(whole: TrainConfig) -> None:
+    out = Path(whole.run.out)
+    names = {path.name for path in out.iterdir()}
+    checkpoints = {"last.pth", "prev.pth", "best.pth", "epoch_0001.pth", "epoch_0002.pth"}
+    assert names == checkpoints | {"backbone.safetensors", "model.json", "config.yaml", "log.jsonl", "tensorboard"}
+    log = log_of(out)
+    assert [(line["kind"], line["step"]) for line in log] == [
+        ("step", 1), ("step", 2), ("epoch", 3), ("step", 4), ("step", 6), ("epoch", 6),
+    ]  # fmt: skip
+    for line in log:
+        finite = [value for name, value in line.items() if isinstance(value, float)]
+        assert np.isfinite(finite).all() and len(finite) > 5
+    epochs = [line for line in log if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == [0, 1]
+    for line in epochs:
+        assert set(line["k-NN"]) == {"10", "20", "100", "200"} and 0 <= line["k-NN"]["10"]["top1"] <= 100
+        assert line["train_loss"] == pytest.approx(line["train_entropy"] + line["train_KL_div"])
+    state = read_state(out / "last.pth")
+    assert state["step"] == 6 and not state["epoch_open"] and state["best"] == max(e["k-NN"]["10"]["top1"] for e in epochs)
+    learner = build_learner(whole, torch.device("cpu"))
+    moved = [not torch.equal(p, state["student"][name]) for name, p in learner.student.named_parameters() if p.requires_grad]
+    assert all(moved)
+
+
+def test_the_log_means_are_those_of_the_steps(whole: TrainConfig, images: Path, tmp_path: Path) -> None:
+    """Logging each step changes nothing else, and its lines average to those of longer windows and of the epochs."""
+    train(changed(whole, out=tmp_path, log_every=1))
+    steps = [line for line in log_of(tmp_path) if line["kind"] == "step"]
+    windows = [line for line in log_of(Path(whole.run.out)) if line["kind"] == "step"]
+    losses = [line["loss"] for line in steps]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in windows] == pytest.approx([losses[0], losses[1], np.mean(losses[2:4]), np.mean(losses[4:])])
+    epochs = [line["train_loss"] for line in log_of(tmp_path) if line["kind"] == "epoch"]
+    assert epochs == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])])
+    mine, reference = (read_state(out / "last.pth") for out in (tmp_path, Path(whole.run.out)))
+    assert_equal_states(mine["student"], reference["student"])
+
+
+def test_the_exported_encoder_is_the_teachers(whole: TrainConfig) -> None:
+    """Bit-equal features from both files; the untrained encoder is the one that the run began with."""
+    out = Path(whole.run.out)
+    pictures = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        teacher = load_encoder(out / "last.pth")(pictures)
+        assert torch.equal(load_encoder(out / "backbone.safetensors")(pictures), teacher)
+        student, untrained = (load_encoder(out / "last.pth", which=which)(pictures) for which in ("student", "untrained"))
+    assert not torch.equal(teacher, student) and not torch.equal(teacher, untrained)
+    own = read_state(out / "last.pth")["teacher"]
+    loaded = load_encoder(out / "last.pth").state_dict()
+    assert {f"encoder.{name}" for name in loaded} == {name for name in own if name.startswith("encoder.")}
+    assert all(torch.equal(tensor, own[f"encoder.{name}"]) for name, tensor in loaded.items())
+    start = build_learner(whole, torch.device("cpu")).student.encoder.state_dict()
+    untouched = load_encoder(out / "last.pth", which="untrained").state_dict()
+    assert_equal_states(dict(untouched), dict(start))
+
+
+def test_the_saved_configuration_repeats_the_run(whole: TrainConfig, tmp_path: Path) -> None:
+    again = parse(TrainConfig, ["--config", f"{whole.run.out}/config.yaml", "--run.out", str(tmp_path)])
+    assert again == changed(whole, out=tmp_path)
+    train(again)
+    assert_same_run(tmp_path, Path(whole.run.out))
+
+
+def test_an_unlabelled_flat_folder_trains(images: Path, tmp_path: Path) -> None:
+    """One epoch, shorter than both warm-ups, without k-NN; half precision; a seed of ten digits."""
+    cfg = config(
+        images, tmp_path, model=VIT, optim=OptimConfig(warmup=10), epochs=1, batch_size=3, accumulate=1, log_every=1,
+        knn_train=None, knn_val=None, precision="bf16", seed=9_876_543_210,
+    )  # fmt: skip
+    train(dataclasses.replace(cfg, data=DataConfig(root=str(images / "flat"), workers=0)))
+    log = log_of(tmp_path)
+    assert [(line["kind"], line["step"]) for line in log] == [("step", 1), ("step", 2), ("epoch", 2)]
+    assert "k-NN" not in log[-1] and not (tmp_path / "best.pth").exists()
+    assert read_state(tmp_path / "last.pth")["step"] == 2
+
+
+def test_other_seeds_are_other_runs(whole: TrainConfig, tmp_path: Path) -> None:
+    train(changed(whole, out=tmp_path, seed=1, stop_after_steps=1))
+    assert log_of(tmp_path)[0]["loss"] != log_of(Path(whole.run.out))[0]["loss"]
+
+
+# -- stopped and resumed
+
+
+def test_stopped_after_every_step_and_resumed(whole: TrainConfig, tmp_path: Path) -> None:
+    """Each time with another number of workers; the log never has more than what is saved."""
+    full = log_of(Path(whole.run.out))
+    for stop in range(1, 6):
+        train(changed(whole, out=tmp_path, workers=stop % 3, stop_after_steps=stop))
+        state = read_state(tmp_path / "last.pth")
+        assert state["step"] == stop
+        until = [line for line in full if line["step"] < stop or (line["step"] == stop and line["kind"] == "step")]
+        assert log_of(tmp_path) == until
+    train(changed(whole, out=tmp_path, workers=2))
+    assert_same_run(tmp_path, Path(whole.run.out))
+
+
+def test_a_finished_run_stays_as_it_is(whole: TrainConfig, tmp_path: Path) -> None:
+    train(changed(whole, out=tmp_path, stop_after_steps=100))  # never reached
+    train(changed(whole, out=tmp_path))
+    assert_same_run(tmp_path, Path(whole.run.out))
+    train(changed(whole, out=tmp_path, epochs=3))
+    assert [line["epoch"] for line in log_of(tmp_path) if line["kind"] == "epoch"] == [0, 1, 2]
+    assert read_state(tmp_path / "last.pth")["step"] == 9
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+@pytest.mark.parametrize("stop", [4, 5])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    whole: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, stop: int
+) -> None:
+    """That one is from inside an epoch (4) or from its end, before the evaluation, which then copies it to other names (3)."""
+    train(changed(whole, out=tmp_path, save_every_steps=1, stop_after_steps=stop))
+    last = tmp_path / "last.pth"
+    if damage == "missing":  # killed between the two renames of saving
+        last.unlink()
+    else:
+        last.write_bytes(last.read_bytes()[: last.stat().st_size // 2 if damage == "truncated" else 0])
+    capsys.readouterr()
+    train(changed(whole, out=tmp_path, stop_after_steps=stop))  # one step
+    said = capsys.readouterr().err
+    assert "last.pth" in said and "prev.pth" in said and f"resuming after step {stop - 1}" in said
+    for path in tmp_path.glob("*.pth"):
+        assert read_state(path)["step"] <= stop  # readable, all of them
+    train(changed(whole, out=tmp_path))
+    assert_same_run(tmp_path, Path(whole.run.out))
+
+
+def test_nothing_is_started_over_damaged_checkpoints(whole: TrainConfig, tmp_path: Path) -> None:
+    for name in ("last.pth", "prev.pth"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 not one")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"last\.pth cannot be read.*prev\.pth cannot be read.*nothing to resume from"):
+        train(changed(whole, out=tmp_path))
+    assert contents(tmp_path) == before
+
+
+def dies_before(cfg: TrainConfig, name: str) -> None:
+    """Train until a file of that name is put in place, and die there as by kill -9."""
+    replace = os.replace
+
+    def last_words(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = last_words
+    train(cfg)
+
+
+def test_killed_anywhere_in_saving_and_started_again(whole: TrainConfig, tmp_path: Path) -> None:
+    """kill -9 before and between the renames of the first saves, in an epoch's end, and right after a resumed one."""
+    cfg = changed(whole, out=tmp_path, save_every_steps=1)
+    for name in (".last.pth.new", "prev.pth", "last.pth", "best.pth", "last.pth", "model.json", "epoch_0002.pth"):
+        (outcome,) = run_processes(dies_before, cfg, name, environments=[{}])
+        assert outcome.status == -signal.SIGKILL, f"not killed before {name}: {outcome.stderr}"
+    train(cfg)
+    assert_same_run(tmp_path, Path(whole.run.out))
+
+
+def test_sigterm_saves_and_stops(images: Path, tmp_path: Path) -> None:
+    """`python -m dino_simpool train` as a scheduler stops it: status 0, a checkpoint of that step, and it goes on."""
+    cfg = config(images, tmp_path / "run", epochs=20, log_every=1, workers=1, knn_train=None, knn_val=None, keep_every=0)
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    command = [sys.executable, "-m", "dino_simpool", "train", "--config", str(tmp_path / "run.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        log = tmp_path / "run" / "log.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    stopped = read_state(tmp_path / "run" / "last.pth")["step"]
+    assert 3 <= stopped < 60 and f"stopped after step {stopped} of 60" in said
+    train(cfg)
+    train(changed(cfg, out=tmp_path / "reference", workers=0))
+    assert_same_run(tmp_path / "run", tmp_path / "reference")
+
+
+# -- refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": dataclasses.replace(CNN, width=16)}, r"another model \(model.width 8 -> 16\)"),
+        ({"model": VIT}, r"another model \(model.arch resnet18 -> vit_tiny"),
+        ({"head": HeadConfig(out_dim=64)}, "head.out_dim 32 -> 64"),
+        ({"optim": OptimConfig(name="sgd")}, r"optim.name adamw -> sgd"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(whole: TrainConfig, options: dict[str, Any], message: str) -> None:
+    out = Path(whole.run.out)
+    before = contents(out)
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(whole, **options))
+    assert contents(out) == before
+
+
+def test_other_data_is_refused(whole: TrainConfig, images: Path) -> None:
+    before = contents(Path(whole.run.out))
+    cfg = dataclasses.replace(whole, data=DataConfig(root=str(images / "val"), workers=0))
+    with pytest.raises(ConfigError, match="was trained on 34 images, now there are 8"):
+        train(changed(cfg, batch_size=4))
+    assert contents(Path(whole.run.out)) == before
+
+
+# -- when it goes wrong
+
+
+def spoil(views: list[Tensor]) -> list[Tensor]:
+    """One pixel of one local crop is not a number."""
+    views = [view.clone() for view in views]
+    views[3][0, 0, 0, 0] = torch.nan
+    return views
+
+
+def spoiled_step(step: int, rank: int, learner: Any, batches: Iterator[list[Tensor]], *arguments: Any, **options: Any) -> Any:
+    """train_step, but one process sees a bad image in one step."""
+    if (learner.step + 1, distributed.rank()) == (step, rank):
+        batches = (spoil(views) for views in batches)
+    return real_step(learner, batches, *arguments, **options)
+
+
+def broken_step(step: int, learner: Any, *arguments: Any, **options: Any) -> Any:
+    """train_step, but after one step a weight is infinite, though the loss was not."""
+    result = real_step(learner, *arguments, **options)
+    if learner.step == step:
+        learner.student.head.fc1.weight.data[0, 0] = torch.inf
+    return result
+
+
+real_step = trainer.train_step
+
+
+def command_with(step: Callable[..., Any], arguments: list[str]) -> int:
+    """The exit status of the command line with another train_step."""
+    trainer.train_step = step
+    return cli.main(arguments)
+
+
+def test_a_non_finite_loss_keeps_the_last_checkpoint(whole: TrainConfig, tmp_path: Path) -> None:
+    """A checkpoint with a NaN in it: the next step stops, error.txt says where, and nothing is saved over."""
+    cfg = changed(whole, out=tmp_path)
+    train(changed(cfg, stop_after_steps=2))
+    state = read_state(tmp_path / "last.pth")
+    state["student"]["head.fc2.bias"][0] = torch.nan
+    torch.save(state, tmp_path / "last.pth")
+    before = contents(tmp_path)
+    with pytest.raises(NonFiniteLoss, match="the loss is nan in step 3"):
+        train(cfg)
+    after = contents(tmp_path)
+    assert {name for name in after if name.endswith(".pth")} == {"last.pth"} and after["last.pth"] == before["last.pth"]
+    record = json.loads(after["error.txt"])
+    assert record["step"] == 3 and record["epoch"] == 0 and "nan" in record["error"]
+    assert record["not_finite"]["parameters"] == ["head.fc2.bias"]
+    assert len(record["images_of_this_process"]) == 10 and all(Path(path).is_file() for path in record["images_of_this_process"])
+    assert record["schedules"]["lr"] > 0 and record["sums_since_the_last_log_line"]["steps"] == 0
+
+
+@pytest.fixture(scope="module")
+def pair(images: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run of two processes that nothing interrupted: BatchNorm over both, stochastic depth, three passes of two images each."""
+    cfg = config(images, tmp_path_factory.mktemp("pair"), batch_size=12, accumulate=3)
+    values(run_processes(train, cfg, environments=group()))
+    return cfg
+
+
+def test_two_processes_stopped_and_resumed(pair: TrainConfig, tmp_path: Path) -> None:
+    """As SLURM tasks, after each of the four steps, each time with another number of workers."""
+    values(run_processes(train_in_stages, changed(pair, out=tmp_path), environments=slurm_group()))
+    assert_same_run(tmp_path, Path(pair.run.out))
+    assert read_state(tmp_path / "last.pth")["world_size"] == 2
+
+
+def train_in_stages(cfg: TrainConfig) -> None:
+    for stop in (1, 2, 3, None):
+        train(changed(cfg, workers=(stop or 0) % 2, stop_after_steps=stop))
+
+
+def test_a_non_finite_loss_of_one_process_stops_both(pair: TrainConfig, tmp_path: Path) -> None:
+    """Status 1 and one line from each; the main process writes error.txt; afterwards the run goes on as if nothing had been."""
+    cfg = changed(pair, out=tmp_path / "run", save_every_steps=1)
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    arguments = ["train", "--config", str(tmp_path / "run.yaml")]
+    outcomes = run_processes(command_with, functools.partial(spoiled_step, 3, 1), arguments, environments=group())
+    assert [outcome.value for outcome in outcomes] == [1, 1], outcomes
+    errors = [[line for line in outcome.stderr.splitlines() if "error:" in line] for outcome in outcomes]
+    assert [len(lines) for lines in errors] == [1, 1]
+    assert "loss" in errors[0][0] and "in step 3" in errors[0][0] and "[process 1]" in errors[1][0] and "nan" in errors[1][0]
+    assert json.loads((tmp_path / "run" / "error.txt").read_text())["step"] == 3
+    assert read_state(tmp_path / "run" / "last.pth")["step"] == 2
+    values(run_processes(train, cfg, environments=group()))
+    assert_same_run(tmp_path / "run", Path(pair.run.out))
+
+
+def test_a_non_finite_weight_is_not_saved(pair: TrainConfig, tmp_path: Path) -> None:
+    """Found when saving, before the loss shows it: both processes stop and the checkpoint of before stays."""
+    cfg = changed(pair, out=tmp_path / "run", save_every_steps=1)
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    arguments = ["train", "--config", str(tmp_path / "run.yaml")]
+    outcomes = run_processes(command_with, functools.partial(broken_step, 2), arguments, environments=group())
+    assert [outcome.value for outcome in outcomes] == [1, 1], outcomes
+    assert all("not finite after step 2" in outcome.stderr for outcome in outcomes)
+    assert json.loads((tmp_path / "run" / "error.txt").read_text())["not_finite"]["parameters"] == ["head.fc1.weight"]
+    assert read_state(tmp_path / "run" / "last.pth")["step"] == 1
+
+
+def test_a_mistake_under_two_processes_is_said_and_ends_both(pair: TrainConfig, tmp_path: Path) -> None:
+    """A batch that cannot be split: status 1 from each, and no folder is made."""
+    cfg = changed(pair, out=tmp_path / "run", batch_size=14)
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    outcomes = run_processes(cli.main, ["train", "--config", str(tmp_path / "run.yaml")], environments=group())
+    assert [outcome.value for outcome in outcomes] == [1, 1]
+    assert "run.batch_size 14 cannot be split over 2 process(es) x 3 accumulation step(s): use 12 or 18" in outcomes[0].stderr
+    assert not (tmp_path / "run").exists()
+
+
+# -- the same run, divided otherwise
+
+
+def sgd(images: Path, out: Path, accumulate: int) -> TrainConfig:
+    """Five steps of 32 images without BatchNorm and stochastic depth, whose first momentum is the gradient."""
+    optim = OptimConfig(name="sgd", lr=0.8, min_lr=0.05, warmup="0it", freeze_last_layer="0it", weight_decay=0.0, weight_decay_end=0.0)
+    return config(
+        images, out, model=VIT, optim=optim, epochs=5, batch_size=32, accumulate=accumulate, keep_every=0, knn_train=None,
+        knn_val=None,
+    )  # fmt: skip
+
+
+def train_one_step_then_all(cfg: TrainConfig) -> dict[str, Any]:
+    """Gradients and center after the first step, and the weights after the last."""
+    train(changed(cfg, stop_after_steps=1))
+    first = read_state(Path(cfg.run.out) / "last.pth")
+    train(cfg)
+    last = read_state(Path(cfg.run.out) / "last.pth")
+    assert (first["step"], last["step"]) == (1, 5)
+    return {"momenta": first["optimizer"]["state"], "center": first["loss"]["center"], **last}
+
+
+def test_1_x_32_is_2_x_16_is_16_twice(images: Path, tmp_path: Path) -> None:
+    """Equal center, gradients, and weights of student and teacher after five steps at a rate above 0."""
+    one, twice, both = (tmp_path / name for name in ("one", "twice", "both"))
+    reference = train_one_step_then_all(sgd(images, one, 1))
+    others = {
+        "16 twice": train_one_step_then_all(sgd(images, twice, 2)),
+        "2 x 16": values(run_processes(train_one_step_then_all, sgd(images, both, 1), environments=group()))[0],
+    }
+    largest = max(float(state["momentum_buffer"].abs().max()) for state in reference["momenta"].values())
+    start = build_learner(sgd(images, one, 1), torch.device("cpu")).student.state_dict()
+    moved = max(float((start[name] - value).abs().max()) for name, value in reference["student"].items())
+    assert largest > 1e-2 and moved > 1e-2  # or the tolerances would mean nothing
+    for name, other in others.items():
+        assert_close(other["center"], reference["center"], 1e-4, 1e-7, f"{name}: center")
+        assert other["momenta"].keys() == reference["momenta"].keys()
+        for number, state in reference["momenta"].items():
+            gradients = other["momenta"][number]["momentum_buffer"], state["momentum_buffer"]
+            assert_close(*gradients, 1e-4, 1e-7, f"{name}: gradient {number}")
+        for part in ("student", "teacher"):
+            for key, value in reference[part].items():
+                assert_close(other[part][key], value, 1e-5, 1e-5, f"{name}: {part} {key}")
+
+
+# -- launchers
+
+
+def test_torchrun_of_one_process_is_the_same_run(whole: TrainConfig, tmp_path: Path) -> None:
+    cfg = changed(whole, out=tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    command = [*launcher, "-m", "dino_simpool", "train", "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", Path(whole.run.out))
+
+
+def test_a_single_slurm_task_is_the_same_run(whole: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    train(changed(whole, out=tmp_path))
+    assert_same_run(tmp_path, Path(whole.run.out))
