@@ -21,7 +21,6 @@ import torch
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-CROP_TRIES = 10
 CROP_RATIO = (3 / 4, 4 / 3)
 # Uniform numbers of one view, by column: area and ratio of ten crop tries, top and left; whether to flip, jitter, turn grey,
 # blur and solarise; four jitter factors; four sort keys for their order; the blur's sigma.
@@ -40,8 +39,8 @@ def uniforms(seed: int, epoch: int, index: int, *, rows: int, columns: int) -> n
 def crop_boxes(height: int, width: int, *, low: np.ndarray, high: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Boxes of random resized crops as in torchvision's RandomResizedCrop: ten tries, then the largest centre crop.
 
-    low, high: (V,) range of the area as a share of the image.   numbers: (V, 22) in [0, 1): area and ratio of ten tries, top,
-    left.
+    low, high: (V,) range of the area as a share of the image.
+    numbers: (V, 22) in [0, 1): area and ratio of ten tries, then top and left.
     Returns (V, 4) int64: top, left, height, width in pixels, inside the image.
     """
     ratio_low, ratio_high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])

@@ -86,7 +86,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def newest_state(out: Path, announce: Callable[[str], object]) -> dict[str, Any] | None:
-    """The state to resume from: OUT/last.pth, else OUT/prev.pth (announced), None if there is neither.
+    """The state to resume from, OUT/last.pth, else OUT/prev.pth (announced), with its name as "file"; None if there is neither.
 
     ValueError if there are files but none can be read: starting anew over them must be the user's choice.
     """
@@ -102,7 +102,7 @@ def newest_state(out: Path, announce: Callable[[str], object]) -> dict[str, Any]
                 announce(f"{failure}; resuming from {path.name} instead")
             if not failures and path.name == "prev.pth":
                 announce("last.pth is missing; resuming from prev.pth")
-            return state
+            return {**state, "file": path.name}
     if failures:
         raise ValueError(f"{'; '.join(failures)}: nothing to resume from. Move the files away, or give another run.out")
     return None

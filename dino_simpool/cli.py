@@ -59,7 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DINO_SIMPOOL_TRACEBACK"):
             raise
-        return _fail(name, str(error), 1)
+        message = str(error)
+        if "Original Traceback" in message:  # from a loader process, which sends its traceback as text
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        return _fail(name, message, 1)
+    finally:
+        if "dino_simpool.distributed" in sys.modules:
+            sys.modules["dino_simpool.distributed"].cleanup()
     return 0
 
 

@@ -110,7 +110,7 @@ def from_official(checkpoint: Mapping[str, Any], *, which: Literal["teacher", "s
     if any(name.startswith(("encoder.trunk.", "trunk.")) for name in state):
         ours = ("encoder.", "head.", "classifier.")
         return {name if name.startswith(ours) else f"encoder.{name}": value for name, value in state.items()}
-    if any(name.startswith("backbone.") for name in state):
+    if any(name.startswith(("backbone.", "head.mlp.")) for name in state):
         encoder, head = _section(state, "backbone."), _section(state, "head.")
         if stray := [name for name in state if not name.startswith(("backbone.", "head."))]:
             raise ValueError(f"weights that no table knows: {_first(stray)}")

@@ -14,6 +14,7 @@ bfloat16 would be wrong by up to 0.1 after the division by the temperature.
 
 Letters: B images, V views (two global views first), D width of the unit features, K prototypes.
 """
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ class DinoLoss(nn.Module):
         self._check_shapes(student, teacher, self.center.shape[1])
         with _no_autocast(student):
             views = _wide(student) / self.student_temp
+            views = views - views.detach().amax(-1, keepdim=True)  # same loss and gradient, with smaller numbers to round
             targets = self._targets(teacher, teacher_temp)
             agreement = (targets * _partners(views)).sum()
             return self._finish(views.logsumexp(-1), agreement, targets, teacher, update_center)
@@ -118,22 +120,20 @@ class _ChunkedLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, temperature: float) -> Tensor:
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        result = torch.cat([(part @ weight.T).div_(temperature).logsumexp(-1) for part in x.split(rows)])
-        ctx.save_for_backward(x, weight, result)
+        ctx.save_for_backward(x, weight)
         ctx.temperature, ctx.rows = temperature, rows
-        return result
+        return torch.cat([(part @ weight.T).div_(temperature).logsumexp(-1) for part in x.split(rows)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, result = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         scale = (grad / ctx.temperature).unsqueeze(-1)
         with _no_autocast(x):
             for start in range(0, len(x), ctx.rows):
                 part = slice(start, start + ctx.rows)
-                logits = (x[part] @ weight.T).div_(ctx.temperature)
-                pull = logits.sub_(result[part].unsqueeze(-1)).exp_().mul_(scale[part])  # softmax times incoming gradient
+                pull = (x[part] @ weight.T).div_(ctx.temperature).softmax(-1).mul_(scale[part])
                 grad_x[part] = pull @ weight
                 grad_weight.addmm_(pull.T, x[part])
         return grad_x, grad_weight, None

@@ -38,7 +38,8 @@ def position_matrix(native: Grid, grid: Grid, rule: str, *, device: torch.device
 
     native, grid: positions (down, across).   rule: "size" resamples from grid to grid, antialiased like timm; "dino" (and
     "dino_always") is the published rule, scale (h + 0.1) / native, not antialiased; "dino_legacy" divides by the square root of
-    (rows + 1) instead, an early version of the published code that took the missing class token for a position.
+    (rows + 1) instead, an early version of the published code that took the missing class token for a position (ValueError for
+    grids that it cannot make: 40 positions and more from 14).
     """
     rows = native[0] * native[1]
     with torch.inference_mode(False), torch.no_grad():
@@ -49,7 +50,8 @@ def position_matrix(native: Grid, grid: Grid, rule: str, *, device: torch.device
             base = (math.sqrt(rows + 1),) * 2 if rule == "dino_legacy" else native
             scale = ((grid[0] + 0.1) / base[0], (grid[1] + 0.1) / base[1])
             matrix = F.interpolate(one_hot, scale_factor=scale, mode="bicubic")
-        assert matrix.shape[-2:] == grid
+        if matrix.shape[-2:] != grid:  # only dino_legacy, whose scale is a little too small for large grids
+            raise ValueError(f"model.pos_interp {rule} has no positions for {grid[0]} x {grid[1]} patches: use smaller images")
         return matrix.view(rows, -1).T.contiguous().to(dtype).to(device)
 
 

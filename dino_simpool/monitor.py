@@ -7,6 +7,7 @@ that of Roy and Vetterli (2007), as in RankMe (2023).
 
 Letters: B rows, D width, K prototypes. Nothing here runs more often than the log is written.
 """
+
 from __future__ import annotations
 
 import json
@@ -94,7 +95,9 @@ class Monitor:
         flat = loss > (1 - FLAT) * log_k and not uniform and step > self.warmup_steps
         warnings = []
         for name, present, patience in (
-            ("uniform", uniform, PATIENCE), ("point", constant or spread < SAME, PATIENCE), ("flat", flat, FLAT_STEPS),
+            ("uniform", uniform, PATIENCE),
+            ("point", constant or spread < SAME, PATIENCE),
+            ("flat", flat, FLAT_STEPS),
         ):
             before = getattr(self, name)
             lasted = before + elapsed if present else 0

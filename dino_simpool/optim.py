@@ -7,6 +7,7 @@ norm (not a global one); a frozen last layer has no gradient at all, hence neith
 LARS is our own short one, since timm's `Lars` becomes another algorithm once weight decay matters: its trust ratio divides by
 |g| + decay * |p| where the published one divides by |g + decay * p|, and it stops adapting where the decay is 0.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable

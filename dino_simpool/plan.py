@@ -7,6 +7,7 @@ than the run is scaled down with a warning, where the public code crashes.
 
 A step is one optimiser step over the global batch, counted from 0; an epoch is num_images // batch_size steps. No torch here.
 """
+
 from __future__ import annotations
 
 import math
@@ -14,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from dino_simpool.config import TrainConfig, parse_duration
 
-REFERENCE_BATCH, REFERENCE_MOMENTUM, REFERENCE_RATE = 1024, 0.996, 5e-4
-"""Published DINO: global batch, teacher momentum and learning rate per 256 images."""
+REFERENCE_IMAGES, REFERENCE_BATCH, REFERENCE_MOMENTUM, REFERENCE_RATE = 1281167, 1024, 0.996, 5e-4
+"""Published DINO: images of ImageNet, global batch, teacher momentum and learning rate per 256 images."""
 WARMUP_SHARES = {"optim.warmup": 0.1, "teacher.warmup": 0.3}
 """Published warm-ups as shares of the run: 10 and 30 of 100 epochs."""
 
@@ -115,7 +116,7 @@ class Plan:
             "start": 0,
             "end": last,
         }
-        names = {min(step, last): name for name, step in points.items() if step <= last}
+        names = {step: name for name, step in points.items() if step <= last}
         lines = [
             f"{self.num_images} images, batch {self.batch_size}: {self.steps_per_epoch} steps an epoch, {self.total_steps} in "
             f"all ({self.total_steps / self.steps_per_epoch:g} epochs, {self.total_steps * self.batch_size} images seen)",
@@ -176,8 +177,11 @@ def _warnings(plan: Plan) -> list[str]:
             f"optim.min_lr {optim.min_lr:g} is above the peak learning rate {plan.peak_lr:g} (optim.lr {optim.lr:g} * batch "
             f"{plan.batch_size} / 256), so the rate rises instead of falling: lower optim.min_lr or raise optim.lr"
         )
-    if plan.freeze_steps >= plan.total_steps:
-        found.append(f"optim.freeze_last_layer {optim.freeze_last_layer} covers the whole run: the prototypes never learn")
+    if plan.freeze_steps >= plan.total_steps and parse_duration(optim.freeze_last_layer)[1] != "%":
+        found.append(
+            f"optim.freeze_last_layer {optim.freeze_last_layer} covers the run, so the prototypes never learn: shorten it, "
+            "or say 100% if that is meant"
+        )
     return found
 
 
@@ -200,12 +204,12 @@ def _suggest_out_dim(plan: Plan) -> str:
 
 
 def _suggest_momentum(plan: Plan) -> str:
-    """The teacher's memory in images should be the published one, as long as that is a small share of the run."""
+    """The teacher's memory in images should be the published one, or the same share of smaller data."""
     momentum, batch, total = plan.cfg.teacher.momentum, plan.batch_size, plan.total_steps
     if not 0 < momentum < 1:
         return ""
     steps = math.log(0.5) / math.log(momentum)  # half-life: half of the teacher's weight is on newer steps
-    published = math.log(0.5) / math.log(REFERENCE_MOMENTUM) * REFERENCE_BATCH  # images
+    published = math.log(0.5) / math.log(REFERENCE_MOMENTUM) * REFERENCE_BATCH * min(1, plan.num_images / REFERENCE_IMAGES)
     memory = f"at teacher.momentum {momentum:g} the teacher's half-life is {steps:.0f} steps ({steps * batch:.0f} images)"
     if steps > 0.25 * total:
         advised = 0.5 ** (1 / max(1.0, 0.1 * total))
@@ -216,8 +220,8 @@ def _suggest_momentum(plan: Plan) -> str:
     advised = 0.5 ** (1 / max(1.0, min(published / batch, 0.05 * total)))
     if steps * batch < 0.3 * published and 1 - advised < 0.7 * (1 - momentum):
         return (
-            f"{memory}, against {published:.0f} images as published (batch {REFERENCE_BATCH}), so that it follows the noise of "
-            f"small batches: try teacher.momentum {_short_momentum(advised)}"
+            f"{memory}, against {published:.0f} images as published (batch {REFERENCE_BATCH}, for this much data), so that it "
+            f"follows the noise of small batches: try teacher.momentum {_short_momentum(advised)}"
         )
     return ""
 

@@ -60,8 +60,10 @@ class Learner:
         """Take over a stored state, strictly."""
         for name in ("student", "teacher", "loss"):
             load_strictly(getattr(self, name), state[name], f"the {name}")
-        for name in ("optimizer", "scaler", "monitor"):
+        for name in ("optimizer", "monitor"):
             getattr(self, name).load_state_dict(state[name])
+        if state["scaler"]:  # empty unless the precision was fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.sums.copy_(state["sums"])
         self.step, self.epoch_open, self.best = state["step"], state["epoch_open"], state["best"]
 
@@ -138,7 +140,8 @@ def train_step(
         sent.synchronize()
     not_finite, *granted = flags.bool().tolist()
     if not_finite:
-        raise NonFiniteLoss(f"the loss is {float(summed[0])} in step {learner.step + 1}; the weights of the step before are kept")
+        whose = f"loss is {float(summed[0])}" if not summed[0].isfinite() else "loss of another process is not finite"
+        raise NonFiniteLoss(f"the {whose} in step {learner.step + 1}; the weights of the step before are kept")
     learner.loss.update_center(center)
     learner.scaler.unscale_(learner.optimizer)
     norms = clip_gradients(learner.student.parameters(), clip)
@@ -148,7 +151,8 @@ def train_step(
     learner.scaler.update()
     ema_update(learner.teacher, learner.student, values.momentum)
     learner.step += 1
-    metrics = torch.cat([summed, norms.norm()[None].to(exact)])
+    # Rounded to float32, so that float64 sums of them are exact: a resumed run, which goes on from sums, logs the same digits.
+    metrics = torch.cat([summed, norms.norm()[None]]).float().to(exact)
     learner.sums += torch.cat([metrics.new_ones(1), metrics])
     return metrics, teacher_features, granted
 

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dino_simpool.config import SyntheticConfig
+
 Field = np.ndarray
 Region = Callable[[Field, Field, Field, Field], Field]
 """Which points belong to it: (x, y, r, a) -> bool, all of one shape."""
@@ -31,14 +33,13 @@ Structure = Callable[[Field, Field, Field, Field, float], Field]
 
 FIRST_VAL_NUMBER = 1_000_000
 """Images of val are numbered from here, so that no drawing is ever in train and val both."""
-AREA = (0.2, 0.34)
+AREA = (0.12, 0.24)
 """Share of the image that an object is drawn to cover."""
-ROTATION = 0.6
+ROTATION = 0.5
 """Largest turn of an object to either side in radians."""
-SLACK = 0.6
-DARK, LIGHT = 0.22, 0.85
+DARK, LIGHT = 0.2, 0.8
 """Brightness of the two colours of an object, whichever comes first, and of the fragments."""
-FRAGMENTS = 14
+FRAGMENTS = 6
 """Pieces of clutter in each image."""
 GRID_STEP = 0.04
 FORMAT = 1
@@ -54,35 +55,34 @@ def _fish(x: Field, y: Field, r: Field, a: Field) -> Field:
     return ((x - 0.22) ** 2 / 0.62 + y**2 / 0.3 < 1) | ((x < -0.3) & (x > -1) & (np.abs(y) < 0.12 - 0.6 * (x + 0.3)))
 
 
+def _zigzag(x: Field) -> Field:
+    return np.abs(9 * x / np.pi % 2 - 1)
+
+
 SHAPES: dict[str, tuple[Region, Structure]] = {
-    # name: (outline, inner structure, painted in the second colour where it holds)
+    # name: (outline, structure, painted in the second colour where it holds: about half of the object, so that the two colours
+    # average to the ground and only the pattern tells the class; fine enough to be seen in every local crop)
     "chessboard": (
         lambda x, y, r, a: np.maximum(np.abs(x), np.abs(y)) < 0.8,
-        lambda x, y, r, a, p: np.sin(6 * x + p) * np.sin(6 * y + p) > 0,
+        lambda x, y, r, a, p: np.sin(10 * x + p) * np.sin(10 * y + p) > 0,
     ),
     "crescent": (
         lambda x, y, r, a: (r < 1) & (np.hypot(x - 0.6, y) > 0.65),
-        lambda x, y, r, a, p: np.cos(7 * x + p) * np.cos(7 * y) > 0.4,
+        lambda x, y, r, a, p: (np.sin(12 * x + p) > 0) & (np.sin(12 * y + p) > 0),
     ),
     "cross": (
         lambda x, y, r, a: (np.minimum(np.abs(x), np.abs(y)) < 0.38) & (np.maximum(np.abs(x), np.abs(y)) < 1),
-        lambda x, y, r, a, p: (np.minimum(np.abs(x), np.abs(y)) < 0.15) & (np.maximum(np.abs(x), np.abs(y)) < 0.8),
+        lambda x, y, r, a, p: np.sin(12 * (y + 0.35 * _zigzag(x)) + p) > 0,
     ),
-    "fish": (_fish, lambda x, y, r, a, p: np.sin(12 * np.hypot(x - 1.5, y) + p) > 0),
-    "flower": (lambda x, y, r, a: r < 0.8 + 0.22 * np.cos(5 * a), lambda x, y, r, a, p: r < 0.4),
-    "gear": (
-        lambda x, y, r, a: r < 0.82 + 0.18 * (np.cos(9 * a) > 0),
-        lambda x, y, r, a, p: (r > 0.3) & (r < 0.66) & (np.cos(4 * a + p) > -0.3),
-    ),
-    "ladder": (
-        lambda x, y, r, a: (np.abs(x) < 0.5) & (np.abs(y) < 1.05),
-        lambda x, y, r, a, p: (np.abs(x) < 0.3) & (np.sin(9.4 * y + p) > -0.25),
-    ),
+    "fish": (_fish, lambda x, y, r, a, p: np.sin(12 * x + p) > 0),
+    "flower": (lambda x, y, r, a: r < 0.8 + 0.22 * np.cos(5 * a), lambda x, y, r, a, p: np.sin(14 * r + p) > 0),
+    "gear": (lambda x, y, r, a: r < 0.82 + 0.18 * (np.cos(9 * a) > 0), lambda x, y, r, a, p: np.sin(11 * a + p) > 0),
+    "ladder": (lambda x, y, r, a: (np.abs(x) < 0.5) & (np.abs(y) < 1.05), lambda x, y, r, a, p: np.sin(7 * y + p) > 0),
     "leaf": (
         lambda x, y, r, a: (np.hypot(x, y - 0.55) < 1.1) & (np.hypot(x, y + 0.55) < 1.1),
-        lambda x, y, r, a, p: (np.abs(y) < 0.08) | (np.sin(10 * (x - np.abs(y)) + p) > 0.35),
+        lambda x, y, r, a, p: np.sin(12 * (x - np.abs(y)) + p) > 0,
     ),
-    "spiral": (lambda x, y, r, a: r < 0.95, lambda x, y, r, a, p: np.sin(a + 2 * np.pi * r / 0.48 + p) > 0),
+    "spiral": (lambda x, y, r, a: r < 0.95, lambda x, y, r, a, p: np.sin(2 * a + 14 * r + p) > 0),
     "star": (_star, lambda x, y, r, a, p: np.sin(5 * a + p) > 0),
 }
 """The classes, in the sorted order that class folders get."""
@@ -141,7 +141,7 @@ def _pose(rng: np.random.Generator, class_id: int, side: int) -> tuple[np.ndarra
     fit = min(1.0, 0.96 * side / (high - low).max())  # a long object that would stick out is drawn smaller
     matrix, low, high = fit * matrix, fit * low, fit * high
     slack = 0.96 * side - (high - low)
-    return matrix, 0.02 * side - low + rng.uniform(0.5 - SLACK / 2, 0.5 + SLACK / 2, 2) * slack
+    return matrix, 0.02 * side - low + rng.uniform(0, 1, 2) * slack
 
 
 def draw_image(seed: int, class_id: int, number: int, *, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -231,3 +231,10 @@ def _settings_of(folder: Path) -> object:
         return json.loads((folder / "annotations.json").read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def main(cfg: SyntheticConfig) -> None:
+    """The command synthetic. ValueError if no folder is given, or it holds something else."""
+    if not cfg.out:
+        raise ValueError("no folder is given: say `dino-simpool synthetic DIR`")
+    write_dataset(cfg.out, seed=cfg.seed, train_per_class=cfg.train_per_class, val_per_class=cfg.val_per_class, size=cfg.size)

@@ -70,6 +70,8 @@ def train(cfg: TrainConfig) -> Path:
     workers = default_workers() if cfg.data.workers is None else cfg.data.workers
     say(_announce(cfg, plan, learner, device, workers))
     if main:
+        if saved is not None and saved["file"] == "prev.pth":  # what is copied or kept from now on must be the state in use
+            (out / "prev.pth").replace(out / "last.pth")
         (out / "error.txt").unlink(missing_ok=True)
         write_atomically(out / "config.yaml", lambda path: path.write_text(dump(cfg)))
     log = RunLog(out, resume_step=first, resume_epoch=_epochs_logged(learner, plan), enabled=main)
@@ -85,23 +87,19 @@ def train(cfg: TrainConfig) -> Path:
     )  # fmt: skip
     feed = _Feed(loader, device)
     saved_at = time.monotonic()
-    with _signals() as received, progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size) as bar:
+    bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
+    with bar, _signals() as received, _failures_written(out, learner, plan, images, feed):
         if learner.epoch_open:
             _end_epoch(cfg, plan, learner, out, log, knn_sets, feed)
         while learner.step < plan.total_steps:
             values = plan.values(learner.step)
             # Stochastic depth of this step, whatever came before it: resuming needs no stored random state.
-            torch.manual_seed((cfg.run.seed * 1_000_003 + learner.step) * 65_537 + distributed.rank())
+            torch.manual_seed(((cfg.run.seed * 1_000_003 + learner.step) * 65_537 + distributed.rank()) % 2**63)
             late = time.monotonic() - saved_at > 60 * cfg.run.save_minutes
-            try:
-                _, features, (stop, late) = train_step(
-                    learner, feed.batches(cfg.run.accumulate), values, forward=forward, accumulate=cfg.run.accumulate,
-                    clip=cfg.optim.clip, precision=cfg.run.precision, requests=(bool(received), late),
-                )  # fmt: skip
-            except NonFiniteLoss as error:
-                if main:
-                    _write_failure(out, learner, plan, [images.path(i) for i in feed.indices], error)
-                raise
+            _, features, (stop, late) = train_step(
+                learner, feed.batches(cfg.run.accumulate), values, forward=forward, accumulate=cfg.run.accumulate,
+                clip=cfg.optim.clip, precision=cfg.run.precision, requests=(bool(received), late),
+            )  # fmt: skip
             done = learner.step
             bar.update()
             if done == first + 1:
@@ -242,23 +240,34 @@ def _take_means(learner: Learner, row: int) -> tuple[int, dict[str, float]]:
 def _save(cfg: TrainConfig, learner: Learner, out: Path, num_images: int) -> None:
     """Write last.pth, unless something in the student is not finite: then the last good one stays."""
     sums = distributed.all_mean(learner.sums)  # of all processes: each goes on from the mean, and the next mean is the same
+    if not torch.stack(torch._foreach_norm(list(learner.student.parameters()))).isfinite().all():  # equal in all processes
+        raise NonFiniteLoss(f"a weight of the student is not finite after step {learner.step}; {out}/last.pth is from before")
     if not distributed.is_main():
         return
-    if not all(norm.isfinite() for norm in torch._foreach_norm(list(learner.student.parameters()))):
-        raise NonFiniteLoss(f"a weight of the student is not finite after step {learner.step}; {out}/last.pth is from before")
     run = {"config": to_dict(cfg), "num_images": num_images, "world_size": distributed.world_size()}
-    versions = {"dino_simpool": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    versions = {"dino_simpool": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     save_state(out, {**run, "versions": versions, **learner.state(), "sums": sums.cpu()})
 
 
-def _write_failure(out: Path, learner: Learner, plan: Plan, paths: list[str], error: NonFiniteLoss) -> None:
-    """OUT/error.txt: the step, its schedules, its images, and which weights and gradients are not finite."""
-    record = {
+@contextlib.contextmanager
+def _failures_written(out: Path, learner: Learner, plan: Plan, images: ImageSet, feed: _Feed) -> Iterator[None]:
+    """On NonFiniteLoss write OUT/error.txt: the step, its schedules, its images, which weights and gradients are not finite."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        if distributed.is_main():
+            paths = [images.path(i) for i in feed.indices]
+            write_failure(out / "error.txt", _failure(learner, plan, paths, error))
+        raise
+
+
+def _failure(learner: Learner, plan: Plan, paths: list[str], error: NonFiniteLoss) -> dict[str, Any]:
+    """What is known when the training stops."""
+    return {
         "error": str(error), "step": learner.step + 1, "epoch": learner.step // plan.steps_per_epoch, "not_finite": non_finite_names(learner.student),
         "schedules": dataclasses.asdict(plan.values(learner.step)), "images_of_this_process": paths,
         "sums_since_the_last_log_line": dict(zip(("steps", *METRICS), learner.sums[0].tolist(), strict=True)),
     }  # fmt: skip
-    write_failure(out / "error.txt", record)
 
 
 def _writable(folder: str) -> Path:

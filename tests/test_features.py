@@ -1,4 +1,4 @@
-"""Feature extraction: a row for each image, whatever the batches, workers and processes. Home of the tiny images and encoder."""
+"""Feature extraction: a row for each image, whatever batches, workers and processes. Home of the tiny images and encoder."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class TinyEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config, self.embed_dim = CONFIG, 6
+        self.config, self.embed_dim, self.num_seen = CONFIG, 6, 0
         self.conv, self.norm, self.drop = nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Dropout(0.5)
         generator = torch.Generator().manual_seed(1)
         for parameter in self.parameters():
             nn.init.normal_(parameter, generator=generator)
 
     def forward(self, images: Tensor) -> Tensor:
+        self.num_seen += len(images)
         return self.drop(self.norm(self.conv(images))).relu().mean((2, 3))
 
 
@@ -135,7 +136,14 @@ def in_two_processes(rank: int, root: str) -> None:
     accuracy = knn_accuracy(TinyEncoder(), train, val, transform=TRANSFORM, ks=(1, 5), batch_size=2, workers=0, device=CPU)
     config = {"data": root, "epochs": 3, "probe_batch_size": 3, "batch_size": 2, "workers": 0, "lr": 20.0}
     probes = [linear.evaluate(TinyEncoder(), LinearConfig(protocol=protocol, **config)) for protocol in ("paper", "grid")]
-    results = {"features": extract(train), "single": extract(single), "knn": accuracy, "probes": probes}
+    encoder = TinyEncoder()
+    results = {
+        "features": extract(train, encoder=encoder),
+        "num_seen": encoder.num_seen,
+        "single": extract(single),
+        "knn": accuracy,
+        "probes": probes,
+    }
     torch.save(results, f"{root}/results{rank}.pth")
     distributed.cleanup()
 
@@ -152,6 +160,7 @@ def test_two_processes_equal_one(tmp_path: Path):
     second.join(60)
     assert second.exitcode == 0
     one, *two = (torch.load(tmp_path / f"results{rank}.pth", weights_only=True) for rank in (-1, 0, 1))
+    assert (one["num_seen"], two[0]["num_seen"], two[1]["num_seen"]) == (13, 7, 6)
     for results in two:
         torch.testing.assert_close(results["features"], one["features"], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(results["single"], one["single"], rtol=1e-6, atol=1e-6)

@@ -192,12 +192,14 @@ def accuracy(train: Path, val: Path, **settings):
     )
 
 
-def test_accuracy_of_images(tmp_path: Path):
+def test_accuracy_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     train = write_images(tmp_path / "train", {"a": 5, "b": 4, "c": 6, "d": 1, "e": 3, "f": 2}, seed=1)
     val = write_images(tmp_path / "val", {"b": 3, "e": 2, "f": 1}, seed=2)
     sets = class_folder(str(train)), class_folder(str(val))
     features = [extract(images).numpy() for images in sets]
     truth = np.array([1, 1, 1, 4, 4, 5])  # classes are numbered by the train folders, though val lacks some
+    assert accuracy(train, val, ks=(30,)) == {"30": accuracy(train, val, ks=(21,))["21"]}
+    assert capsys.readouterr().err.count("warning: k = 30 is more than the 21 training images") == 1
     found = accuracy(train, val, ks=(1, 7))
     assert list(found) == ["1", "7"]
     for k, (ranks, nearest) in plain_rank(features[0], sets[0].labels, features[1], ks=(1, 7), num_classes=6).items():
@@ -240,7 +242,7 @@ def test_results_file(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     model = record["model"]
     assert model["width"] == 16 and model["sha256"] == file_sha256(checkpoint) and model["which"] == "teacher"
     assert model["checkpoint"] == str(checkpoint)
-    assert {"python", "torch", "torchvision", "timm", "numpy", "faiss-cpu", "pillow", "dino_simpool"} == set(record["versions"])
+    assert {"python", "torch", "torchvision", "timm", "numpy", "faiss", "PIL", "dino_simpool"} == set(record["versions"])
     assert (record["device"], record["dtype"], record["seed"], record["processes"]) == ("cpu", "fp32", 3, 1)
     assert record["seconds"] > 0
     assert f"{record['metrics']['top1_k2']:.2f} %" in capsys.readouterr().out

@@ -249,9 +249,9 @@ def test_accuracy_in_parts(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(top5, 100 * hit[..., :5].any(2).double().mean(1))
 
 
-def test_batch_larger_than_the_data(data: Path):
-    with pytest.warns(UserWarning, match="probe_batch_size 1024 is cut to the 13 images"):
-        large = evaluate(TinyEncoder(), config(data, probe_batch_size=1024, epochs=2))
+def test_batch_larger_than_the_data(data: Path, capsys: pytest.CaptureFixture[str]):
+    large = evaluate(TinyEncoder(), config(data, probe_batch_size=1024, epochs=2))
+    assert "warning: probe_batch_size 1024 is cut to the 13 images" in capsys.readouterr().err
     assert large["probe"]["batch_size"] == 13 and large["probe"]["learning_rate"] == 2.0 * 13 / 256
     assert torch.equal(large["weight"], evaluate(TinyEncoder(), config(data, probe_batch_size=13, epochs=2))["weight"])
 

@@ -1,18 +1,20 @@
 """The loss against a double loop over pairs of views in float64, the public code's figures, and itself without logits."""
+
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from golden.load import assert_close, cases, load, meta
+from test_distributed import group, run_processes, values
 from torch import Tensor
 
 import dino_simpool.loss as loss_module
+from dino_simpool import distributed
 from dino_simpool.loss import DinoLoss, LossTerms
+
+DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")]
 
 SIZES = [  # V, B, K, D
     pytest.param(8, 3, 20, 6, id="usual"),
@@ -108,7 +110,7 @@ def compare_with_golden(steps: list[tuple[LossTerms, Tensor, Tensor]], case: str
         assert_close(center, data[f"{case}/{out}/center{step}{suffix}"], *tolerance, f"center {step}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ["warmup", "same_epoch", "no_local_no_warmup", "quirk_entropy_nan"])
 def test_golden(case: str, dtype: torch.dtype) -> None:
     data = load("open_dino_loss")
@@ -118,30 +120,28 @@ def test_golden(case: str, dtype: torch.dtype) -> None:
 
 def test_all_golden_cases_are_covered() -> None:
     assert set(cases(load("open_dino_loss"))) == {
-        "warmup", "same_epoch", "no_local_no_warmup", "quirk_entropy_nan", "two_ranks"
+        "warmup",
+        "same_epoch",
+        "no_local_no_warmup",
+        "quirk_entropy_nan",
+        "two_ranks",
     }
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """One of two processes: the golden case in both precisions, saved for the parent to compare."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    for dtype in (torch.float64, torch.float32):
-        steps = golden_steps(DinoLoss(32).to(dtype), "two_ranks", f"_rank{rank}", dtype)
-        torch.save([(list(terms), gradient, center) for terms, gradient, center in steps], f"{folder}/{rank}_{dtype}.pt")
-    dist.destroy_process_group()
+def two_ranks(dtype: torch.dtype) -> list[tuple[LossTerms, Tensor, Tensor]]:
+    """What one of two processes computes."""
+    distributed.setup("cpu")
+    return golden_steps(DinoLoss(32).to(dtype), "two_ranks", f"_rank{distributed.rank()}", dtype)
 
 
-def test_two_processes_share_the_center(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
-    for dtype in (torch.float64, torch.float32):
-        centers = []
-        for rank in range(2):
-            saved = torch.load(tmp_path / f"{rank}_{dtype}.pt")
-            steps = [(LossTerms(*terms), gradient, center) for terms, gradient, center in saved]
-            compare_with_golden(steps, "two_ranks", f"_rank{rank}", dtype)
-            centers.append(steps[-1][2])
-        assert torch.equal(*centers)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_processes_share_the_center(dtype: torch.dtype) -> None:
+    """Golden, with two real processes: each has its own loss, and both the same center."""
+    of_ranks = values(run_processes(two_ranks, dtype, environments=group()))
+    for rank, steps in enumerate(of_ranks):
+        compare_with_golden(steps, "two_ranks", f"_rank{rank}", dtype)
+    for (_, _, center), (_, _, other) in zip(*of_ranks, strict=True):
+        assert torch.equal(center, other)
 
 
 def test_the_center_can_be_updated_later() -> None:

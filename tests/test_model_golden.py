@@ -313,7 +313,7 @@ def test_multicrop(precision: str) -> None:
     close(rows, golden, "features_student", precision, **tolerance)
     close(logits(model, views), golden, "student_eval", precision, **tolerance)
     close(logits(model, views[:2]), golden, "teacher_eval", precision, **tolerance)
-    close(logits(model, views[:1]), golden, "single", precision, **tolerance)
-    teacher = make_teacher(model)
+    close(logits(make_teacher(model), views[:2]), golden, "teacher_train", precision, **tolerance)
     close(logits(model.train(), views), golden, "student_train", precision, **tolerance)
-    close(logits(teacher, views[:2]), golden, "teacher_train", precision, **tolerance)
+    logits(model, views[:2])  # the reference ran one view last, with the running statistics of both passes
+    close(logits(model.eval(), views[:1]), golden, "single", precision, **tolerance)

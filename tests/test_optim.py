@@ -1,4 +1,5 @@
 """Optimisers, clipping and the moving average against the published formulas, written out, and the public code's figures."""
+
 from __future__ import annotations
 
 import copy

@@ -57,7 +57,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for split, count in (("train", NUM_IMAGES), ("val", 8)):
         for number in range(count):
-            pixels = rng.integers(0, 200, (20, 20, 3), dtype=np.uint8) + np.uint8(40 * (number % 2))
+            pixels = rng.integers(0, 200, (20, 20, 3), dtype=np.uint8) + np.uint8(8 * (number % 2))
             path = root / split / "ab"[number % 2] / f"{number:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
@@ -285,7 +285,7 @@ def test_killed_anywhere_in_saving_and_started_again(whole: TrainConfig, tmp_pat
 
 def test_sigterm_saves_and_stops(images: Path, tmp_path: Path) -> None:
     """`python -m dino_simpool train` as a scheduler stops it: status 0, a checkpoint of that step, and it goes on."""
-    cfg = config(images, tmp_path / "run", epochs=20, log_every=1, workers=1, knn_train=None, knn_val=None, keep_every=0)
+    cfg = config(images, tmp_path / "run", epochs=12, log_every=1, workers=1, knn_train=None, knn_val=None, keep_every=0)
     (tmp_path / "run.yaml").write_text(dump(cfg))
     command = [sys.executable, "-m", "dino_simpool", "train", "--config", str(tmp_path / "run.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -299,7 +299,7 @@ def test_sigterm_saves_and_stops(images: Path, tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 0, said
     stopped = read_state(tmp_path / "run" / "last.pth")["step"]
-    assert 3 <= stopped < 60 and f"stopped after step {stopped} of 60" in said
+    assert 3 <= stopped < 36 and f"stopped after step {stopped} of 36" in said
     train(cfg)
     train(changed(cfg, out=tmp_path / "reference", workers=0))
     assert_same_run(tmp_path / "run", tmp_path / "reference")

@@ -38,7 +38,7 @@ class EvalConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the encoder; similarities are float32 always."""
     seed: int = 0
-    """Of the probe's initialisation, shuffling and augmentation, and of untrained weights."""
+    """Of the probe's initialisation, shuffling and augmentation. Untrained weights come from the seed of the run."""
 
     def __post_init__(self) -> None:
         counts = (self.batch_size, self.subset_per_class, self.image_size, self.resize)
@@ -113,9 +113,9 @@ class SyntheticConfig:
     """Folder to write train/, val/ and masks/ into."""
     seed: int = 0
     """Every image follows from it."""
-    train_per_class: int = 300
+    train_per_class: int = 200
     """Training images of each class."""
-    val_per_class: int = 60
+    val_per_class: int = 50
     """Held-out images of each class."""
-    size: int = 32
+    size: int = 40
     """Side of the images in pixels."""

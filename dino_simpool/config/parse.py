@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +64,7 @@ def _explain(message: str, config: type) -> str:
     return message
 
 
+@functools.cache  # made in 0.1 s, used in 0.01 s
 def _parser(config: type, program: str, description: str | None = None) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings  # 0.1 s: only where options are read
 

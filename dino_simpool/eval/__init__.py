@@ -11,12 +11,15 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
+import PIL
+import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +29,6 @@ from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, EvalConfig, to_dict
 from dino_simpool.data import ImageSet, class_folder
 from dino_simpool.model import Encoder
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "faiss-cpu", "pillow")
 MAX_BYTES = 2**28
 """Size of each working array of an evaluator."""
 
@@ -143,7 +145,7 @@ def describe(record: dict[str, Any], path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    packages = {name: metadata.version(name) for name in PACKAGES}
+    packages = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, np, faiss, PIL)}
     return {"dino_simpool": __version__, "python": platform.python_version(), **packages}
 
 

@@ -31,6 +31,7 @@ from dino_simpool.config import KnnConfig
 from dino_simpool.data import EvalTransform, ImageSet
 from dino_simpool.eval import MAX_BYTES, chunks, class_folders, classes_of, preprocessing, run
 from dino_simpool.features import extract_features
+from dino_simpool.logs import say
 from dino_simpool.model import Encoder
 
 KS = (10, 20, 100, 200)
@@ -60,6 +61,8 @@ def knn_rank(
     warning. ValueError if k, temperature, a label or a feature is impossible. Source: eval_knn.py of facebookresearch/dino.
     """
     num_classes = int(train_y.max()) + 1 if num_classes is None and len(train_y) else num_classes or 0
+    if k > len(train_x) > 0:
+        warnings.warn(f"k = {k} is more than the {len(train_x)} training images; all of them vote", stacklevel=2)
     votes = vote_each_k(train_x, train_y, test_x, ks=(k,), temperature=temperature, num_classes=num_classes, top=top)
     return votes[k][0].to(test_x.device)
 
@@ -67,7 +70,7 @@ def knn_rank(
 def vote_each_k(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, *, ks: Sequence[int], temperature: float, num_classes: int, top: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """knn_rank for several k after one search: {k: (classes (T, min(top, C)), their votes)}, on the CPU.
+    """knn_rank for several k after one search: {k: (classes (T, min(top, C)), their votes)}, on the CPU and without warning.
 
     Votes are relative to the nearest neighbour's, which counts 1.
     """
@@ -76,8 +79,6 @@ def vote_each_k(
         raise ValueError(f"{len(train_x)} training features and {len(train_y)} labels: give one label for each, at least one")
     if not 0 <= int(train_y.min()) <= int(train_y.max()) < num_classes:
         raise ValueError(f"training labels are {int(train_y.min())} to {int(train_y.max())}: allowed is 0 to {num_classes - 1}")
-    if max(ks) > len(train_x):
-        warnings.warn(f"k = {max(ks)} is more than the {len(train_x)} training images; all of them vote", stacklevel=2)
     similarity, index = neighbors(train_x, test_x, k=min(max(ks), len(train_x)))
     labels = train_y.cpu().long()[index]
     return {k: _vote(similarity[:, :k], labels[:, :k], temperature=temperature, num_classes=num_classes, top=top) for k in ks}
@@ -222,6 +223,8 @@ def knn_accuracy(
     """
     check_settings(ks, temperature)
     labels = classes_of(val_set, train_set)
+    if max(ks) > len(train_set):
+        say(f"warning: k = {max(ks)} is more than the {len(train_set)} training images; all of them vote")
     train_x, test_x = (
         extract_features(
             encoder,

@@ -20,7 +20,6 @@ M images, B images of a batch, D width, C classes, H heads.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +37,7 @@ from dino_simpool.config import LinearConfig
 from dino_simpool.data import EvalTransform, ImageSet, MultiCropDataset, default_workers, epoch_order
 from dino_simpool.eval import chunks, class_folders, classes_of, preprocessing, run
 from dino_simpool.features import encode, evaluation_mode, extract_features
-from dino_simpool.logs import progress
+from dino_simpool.logs import progress, say
 from dino_simpool.model import Encoder
 
 MOMENTUM = 0.9
@@ -279,7 +278,7 @@ def _features(encoder: Encoder, cfg: LinearConfig, images: ImageSet, *, device: 
 def _batch_size(cfg: LinearConfig, num_images: int) -> int:
     """The global batch size: that of cfg, or all images if there are fewer; the learning rate is scaled by what it is."""
     if cfg.probe_batch_size > num_images:
-        warnings.warn(f"probe_batch_size {cfg.probe_batch_size} is cut to the {num_images} images to learn from", stacklevel=3)
+        say(f"warning: probe_batch_size {cfg.probe_batch_size} is cut to the {num_images} images to learn from")
     return min(cfg.probe_batch_size, num_images)
 
 

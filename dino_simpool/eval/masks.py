@@ -21,12 +21,17 @@ from PIL import Image
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig
 from dino_simpool.data import EvalTransform, class_folder, index_loader
-from dino_simpool.eval import preprocessing
+from dino_simpool.eval import preprocessing, run
 from dino_simpool.features import evaluation_mode
 from dino_simpool.model import Encoder
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom in pixels"""
+
+
+def main(cfg: MasksConfig) -> None:
+    """The command `dino-simpool masks`."""
+    run("masks", evaluate, cfg)
 
 
 def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:

@@ -51,7 +51,7 @@ CURVES = (
 )
 
 
-def report(cfg: ReportConfig) -> Path:
+def main(cfg: ReportConfig) -> Path:
     """The command `dino-simpool report`: make the page and say where it is."""
     path = build_report(Path(cfg.out), data=cfg.data, num_images=cfg.num_images, device=distributed.setup(cfg.device))
     print(f"report: {path}")
@@ -144,7 +144,7 @@ def _results(out: Path, data: str, results: dict[str, Record]) -> str:
         first_k = next(iter(columns[0])).rpartition("_")[2]  # k-NN: of the k that is reported, k10
         keys = [key for key in columns[0] if key in METRICS or (evaluator == "knn" and key.endswith(f"_{first_k}"))]
         rows += [[_metric_name(evaluator, key), *(_metric(key, metrics.get(key)) for metrics in columns)] for key in keys]
-        if f"{evaluator}_untrained" not in results:
+        if evaluator in ("knn", "masks") and f"{evaluator}_untrained" not in results:
             absent.append(f"No {name} of the untrained encoder was run: dino-simpool {evaluator} --which untrained {command}")
     if "knn" in results and "knn_pixels" not in results:
         absent.append(f"No k-NN of raw pixels was run: dino-simpool knn --features pixels {command}")
@@ -208,9 +208,9 @@ def _attention(out: Path, data: str, num_images: int, device: torch.device, *, t
     before, after = (load_encoder(out / "last.pth", which=which) for which in ("untrained", "teacher"))
     cards, top = attention_cards({"before": before, "after": after}, data, split="val", num_images=num_images, device=device)
     return (
-        '<p class="soft">What the pooling of the encoder weighs: the image, the attention before training, and after it. Colour: '
-        f'0× <span class="scale" style="background:{ramp_css()}"></span> {top:.1f}× uniform attention. Where the data have masks, '
-        "the white line is the true object and the number the density of the attention on it (uniform: 1×).</p>" + cards
+        '<p class="soft">What the pooling of the encoder weighs: the image, the attention before training, and after it. '
+        f'Colour: 0× <span class="scale" style="background:{ramp_css()}"></span> {top:.1f}× uniform attention. Where the data '
+        "have masks, the white line is the true object, the number the density of attention on it (uniform: 1×).</p>" + cards
     )
 
 
