@@ -151,8 +151,7 @@ def train_step(
     learner.scaler.update()
     ema_update(learner.teacher, learner.student, values.momentum)
     learner.step += 1
-    # Rounded to float32, so that float64 sums of them are exact: a resumed run, which goes on from sums, logs the same digits.
-    metrics = torch.cat([summed, norms.norm()[None]]).float().to(exact)
+    metrics = torch.cat([summed, norms.norm()[None].to(exact)])
     learner.sums += torch.cat([metrics.new_ones(1), metrics])
     return metrics, teacher_features, granted
 

@@ -1,10 +1,10 @@
 """The embedded data set: images of ten kinds of objects on clutter, made from a seed, with class, box and mask for each.
 
-It exists so that training, evaluation and attention maps can be tried on any machine without a download, on images made like those
-of real categories: an object of class-typical outline and inner structure, in any pose, size, place, palette and light, in front of
-fragments that belong to no class. What two crops of one image share is what self-distillation learns. So whatever tells single
-images apart (colours, light, fragments) is either removed by the augmentation or drawn from one distribution for all images, and
-no colour, brightness or area belongs to a class. Only numpy and Pillow are needed.
+It exists so that training, evaluation and attention maps can be tried on any machine without a download, on images made like
+those of real categories: an object of class-typical outline and inner structure, in varied pose, size, place, palette and
+light, in front of fragments that belong to no class. What two crops of one image share is what self-distillation learns. So
+whatever tells single images apart (colours, light, fragments) is either removed by the augmentation or drawn from one
+distribution for all images, and no colour, brightness or area belongs to a class. Only numpy and Pillow are needed.
 
 Letters: S side of the image in pixels; x, y object coordinates (the object reaches to about 1), r, a the same in polar form.
 """
@@ -180,7 +180,7 @@ def _halve(field: np.ndarray) -> np.ndarray:
 
 def write_dataset(folder: str | Path, *, seed: int = 0, classes: int = 10, train_per_class: int = 300, val_per_class: int = 60,
                   size: int = 40) -> None:
-    """Write the image tree {train,val}/<class>/<name>.png, masks/ of the same shape, and annotations.json with class and box of each.
+    """Write the image tree {train,val}/<class>/<name>.png, masks/ of the same shape, and annotations.json with class and box.
 
     A box is (x0, y0, x1, y1) in pixels, x1 and y1 exclusive. The tree appears under its name only when it is complete. A folder
     that already holds the set with the same settings is left as it is, and that is said; any other that is not empty raises

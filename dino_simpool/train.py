@@ -192,8 +192,8 @@ def _end_epoch(
     last = learner.step == plan.total_steps
     if knn_sets is not None and cfg.run.knn_every and (epoch % cfg.run.knn_every == 0 or last):
         encoder = learner.teacher.encoder
-        size = cfg.model.image_size
-        transform = EvalTransform(size, resize=cfg.run.knn_resize or size * 256 // 224, mean=cfg.model.mean, std=cfg.model.std)
+        model = cfg.model
+        transform = EvalTransform(model.image_size, resize=model.resize, mean=model.mean, std=model.std)
         record["k-NN"] = knn_accuracy(
             encoder, *knn_sets, transform=transform, batch_size=128, workers=cfg.data.workers, device=learner.sums.device
         )

@@ -395,15 +395,30 @@ def pair(images: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 def test_two_processes_stopped_and_resumed(pair: TrainConfig, tmp_path: Path) -> None:
-    """As SLURM tasks, after each of the four steps, each time with another number of workers."""
-    values(run_processes(train_in_stages, changed(pair, out=tmp_path), environments=slurm_group()))
+    """As SLURM tasks, each time with another number of workers; a signal to one process stops both after the same step."""
+    stops, seeds = zip(*values(run_processes(train_in_stages, changed(pair, out=tmp_path), environments=slurm_group())), strict=True)
+    assert stops == ([1, 3, 4], [1, 3, 4])
     assert_same_run(tmp_path, Path(pair.run.out))
     assert read_state(tmp_path / "last.pth")["world_size"] == 2
+    assert len({*seeds[0], *seeds[1]}) == 8  # stochastic depth differs in each step of each process
 
 
-def train_in_stages(cfg: TrainConfig) -> None:
-    for stop in (1, 2, 3, None):
-        train(changed(cfg, workers=(stop or 0) % 2, stop_after_steps=stop))
+def train_in_stages(cfg: TrainConfig) -> tuple[list[int], list[int]]:
+    """Stop after step 1, by SIGTERM to the second process during step 2, and at the end: the steps of the stops; all seeds."""
+    seeds, stops = [], []
+
+    def watched_step(learner: Any, *arguments: Any, **options: Any) -> Any:
+        seeds.append(torch.initial_seed())
+        if learner.step == 1 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(learner, *arguments, **options)
+
+    trainer.train_step = watched_step
+    for workers, stop in ((1, 1), (0, None), (1, None)):
+        train(changed(cfg, workers=workers, stop_after_steps=stop))
+        stops.append(read_state(Path(cfg.run.out) / "last.pth")["step"])
+        distributed.barrier()
+    return stops, seeds
 
 
 def test_a_non_finite_loss_of_one_process_stops_both(pair: TrainConfig, tmp_path: Path) -> None:
@@ -415,7 +430,8 @@ def test_a_non_finite_loss_of_one_process_stops_both(pair: TrainConfig, tmp_path
     assert [outcome.value for outcome in outcomes] == [1, 1], outcomes
     errors = [[line for line in outcome.stderr.splitlines() if "error:" in line] for outcome in outcomes]
     assert [len(lines) for lines in errors] == [1, 1]
-    assert "loss" in errors[0][0] and "in step 3" in errors[0][0] and "[process 1]" in errors[1][0] and "nan" in errors[1][0]
+    assert "the loss of another process is not finite in step 3" in errors[0][0]
+    assert "[process 1]" in errors[1][0] and "the loss is nan in step 3" in errors[1][0]
     assert json.loads((tmp_path / "run" / "error.txt").read_text())["step"] == 3
     assert read_state(tmp_path / "run" / "last.pth")["step"] == 2
     values(run_processes(train, cfg, environments=group()))

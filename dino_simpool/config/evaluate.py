@@ -28,7 +28,7 @@ class EvalConfig:
     image_size: int | None = None
     """Side of the square that the encoder sees, in pixels. null: as the model was made."""
     resize: int | None = None
-    """Shorter side before the centre crop. null: image_size * 256 / 224, as published."""
+    """Shorter side before the centre crop, in pixels. null: as the model was made; with another image_size: that * 256 / 224."""
     batch_size: int = 128
     """Images in one forward pass of one process."""
     workers: int | None = None

@@ -77,6 +77,8 @@ class ModelConfig:
     """Stochastic depth of the student, 0 to 1. The teacher's is teacher.drop_path."""
     image_size: int = 224
     """Side in pixels for which position embeddings are made and images are evaluated."""
+    resize: int | None = None
+    """Shorter side of an image in pixels before evaluation crops its centre. null: image_size * 256 / 224, as published."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from RGB in 0..1."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -86,6 +88,8 @@ class ModelConfig:
         is_vit = self.arch.startswith(("vit", "deit"))
         if min(self.num_heads, self.patch_size, self.image_size) < 1:
             raise ValueError("model.num_heads, patch_size and image_size must be 1 or more")
+        if self.resize is not None and self.resize < self.image_size:
+            raise ValueError(f"model.resize is {self.resize}, but the centre crop takes model.image_size {self.image_size}: give as much")
         sizes = (self.width, self.heads, *(self.depth if isinstance(self.depth, tuple) else (self.depth,)))
         if min(1 if size is None else size for size in sizes) < 1:
             raise ValueError("model.width, depth and heads must be 1 or more, or null for those of the architecture")
@@ -298,17 +302,15 @@ class RunConfig:
     """Class folder that serves as the k-NN bank."""
     knn_val: str | None = None
     """Class folder that is classified."""
-    knn_resize: int | None = None
-    """Shorter side before the centre crop. null: image_size * 256 / 224, as published."""
     stop_after_steps: int | None = None
     """Save and stop once so many steps are done; schedules are not shortened. Start again to go on."""
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.accumulate, self.log_every) < 1 or min(self.keep_every, self.knn_every) < 0:
             raise ValueError("run.batch_size, accumulate and log_every must be 1 or more, keep_every and knn_every 0 or more")
-        counts = (self.threads, self.save_every_steps, self.stop_after_steps, self.knn_resize)
+        counts = (self.threads, self.save_every_steps, self.stop_after_steps)
         if min(1 if count is None else count for count in counts) < 1:
-            raise ValueError("run.threads, save_every_steps, stop_after_steps and knn_resize must be 1 or more, or null")
+            raise ValueError("run.threads, save_every_steps and stop_after_steps must be 1 or more, or null")
         if (self.knn_train is None) != (self.knn_val is None):
             raise ValueError("run.knn_train and run.knn_val go together: give both class folders or neither")
         check_device("run.device", self.device)

@@ -97,7 +97,8 @@ def preprocessing(encoder: Encoder | None, cfg: EvalConfig) -> dict[str, Any]:
     if size is None:
         raise ValueError("without a checkpoint the size of the images is unknown: give --image_size")
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if encoder is None else (encoder.config.mean, encoder.config.std)
-    return {"image_size": size, "resize": cfg.resize or size * 256 // 224, "mean": tuple(mean), "std": tuple(std)}
+    own = encoder.config.resize if encoder is not None and cfg.image_size is None else None
+    return {"image_size": size, "resize": cfg.resize or own or size * 256 // 224, "mean": tuple(mean), "std": tuple(std)}
 
 
 def class_folders(cfg: EvalConfig) -> tuple[ImageSet, ImageSet]:
