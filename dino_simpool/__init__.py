@@ -1,4 +1,5 @@
 """Self-supervised pre-training of image encoders with DINO, where SimPool pools. Public names are resolved on first use."""
+
 from __future__ import annotations
 
 import importlib
@@ -7,7 +8,13 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["Encoder", "SimPool", "attach_simpool", "build_encoder", "load_encoder"]
 
-_HOME = {"Encoder": "model", "build_encoder": "model", "SimPool": "simpool", "attach_simpool": "simpool", "load_encoder": "checkpoint"}
+_HOME = {
+    "Encoder": "model",
+    "build_encoder": "model",
+    "SimPool": "simpool",
+    "attach_simpool": "simpool",
+    "load_encoder": "checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:

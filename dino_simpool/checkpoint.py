@@ -13,17 +13,20 @@
         report.html            written by `dino-simpool report OUT`
         error.txt              only after a failure
 
-A state holds `config`, `step`, `student`, `teacher`, `optimizer`, `scaler`, `loss` (the centre), running sums of the log, and the
-library versions. No random state is in it, since every random number is a function of (seed, step) or (seed, epoch, image, view).
+A state holds `config`, `step`, `student`, `teacher`, `optimizer`, `scaler`, `loss` (the centre), running sums of the log, and
+the library versions. No random state is in it, since every random number is a function of (seed, step) or of (seed, epoch,
+image, view).
 """
+
 from __future__ import annotations
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -79,9 +82,14 @@ def read_state(path: str | Path) -> dict[str, Any]:
         # The first line of a refused pickle advises how to run it anyway; the cause stands below.
         reason = next((line for line in said if "Unpickler error" in line or "GLOBAL" in line), said[0] if said else "")
         name = type(error).__name__
-        raise ValueError(f"{path} cannot be read (truncated, or not a checkpoint of this tool): {name} {reason[:160]}".strip()) from error
+        raise ValueError(
+            f"{path} cannot be read (truncated, or not a checkpoint of this tool): {name} {reason[:160]}".strip()
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this tool (format {FORMAT}); its keys: {list(state)[:5] if isinstance(state, dict) else '-'}")
+        raise ValueError(
+            f"{path} is not a checkpoint of this tool (format {FORMAT}); its keys: "
+            f"{list(state)[:5] if isinstance(state, dict) else '-'}"
+        )
     return state
 
 
@@ -132,8 +140,12 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
     own = module.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape]
-    problems = [(name, keys) for name, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)) if keys]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape
+    ]
+    problems = [
+        (name, keys) for name, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)) if keys
+    ]
     if problems:
         said = "; ".join(f"{len(keys)} {name}: {', '.join(keys[:5])}" for name, keys in problems)
         raise ValueError(f"the weights of {source} do not fit this model ({said})")
@@ -148,11 +160,13 @@ def export_encoder(out: Path, encoder: Encoder) -> None:
     write_atomically(out / "model.json", lambda path: path.write_text(text))
 
 
-def load_encoder(path: str | Path, *, which: Literal["teacher", "student", "untrained"] = "teacher", **overrides: Any) -> Encoder:
+def load_encoder(
+    path: str | Path, *, which: Literal["teacher", "student", "untrained"] = "teacher", **overrides: Any
+) -> Encoder:
     """The encoder of a checkpoint, in evaluation mode on the CPU, every weight matched.
 
-    path: last.pth, best.pth, epoch_*.pth, or backbone.safetensors with model.json beside it. which: the weights; `untrained` is the
-    encoder as the run's seed initialised it. overrides: ModelConfig options to change, such as gamma=2.0 or pos_interp="dino".
+    path: last.pth, best.pth, epoch_*.pth, or backbone.safetensors with model.json beside it. which: the weights; `untrained` is
+    the encoder as the run's seed initialised it. overrides: ModelConfig options to change, such as gamma=2.0.
     FileNotFoundError or ValueError in one line if the file is not there, is damaged, or does not fit.
     """
     path = Path(path)

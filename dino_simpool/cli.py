@@ -1,4 +1,5 @@
-"""dino-simpool <command>: reads the options, then imports what the command needs. Until then no torch, so help answers at once."""
+"""dino-simpool <command>: reads the options, then imports what the command needs. No torch until then: help answers at once."""
+
 from __future__ import annotations
 
 import importlib
@@ -9,10 +10,18 @@ from typing import Any
 from dino_simpool import __version__, config
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
-    "train": (config.TrainConfig, "dino_simpool.train:train", "pre-train an encoder; with the folder of a stopped run, go on with it"),
+    "train": (
+        config.TrainConfig,
+        "dino_simpool.train:train",
+        "pre-train an encoder; with the folder of a stopped run, go on with it",
+    ),
     "knn": (config.KnnConfig, "dino_simpool.eval.knn:main", "weighted k-NN classification with a frozen encoder"),
     "linear": (config.LinearConfig, "dino_simpool.eval.linear:main", "linear classification on a frozen encoder"),
-    "masks": (config.MasksConfig, "dino_simpool.eval.masks:main", "how much of the attention is on the object, on images with masks"),
+    "masks": (
+        config.MasksConfig,
+        "dino_simpool.eval.masks:main",
+        "how much of the attention is on the object, on images with masks",
+    ),
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
     "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as an image tree"),
 }
@@ -25,17 +34,19 @@ examples:
   dino-simpool knn --checkpoint OUT/last.pth --data IMAGENET
   dino-simpool report OUT --data IMAGENET
 
-`dino-simpool <command> --help` explains every option; `dino-simpool train --config RECIPE --print_config` prints the run as YAML.
+`dino-simpool <command> --help` explains every option.
+`dino-simpool train --config RECIPE --print_config` prints the run as YAML.
 """
 
 
 def _help() -> str:
     commands = "\n".join(f"  {name:10} {text}" for name, (_, _, text) in COMMANDS.items())
-    return f"usage: dino-simpool <command> [options]\n\nSelf-supervised image encoders with DINO and SimPool.\n\ncommands:\n{commands}\n\n{EXAMPLES}"
+    title = "Self-supervised image encoders with DINO and SimPool."
+    return f"usage: dino-simpool <command> [options]\n\n{title}\n\ncommands:\n{commands}\n\n{EXAMPLES}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line (sys.argv by default); returns the exit status: 0, 1 for a failed run, 2 for a mistake in the options."""
+    """Run a command line (sys.argv by default); returns the exit status: 0, 1 for a failed run, 2 for wrong options."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help(), end="")

@@ -6,6 +6,7 @@ both here "dino", and by SimPool's supervised code, a fork of timm, here "superv
 
 A row of a table is (dino, supervised, ours); `#` stands for a number and `*` for the rest of a name.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -62,18 +63,27 @@ ENCODERS: dict[str, tuple[Row, ...]] = {
 }
 """By family: what each part of an encoder is called."""
 
-_PROTOTYPES = (("last_layer.weight_g", "", "last_layer.parametrizations.weight.original0"),
-               ("last_layer.weight_v", "", "last_layer.parametrizations.weight.original1"))
+_PROTOTYPES = (
+    ("last_layer.weight_g", "", "last_layer.parametrizations.weight.original0"),
+    ("last_layer.weight_v", "", "last_layer.parametrizations.weight.original1"),
+)
 HEADS: dict[str, tuple[Row, ...]] = {
     "one layer": (("mlp.*", "", "fc1.*"), *_PROTOTYPES),
     "plain": (*((f"mlp.{2 * i}.*", "", f"fc{i + 1}.*") for i in range(9)), *_PROTOTYPES),
-    "batch norm": (*((f"mlp.{3 * i}.*", "", f"fc{i + 1}.*") for i in range(9)),
-                   *((f"mlp.{3 * i + 1}.*", "", f"bn{i + 1}.*") for i in range(9)), *_PROTOTYPES),
+    "batch norm": (
+        *((f"mlp.{3 * i}.*", "", f"fc{i + 1}.*") for i in range(9)),
+        *((f"mlp.{3 * i + 1}.*", "", f"bn{i + 1}.*") for i in range(9)),
+        *_PROTOTYPES,
+    ),
 }
 """DINO heads: the published ones number all modules of one sequence, activations included."""
 
-FAMILY_KEYS = {"patch_embed.proj.weight": "vit", "conv1.weight": "resnet", "stem.0.weight": "convnext",
-               "downsample_layers.0.0.weight": "convnext"}
+FAMILY_KEYS = {
+    "patch_embed.proj.weight": "vit",
+    "conv1.weight": "resnet",
+    "stem.0.weight": "convnext",
+    "downsample_layers.0.0.weight": "convnext",
+}
 COLUMNS = {"dino": 0, "supervised": 1, "ours": 2}
 
 
@@ -84,8 +94,14 @@ def load_official(path: str | Path) -> dict[str, Any]:
     """
     # Learning rates were saved as NumPy scalars, which this function makes; old versions saved it under another name.
     scalar: Any = np.float64(0).__reduce__()[0]
-    harmless = [argparse.Namespace, pathlib.PosixPath, np.dtype, np.dtypes.Float64DType, scalar,
-                (scalar, "numpy.core.multiarray.scalar")]
+    harmless = [
+        argparse.Namespace,
+        pathlib.PosixPath,
+        np.dtype,
+        np.dtypes.Float64DType,
+        scalar,
+        (scalar, "numpy.core.multiarray.scalar"),
+    ]
     try:
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -143,7 +159,8 @@ def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict
             raise ValueError("a supervised file has no place for a DINO head: convert the encoder only, or to the layout dino")
         return renamed
     return {f"backbone.{name}": value for name, value in renamed.items()} | {
-        f"head.{name}": value for name, value in _rename(head, _head_rows(head), "dino").items()}
+        f"head.{name}": value for name, value in _rename(head, _head_rows(head), "dino").items()
+    }
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
@@ -154,8 +171,11 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) 
     own = module.state_dict()
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
-    shapes = [f"{name} is {tuple(state[name].shape)}, here {tuple(own[name].shape)}" for name in own
-              if name in state and state[name].shape != own[name].shape]
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, here {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
     wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if any(wrong.values()):
         found = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in wrong.items() if names)
@@ -203,8 +223,11 @@ def _without_class_position(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "pos_embed" in state and "cls_token" not in state:
         rows = state["pos_embed"].shape[1]
         if math.isqrt(rows) ** 2 != rows and math.isqrt(rows - 1) ** 2 == rows - 1:
-            warnings.warn(f"pos_embed has {rows} rows but there is no class token, as in early SimPool files: the first row is "
-                          "dropped, and model.pos_interp dino_legacy repeats their interpolation", stacklevel=3)
+            warnings.warn(
+                f"pos_embed has {rows} rows but there is no class token, as in early SimPool files: the first row is "
+                "dropped, and model.pos_interp dino_legacy repeats their interpolation",
+                stacklevel=3,
+            )
             state["pos_embed"] = state["pos_embed"][:, 1:]
     return state
 

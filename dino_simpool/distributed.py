@@ -1,8 +1,10 @@
 """One process, torchrun or SLURM: the same calls everywhere.
 
 With a single process there is no process group and every function is the identity, so callers never ask. Under torchrun
-(RANK, WORLD_SIZE, ...) and inside a SLURM job step (SLURM_PROCID, SLURM_NTASKS, ...) `setup` joins the group: NCCL on CUDA, gloo elsewhere.
+(RANK, WORLD_SIZE, ...) and inside a SLURM job step (SLURM_PROCID, SLURM_NTASKS, ...) `setup` joins the group: NCCL on CUDA,
+gloo elsewhere.
 """
+
 from __future__ import annotations
 
 import os
@@ -11,7 +13,6 @@ import subprocess
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -43,11 +44,15 @@ def setup(device: str = "auto") -> torch.device:
     name = next(kind for kind, there in available.items() if there) if device == "auto" else device
     kind, _, number = name.partition(":")
     if not available[kind]:
-        raise ValueError(f"device {device} is not available here: use {', '.join(k for k, there in available.items() if there)} or auto")
+        raise ValueError(
+            f"device {device} is not available here: use {', '.join(k for k, there in available.items() if there)} or auto"
+        )
     if kind == "cuda":
         index = int(number) if number else local
         if index >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this node needs cuda:{index}, but {torch.cuda.device_count()} GPUs are visible")
+            raise ValueError(
+                f"process {local} of this node needs cuda:{index}, but {torch.cuda.device_count()} GPUs are visible"
+            )
         torch.cuda.set_device(index)
         name = f"cuda:{index}"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():

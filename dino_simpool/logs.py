@@ -135,7 +135,7 @@ class _Bar(tqdm):
     @property
     def format_dict(self) -> dict[str, Any]:
         """The fields of bar_format: those of tqdm and images_rate."""
-        fields: dict[str, Any] = super().format_dict
+        fields: dict[str, Any] = dict(super().format_dict)
         done, elapsed = fields["n"] - fields["initial"], fields["elapsed"]
         rate = fields["rate"] or (done / elapsed if elapsed else 0)
         return fields | {"images_rate": f"{rate * self.images_per_step:.0f} images/s"}

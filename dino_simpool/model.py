@@ -10,6 +10,7 @@ which repeats the published interpolation to the last digits and costs one small
 
 Letters: B images, V views, N tokens, D width, K prototypes; (H, W) pixels, (h, w) positions.
 """
+
 from __future__ import annotations
 
 import copy
@@ -77,7 +78,7 @@ class Encoder(nn.Module):
     def tokens(self, images: Tensor) -> Tensor:
         """The tokens (B, N, D) that are pooled, row by row, without class token or registers; for a CNN its last map."""
         x, _ = self._pooled_input(images)
-        return x[:, self._prefix:] if isinstance(self.pool, ClsPool) else as_tokens(x)
+        return x[:, self._prefix :] if isinstance(self.pool, ClsPool) else as_tokens(x)
 
     def attention(self, images: Tensor) -> Tensor:
         """Attention maps (B, h, w), each with the sum 1.
@@ -109,22 +110,25 @@ class Encoder(nn.Module):
             if min(grid) < 2:
                 raise ValueError(
                     f"{self.config.arch} turns images of {images.shape[-2]} x {images.shape[-1]} pixels into a {grid[0]} x "
-                    f"{grid[1]} map, 2 x 2 is the least: set model.stem small, fewer stages in model.depth, or larger images")
+                    f"{grid[1]} map, 2 x 2 is the least: set model.stem small, fewer stages in model.depth, or larger images"
+                )
             return x, grid
         tokens, grid = self._embed(images)
         tokens = self.trunk.blocks(tokens)
         if self._norm_first:
             tokens = self.norm(tokens)
-        return tokens if isinstance(self.pool, ClsPool) else tokens[:, self._prefix:], grid
+        return tokens if isinstance(self.pool, ClsPool) else tokens[:, self._prefix :], grid
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens (B, prefix + N, D) that enter the first block of a ViT, and their grid."""
         trunk, (height, width), patch = self.trunk, images.shape[-2:], self.config.patch_size
         grid = (height // patch, width // patch)
         if not all(grid):
-            raise ValueError(f"images of {height} x {width} pixels are smaller than a patch of {self.config.arch}: give at "
-                             f"least {patch} pixels a side, or set a smaller model.patch_size")
-        x = trunk.patch_embed(images[..., :grid[0] * patch, :grid[1] * patch]).flatten(1, 2)
+            raise ValueError(
+                f"images of {height} x {width} pixels are smaller than a patch of {self.config.arch}: give at "
+                f"least {patch} pixels a side, or set a smaller model.patch_size"
+            )
+        x = trunk.patch_embed(images[..., : grid[0] * patch, : grid[1] * patch]).flatten(1, 2)
         prefix = [token.expand(len(x), -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None]
         if trunk.pos_embed is not None:
             rows = 0 if trunk.no_embed_class else self._prefix
@@ -178,8 +182,17 @@ class DinoHead(nn.Module):
     batch_norm: BatchNorm bn1, bn2, ... after each but the last.   norm_last_layer: the prototypes keep the norm 1.
     """
 
-    def __init__(self, dim: int, out_dim: int, *, hidden_dim: int = 2048, bottleneck_dim: int = 256, layers: int = 3,
-                 batch_norm: bool = False, norm_last_layer: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        layers: int = 3,
+        batch_norm: bool = False,
+        norm_last_layer: bool = True,
+    ) -> None:
         super().__init__()
         self.layers = layers
         widths = [dim, *[hidden_dim] * (layers - 1), bottleneck_dim]

@@ -1,4 +1,5 @@
 """Small pictures of tensors: what the encoder saw, and where it looked. Images are (3, H, W) float in 0..1."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -11,6 +11,7 @@ put side by side. The published code takes the minimum over the whole batch, her
 
 Letters: B images, N tokens, D width, H heads.   This module needs torch only.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -44,8 +45,16 @@ class SimPool(nn.Module):
     min_over: range of the minimum, the image (paper) or the whole batch (published training code).
     """
 
-    def __init__(self, dim: int, *, gamma: float | None = None, num_heads: int = 1, beta: bool = False,
-                 min_over: Literal["image", "batch"] = "image", eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        gamma: float | None = None,
+        num_heads: int = 1,
+        beta: bool = False,
+        min_over: Literal["image", "batch"] = "image",
+        eps: float = 1e-6,
+    ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"SimPool(num_heads={num_heads}): the width {dim} must be a multiple of it, choose another number")
@@ -137,8 +146,9 @@ class GapPool(nn.Module):
 class ClsPool(nn.Module):
     """The class token, the baseline of ViTs: the first of the tokens is taken."""
 
-    def forward(self, x: Tensor, return_attention: bool = False, *, attention: Tensor | None = None
-                ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, return_attention: bool = False, *, attention: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """First token (B, D) of tokens (B, 1 + N, D).
 
         The weights of the positions are in the self-attention of the last block and not in the tokens, so that whoever has them
@@ -164,8 +174,14 @@ class _MapOut(nn.Module):
         return self.pool(x)[..., None, None]
 
 
-def attach_simpool(model: Any, *, gamma: float | None = None, num_heads: int = 1, beta: bool = False,
-                   min_over: Literal["image", "batch"] = "image") -> SimPool:
+def attach_simpool(
+    model: Any,
+    *,
+    gamma: float | None = None,
+    num_heads: int = 1,
+    beta: bool = False,
+    min_over: Literal["image", "batch"] = "image",
+) -> SimPool:
     """Replaces the global pooling of a timm or torchvision model by a new SimPool, in place, and returns the SimPool.
 
     timm: ViTs (their prefix tokens stay but are not pooled) and CNNs with one global pooling; torchvision: CNNs that average
@@ -194,5 +210,7 @@ def attach_simpool(model: Any, *, gamma: float | None = None, num_heads: int = 1
         pool = new(next(layer for layer in classifier.modules() if isinstance(layer, nn.Linear)).in_features)
         model.avgpool = _MapOut(pool)
         return pool
-    raise ValueError(f"{type(model).__name__} has no global pooling that SimPool could replace: give a ViT or CNN of timm, or "
-                     "a CNN of torchvision that averages its last map")
+    raise ValueError(
+        f"{type(model).__name__} has no global pooling that SimPool could replace: give a ViT or CNN of timm, or "
+        "a CNN of torchvision that averages its last map"
+    )

@@ -1,9 +1,10 @@
 """The learner and one step of it: what DINO does to a batch of views.
 
-Source: the iteration of facebookresearch/dino main_dino.py (also of SimPool's release), in its order: rates, teacher, student, loss,
-backward, clipping, frozen prototypes, optimiser, moving average.
+Source: the iteration of facebookresearch/dino main_dino.py (also of SimPool's release), in its order: rates, teacher, student,
+loss, backward, clipping, frozen prototypes, optimiser, moving average.
 V views, b images of one pass, K prototypes.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -53,7 +54,9 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """As tensors and plain values."""
-        parts = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "loss", "optimizer", "scaler", "monitor")}
+        parts = {
+            name: getattr(self, name).state_dict() for name in ("student", "teacher", "loss", "optimizer", "scaler", "monitor")
+        }
         return {**parts, "sums": self.sums.cpu(), "step": self.step, "epoch_open": self.epoch_open, "best": self.best}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -73,8 +76,13 @@ def build_learner(cfg: TrainConfig, device: torch.device, *, warmup_steps: int =
     torch.manual_seed(cfg.run.seed)
     encoder = build_encoder(cfg.model)
     head = DinoHead(
-        encoder.embed_dim, cfg.head.out_dim, hidden_dim=cfg.head.hidden_dim, bottleneck_dim=cfg.head.bottleneck_dim,
-        layers=cfg.head.layers, batch_norm=cfg.head.batch_norm, norm_last_layer=cfg.head.norm_last_layer,
+        encoder.embed_dim,
+        cfg.head.out_dim,
+        hidden_dim=cfg.head.hidden_dim,
+        bottleneck_dim=cfg.head.bottleneck_dim,
+        layers=cfg.head.layers,
+        batch_norm=cfg.head.batch_norm,
+        norm_last_layer=cfg.head.norm_last_layer,
     )
     # Convolutions are faster with the channels last (1.3 times in a CPU step of a small ResNet); transformers do not care.
     student = DinoModel(encoder, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -84,7 +92,9 @@ def build_learner(cfg: TrainConfig, device: torch.device, *, warmup_steps: int =
         if cfg.run.compile:
             compile_blocks(model)
     loss = DinoLoss(
-        cfg.head.out_dim, student_temp=cfg.loss.student_temperature, center_momentum=cfg.loss.center_momentum,
+        cfg.head.out_dim,
+        student_temp=cfg.loss.student_temperature,
+        center_momentum=cfg.loss.center_momentum,
     ).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == "fp16")
     exact = torch.float32 if device.type == "mps" else torch.float64
@@ -93,7 +103,7 @@ def build_learner(cfg: TrainConfig, device: torch.device, *, warmup_steps: int =
 
 
 def compile_blocks(model: DinoModel) -> None:
-    """torch.compile each block of the trunk in place: few small graphs serve both crop sizes, and the parameters keep their names."""
+    """torch.compile each block of the trunk in place: few small graphs for both crop sizes, and parameters keep their names."""
     blocks = [m for m in model.encoder.trunk.modules() if isinstance(m, (Block, BasicBlock, Bottleneck, ConvNeXtBlock))]
     if not blocks:
         raise ValueError(f"run.compile does not know the blocks of {model.encoder.config.arch}: set run.compile false")
@@ -102,8 +112,15 @@ def compile_blocks(model: DinoModel) -> None:
 
 
 def train_step(
-    learner: Learner, batches: Iterable[list[Tensor]], values: StepValues, *, forward: nn.Module, accumulate: int = 1,
-    clip: float = 0.0, precision: str = "fp32", requests: Sequence[bool] = (),
+    learner: Learner,
+    batches: Iterable[list[Tensor]],
+    values: StepValues,
+    *,
+    forward: nn.Module,
+    accumulate: int = 1,
+    clip: float = 0.0,
+    precision: str = "fp32",
+    requests: Sequence[bool] = (),
 ) -> tuple[Tensor, Tensor, list[bool]]:
     """One step of the optimiser.
 
@@ -129,7 +146,10 @@ def train_step(
                 teacher_logits = learner.teacher.head.last_layer(teacher_features)
                 center += teacher_logits.mean((0, 1)) / accumulate
             result = learner.loss.fused(
-                student_features, learner.student.head.last_layer.weight, teacher_logits, values.teacher_temperature,
+                student_features,
+                learner.student.head.last_layer.weight,
+                teacher_logits,
+                values.teacher_temperature,
                 update_center=False,
             )
             summed += torch.stack([result.loss, result.entropy, result.kl]).detach() / accumulate

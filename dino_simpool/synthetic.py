@@ -8,6 +8,7 @@ distribution for all images, and no colour, brightness or area belongs to a clas
 
 Letters: S side of the image in pixels; x, y object coordinates (the object reaches to about 1), r, a the same in polar form.
 """
+
 from __future__ import annotations
 
 import colorsys
@@ -150,8 +151,10 @@ def draw_image(seed: int, class_id: int, number: int, *, size: int) -> tuple[np.
     Raises ValueError for a class that does not exist, a negative seed or number, and a size under 16 pixels.
     """
     if not 0 <= class_id < len(SHAPES) or min(seed, number) < 0 or size < 16:
-        raise ValueError(f"seed {seed}, class {class_id}, number {number}, size {size}: give a class from 0 to "
-                         f"{len(SHAPES) - 1}, a seed and a number of 0 or more, and a size of 16 or more")
+        raise ValueError(
+            f"seed {seed}, class {class_id}, number {number}, size {size}: give a class from 0 to "
+            f"{len(SHAPES) - 1}, a seed and a number of 0 or more, and a size of 16 or more"
+        )
     rng = np.random.default_rng((seed, class_id, number))
     side = 2 * size  # drawn twice as large and averaged, so that edges are smooth
     image = _clutter(rng, side)
@@ -178,8 +181,9 @@ def _halve(field: np.ndarray) -> np.ndarray:
     return (field[::2, ::2] + np.float32(0) + field[1::2, ::2] + field[::2, 1::2] + field[1::2, 1::2]) / 4
 
 
-def write_dataset(folder: str | Path, *, seed: int = 0, classes: int = 10, train_per_class: int = 300, val_per_class: int = 60,
-                  size: int = 40) -> None:
+def write_dataset(
+    folder: str | Path, *, seed: int = 0, classes: int = 10, train_per_class: int = 300, val_per_class: int = 60, size: int = 40
+) -> None:
     """Write the image tree {train,val}/<class>/<name>.png, masks/ of the same shape, and annotations.json with class and box.
 
     A box is (x0, y0, x1, y1) in pixels, x1 and y1 exclusive. The tree appears under its name only when it is complete. A folder
@@ -188,10 +192,18 @@ def write_dataset(folder: str | Path, *, seed: int = 0, classes: int = 10, train
     """
     folder = Path(folder)
     if not 1 <= classes <= len(SHAPES) or not 0 < train_per_class <= FIRST_VAL_NUMBER or val_per_class < 0:
-        raise ValueError(f"classes {classes}, train_per_class {train_per_class}, val_per_class {val_per_class}: give 1 to "
-                         f"{len(SHAPES)} classes, 1 to {FIRST_VAL_NUMBER} images of each to train and 0 or more to evaluate")
-    settings = {"format": FORMAT, "seed": seed, "classes": classes, "train_per_class": train_per_class,
-                "val_per_class": val_per_class, "size": size}
+        raise ValueError(
+            f"classes {classes}, train_per_class {train_per_class}, val_per_class {val_per_class}: give 1 to "
+            f"{len(SHAPES)} classes, 1 to {FIRST_VAL_NUMBER} images of each to train and 0 or more to evaluate"
+        )
+    settings = {
+        "format": FORMAT,
+        "seed": seed,
+        "classes": classes,
+        "train_per_class": train_per_class,
+        "val_per_class": val_per_class,
+        "size": size,
+    }
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if _settings_of(folder) != settings:
             raise ValueError(f"{folder} is not empty and does not hold the set {settings}: give another folder or remove it")

@@ -1,21 +1,21 @@
 """DINO pre-training: `train(cfg)` from the first image to the last checkpoint, read from top to bottom.
 
-One step is in step.py. The random state of a step is a function of (seed, step, rank) and that of an image of (seed, epoch, image,
-view): a run that stops anywhere goes on exactly, with any number of workers, and the ranks draw different stochastic depth (in the
-published code they draw the same).
+One step is in step.py. The random state of a step is a function of (seed, step, rank) and that of an image of (seed, epoch,
+image, view): a run that stops anywhere goes on exactly, with any number of workers, and the ranks draw different stochastic
+depth (in the published code they draw the same).
 """
+
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
-import resource
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from dino_simpool.checkpoint import check_same_run, export_encoder, keep_state, 
 from dino_simpool.config import ConfigError, TrainConfig, dump, to_dict
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, default_workers, find_images, read_rgb, train_loader
 from dino_simpool.eval.knn import knn_accuracy
+from dino_simpool.feed import Feed
 from dino_simpool.logs import RunLog, progress, say
 from dino_simpool.model import Encoder
 from dino_simpool.monitor import effective_rank, feature_spread, non_finite_names, write_failure
@@ -50,7 +51,9 @@ def train(cfg: TrainConfig) -> Path:
     # -- what there is to do. Whatever can be wrong is found here, before the first file is written.
     roots = [cfg.data.root] if isinstance(cfg.data.root, str) else list(cfg.data.root)
     images = find_images(roots, subset_per_class=cfg.data.subset_per_class)
-    knn_sets = (class_folder(cfg.run.knn_train), class_folder(cfg.run.knn_val)) if cfg.run.knn_train and cfg.run.knn_val else None
+    knn_sets = (
+        (class_folder(cfg.run.knn_train), class_folder(cfg.run.knn_val)) if cfg.run.knn_train and cfg.run.knn_val else None
+    )
     plan = make_plan(cfg, len(images))
     images_of_one_pass = _images_of_one_pass(cfg)
     out = _writable(cfg.run.out)
@@ -59,7 +62,9 @@ def train(cfg: TrainConfig) -> Path:
     if saved is not None:
         changes = check_same_run(to_dict(cfg), saved["config"], out)
         if saved["num_images"] != len(images):
-            raise ConfigError(f"{out} was trained on {saved['num_images']} images, now there are {len(images)}: give another run.out")
+            raise ConfigError(
+                f"{out} was trained on {saved['num_images']} images, now there are {len(images)}: give another run.out"
+            )
         learner.load(saved)
         for change in changes:
             say(f"changed since this run was saved: {change}")
@@ -83,9 +88,10 @@ def train(cfg: TrainConfig) -> Path:
     augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
     loader = train_loader(
         images, augment, seed=cfg.run.seed, batch_size=images_of_one_pass, accumulate=cfg.run.accumulate, start_step=first,
-        total_steps=plan.total_steps, rank=distributed.rank(), world_size=distributed.world_size(), workers=workers, device=device,
+        total_steps=plan.total_steps, rank=distributed.rank(), world_size=distributed.world_size(), workers=workers,
+        device=device,
     )  # fmt: skip
-    feed = _Feed(loader, device)
+    feed = Feed(loader, device)
     saved_at = time.monotonic()
     bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
     with bar, _signals() as received, _failures_written(out, learner, plan, images, feed):
@@ -145,7 +151,7 @@ def _announce(cfg: TrainConfig, plan: Plan, learner: Learner, device: torch.devi
     return "\n".join(lines)
 
 
-def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, log: RunLog, feed: _Feed, bar: Any) -> None:
+def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, log: RunLog, feed: Feed, bar: Any) -> None:
     """A line of the log over the steps since the last one, and what the monitor thinks of it."""
     _, means = _take_means(learner, 0)
     rows = features.flatten(0, 1).float()
@@ -166,8 +172,8 @@ def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, 
     if waiting > 10 and record["seconds"] > 10 and not feed.warned:
         feed.warned = True
         say(
-            f"warning: {waiting:.0f} % of the time went into waiting for images: raise data.workers if there are idle cores, or put "
-            "the images on a faster disk"
+            f"warning: {waiting:.0f} % of the time went into waiting for images: raise data.workers if there are idle cores, "
+            "or put the images on a faster disk"
         )
     for warning in learner.monitor.update(
         loss=means["loss"], entropy=means["entropy"], out_dim=cfg.head.out_dim, spread=spread, step=learner.step
@@ -176,7 +182,13 @@ def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, 
 
 
 def _end_epoch(
-    cfg: TrainConfig, plan: Plan, learner: Learner, out: Path, log: RunLog, knn_sets: tuple[ImageSet, ImageSet] | None, feed: _Feed
+    cfg: TrainConfig,
+    plan: Plan,
+    learner: Learner,
+    out: Path,
+    log: RunLog,
+    knn_sets: tuple[ImageSet, ImageSet] | None,
+    feed: Feed,
 ) -> None:
     """Evaluate the teacher if it is time, write the epoch's line, keep what is to be kept. Its steps are saved already."""
     epoch = (learner.step - 1) // plan.steps_per_epoch
@@ -211,8 +223,8 @@ def _end_epoch(
             keep_state(out, f"epoch_{epoch + 1:04d}.pth")
     timings = feed.timings("epoch")
     record |= {
-        "img_per_s": timings["images_per_second"], "data_time": timings["data_wait_percent"], "knn_time": time.monotonic() - started,
-        "max_mem": timings["max_memory_mb"],
+        "img_per_s": timings["images_per_second"], "data_time": timings["data_wait_percent"],
+        "knn_time": time.monotonic() - started, "max_mem": timings["max_memory_mb"],
     }  # fmt: skip
     log.write(record)
     learner.epoch_open = False
@@ -250,7 +262,7 @@ def _save(cfg: TrainConfig, learner: Learner, out: Path, num_images: int) -> Non
 
 
 @contextlib.contextmanager
-def _failures_written(out: Path, learner: Learner, plan: Plan, images: ImageSet, feed: _Feed) -> Iterator[None]:
+def _failures_written(out: Path, learner: Learner, plan: Plan, images: ImageSet, feed: Feed) -> Iterator[None]:
     """On NonFiniteLoss write OUT/error.txt: the step, its schedules, its images, which weights and gradients are not finite."""
     try:
         yield
@@ -264,7 +276,8 @@ def _failures_written(out: Path, learner: Learner, plan: Plan, images: ImageSet,
 def _failure(learner: Learner, plan: Plan, paths: list[str], error: NonFiniteLoss) -> dict[str, Any]:
     """What is known when the training stops."""
     return {
-        "error": str(error), "step": learner.step + 1, "epoch": learner.step // plan.steps_per_epoch, "not_finite": non_finite_names(learner.student),
+        "error": str(error), "step": learner.step + 1, "epoch": learner.step // plan.steps_per_epoch,
+        "not_finite": non_finite_names(learner.student),
         "schedules": dataclasses.asdict(plan.values(learner.step)), "images_of_this_process": paths,
         "sums_since_the_last_log_line": dict(zip(("steps", *METRICS), learner.sums[0].tolist(), strict=True)),
     }  # fmt: skip
@@ -290,8 +303,8 @@ def _images_of_one_pass(cfg: TrainConfig) -> int:
     if cfg.run.batch_size % parts:
         lower = cfg.run.batch_size // parts * parts
         raise ConfigError(
-            f"run.batch_size {cfg.run.batch_size} cannot be split over {distributed.world_size()} process(es) x {cfg.run.accumulate} "
-            f"accumulation step(s): use {f'{lower} or ' if lower else ''}{lower + parts}"
+            f"run.batch_size {cfg.run.batch_size} cannot be split over {distributed.world_size()} process(es) x "
+            f"{cfg.run.accumulate} accumulation step(s): use {f'{lower} or ' if lower else ''}{lower + parts}"
         )
     return cfg.run.batch_size // parts
 
@@ -301,47 +314,6 @@ def _epochs_logged(learner: Learner, plan: Plan) -> int:
     if learner.step == plan.total_steps:
         return plan.epochs - learner.epoch_open
     return learner.step // plan.steps_per_epoch - learner.epoch_open
-
-
-class _Feed:
-    """Hands out batches on the device, and knows how long the run waited for them."""
-
-    def __init__(self, loader: Iterable[tuple[list[Tensor], Tensor]], device: torch.device) -> None:
-        self._batches, self._device = iter(loader), device
-        self._images, self._waited = 0, 0.0
-        now = (time.monotonic(), 0, 0.0)
-        self._since = {"window": now, "epoch": now}
-        self.views: list[Tensor] = []
-        self.indices: list[int] = []
-        self.warned = False
-
-    def batches(self, count: int) -> Iterator[list[Tensor]]:
-        """The next `count` batches, each a list of V tensors (b, 3, S, S)."""
-        self.indices = []
-        for _ in range(count):
-            started = time.monotonic()
-            views, indices = next(self._batches)
-            self.views = [v.to(self._device, non_blocking=True, memory_format=torch.channels_last) for v in views]
-            self._waited += time.monotonic() - started
-            self._images += len(indices) * distributed.world_size()
-            self.indices += indices.tolist()
-            yield self.views
-
-    def timings(self, row: str) -> dict[str, float]:
-        """Images per second, share of the time spent waiting, and peak memory, since the last call for this row."""
-        started, images, waited = self._since[row]
-        now = time.monotonic()
-        self._since[row] = (now, self._images, self._waited)
-        seconds = max(now - started, 1e-9)
-        on_cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "images_per_second": (self._images - images) / seconds,
-            "data_wait_percent": 100 * (self._waited - waited) / seconds,
-            "max_memory_mb": peak / 2**20,
-            "seconds": seconds,
-            "time": time.time(),
-        }
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Source: timm, whose blocks compute what the published self-supervised models com
 in timm: the class token starts from a truncated normal of 0.02, the last BatchNorm of a residual branch from 1. Ours: the small
 stems (one 3x3 convolution of stride 1, no pooling) and the widths and stages of CNNs for images of 32 to 64 pixels.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -23,8 +24,12 @@ RECIPES = {f"vit_{size}": f"vit_{size}_patch16_224" for size in ("tiny", "small"
 def find_arch(arch: str) -> tuple[str, str]:
     """Family ("vit", "resnet" or "convnext") and timm name of an architecture; a ValueError with the nearest name otherwise."""
     name = RECIPES.get(arch, arch)
-    known = {model: "vit" for module in ("vision_transformer", "deit") for model in timm.list_models(module=module)
-             if model.startswith(("vit", "deit")) and "distilled" not in model}
+    known = {
+        model: "vit"
+        for module in ("vision_transformer", "deit")
+        for model in timm.list_models(module=module)
+        if model.startswith(("vit", "deit")) and "distilled" not in model
+    }
     known |= {model: family for family in ("resnet", "convnext") for model in timm.list_models(module=family)}
     if name in known:
         return known[name], name
@@ -51,8 +56,10 @@ def _on_meta(name: str) -> Any:
 def _vit(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
     patch = re.search(r"patch(\d+)", cfg.arch)
     if patch and int(patch[1]) != cfg.patch_size:
-        raise ValueError(f"model.patch_size is {cfg.patch_size}, but {cfg.arch} has patches of {patch[1]} pixels: set "
-                         f"model.patch_size {patch[1]}")
+        raise ValueError(
+            f"model.patch_size is {cfg.patch_size}, but {cfg.arch} has patches of {patch[1]} pixels: set "
+            f"model.patch_size {patch[1]}"
+        )
     sizes: dict[str, Any] = {}
     if cfg.width or cfg.heads:
         width = cfg.width or _on_meta(name).embed_dim
@@ -64,9 +71,19 @@ def _vit(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
         raise ValueError(f"model.depth is {cfg.depth}, but {cfg.arch} has no stages: give the number of its blocks")
     if cfg.depth:
         sizes |= {"depth": cfg.depth}
-    trunk: Any = timm.create_model(name, num_classes=0, global_pool="", final_norm=True, fc_norm=False,
-                                   class_token=cfg.pool == "cls", img_size=cfg.image_size, patch_size=cfg.patch_size,
-                                   dynamic_img_size=True, drop_path_rate=cfg.drop_path, **sizes)
+    trunk: Any = timm.create_model(
+        name,
+        num_classes=0,
+        global_pool="",
+        final_norm=True,
+        fc_norm=False,
+        class_token=cfg.pool == "cls",
+        img_size=cfg.image_size,
+        patch_size=cfg.patch_size,
+        dynamic_img_size=True,
+        drop_path_rate=cfg.drop_path,
+        **sizes,
+    )
     if trunk.cls_token is not None:
         nn.init.trunc_normal_(trunk.cls_token, std=0.02)
     norm, trunk.norm = trunk.norm, nn.Identity()
@@ -91,9 +108,10 @@ def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
             raise ValueError(f"model.width is {cfg.width}: give an even number for {cfg.arch}")
         plain_stem = isinstance(_on_meta(name).conv1, nn.Conv2d)
         # timm has a width for its deep stems only; the single convolution is put back below.
-        sizes |= {"channels": tuple(cfg.width * 2 ** i for i in range(4)), "stem_width": cfg.width // 2, "stem_type": "deep"}
-    trunk: Any = timm.create_model(name, num_classes=0, global_pool="", zero_init_last=False, drop_path_rate=cfg.drop_path,
-                                   **sizes)
+        sizes |= {"channels": tuple(cfg.width * 2**i for i in range(4)), "stem_width": cfg.width // 2, "stem_type": "deep"}
+    trunk: Any = timm.create_model(
+        name, num_classes=0, global_pool="", zero_init_last=False, drop_path_rate=cfg.drop_path, **sizes
+    )
     if plain_stem or cfg.stem == "small":
         last = trunk.conv1 if isinstance(trunk.conv1, nn.Conv2d) else trunk.conv1[-1]
         kernel, stride = (3, 1) if cfg.stem == "small" else (7, 2)
@@ -108,9 +126,10 @@ def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
 def _convnext(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
     sizes: dict[str, Any] = {"depths": stages["depth"]} if (stages := _stages(cfg)) else {}
     if cfg.width:
-        sizes |= {"dims": tuple(cfg.width * 2 ** i for i in range(4))}
-    trunk: Any = timm.create_model(name, num_classes=0, global_pool="", head_norm_first=False, head_hidden_size=None,
-                                   drop_path_rate=cfg.drop_path, **sizes)
+        sizes |= {"dims": tuple(cfg.width * 2**i for i in range(4))}
+    trunk: Any = timm.create_model(
+        name, num_classes=0, global_pool="", head_norm_first=False, head_hidden_size=None, drop_path_rate=cfg.drop_path, **sizes
+    )
     num_stages = sum(len(stage.blocks) > 0 for stage in trunk.stages)
     trunk.stages = trunk.stages[:num_stages]
     trunk.num_features = trunk.feature_info[num_stages - 1]["num_chs"]

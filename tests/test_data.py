@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision import datasets, transforms
 
-from dino_simpool import data
+from dino_simpool import data, distributed
 from dino_simpool.augment import MultiCrop
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
 from dino_simpool.data import EvalTransform, TrainBatches, class_folder, find_images, index_loader, read_rgb, train_loader
@@ -540,16 +540,16 @@ def test_default_workers_divides_the_cores(monkeypatch):
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     assert data.default_workers() == 16
-    monkeypatch.setattr(data.distributed, "local_world_size", lambda: 4)
-    monkeypatch.setattr(data.distributed, "world_size", lambda: 8)
+    monkeypatch.setattr(distributed, "local_world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
     assert data.default_workers() == 4
-    monkeypatch.setattr(data.distributed, "local_world_size", lambda: 32)
+    monkeypatch.setattr(distributed, "local_world_size", lambda: 32)
     assert data.default_workers() == 1
 
 
 def test_default_workers_of_a_slurm_task(monkeypatch):
-    monkeypatch.setattr(data.distributed, "local_world_size", lambda: 8)
-    monkeypatch.setattr(data.distributed, "world_size", lambda: 8)
+    monkeypatch.setattr(distributed, "local_world_size", lambda: 8)
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     for cores, expected in ((12, 12), (96, 12), (4, 4)):  # bound to its own cores; not bound; fewer allowed

@@ -1,11 +1,12 @@
 """What processes do together, with real gloo groups on this machine; other tests start their processes with `run_processes`.
 
-The processes are forked by a server that has imported everything once, so that one costs a tenth of a second, not the seconds of
-importing torch; each is otherwise as if freshly started.
+The processes are forked by a server that has imported everything once, so that each costs a tenth of a second and not the
+seconds of importing torch; otherwise it is as if freshly started.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -65,17 +66,17 @@ def run_processes(function: Callable[..., Any], *arguments: Any, environments: S
 def _outcome(process: Any, receiver: Any, said: Path) -> Outcome:
     value = None
     if receiver.poll(TIMEOUT):
-        try:
+        with contextlib.suppress(EOFError):  # it died
             value = pickle.loads(receiver.recv_bytes())
-        except EOFError:  # it died
-            pass
     process.join(60)
     stderr = said.read_text() if said.exists() else ""
     assert process.exitcode is not None, f"a process does not end; it said: {stderr}"
     return Outcome(process.exitcode, value, stderr)
 
 
-def _child(sender: Any, said: str, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _child(
+    sender: Any, said: str, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     file = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 2)
     os.environ.update(environment)
@@ -329,8 +330,22 @@ def test_slurm_variables_become_those_of_torch(monkeypatch: pytest.MonkeyPatch, 
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
     scontrol.chmod(0o755)
-    slurm = {"PROCID": "2", "NTASKS": "8", "LOCALID": "2", "TASKS_PER_NODE": "4(x2)", "JOB_NODELIST": "gpu[07-08]", "JOB_ID": "70001"}
-    wanted = {"RANK": "2", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu07", "MASTER_PORT": "30001"}
+    slurm = {
+        "PROCID": "2",
+        "NTASKS": "8",
+        "LOCALID": "2",
+        "TASKS_PER_NODE": "4(x2)",
+        "JOB_NODELIST": "gpu[07-08]",
+        "JOB_ID": "70001",
+    }
+    wanted = {
+        "RANK": "2",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "2",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "30001",
+    }
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | {f"SLURM_{name}": value for name, value in slurm.items()}
     monkeypatch.setattr(os, "environ", environment.copy())
     distributed._slurm_environment()

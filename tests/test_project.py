@@ -31,7 +31,7 @@ LEVELS: list[tuple[float, dict[str, str]]] = [
     (0, {"config": "", "simpool": "", "distributed": "", "convert": "", "pictures": ""}),
     (1, {"loss": "distributed", "optim": "config distributed", "monitor": "distributed", "logs": "distributed"}),
     (1, {"plan": "config", "synthetic": "config", "trunk": "config", "model": "config simpool trunk"}),
-    (1, {"augment": "config", "data": "config distributed augment"}),
+    (1, {"augment": "config", "data": "config distributed augment", "feed": "distributed"}),
     (2, {"checkpoint": "config convert distributed model", "features": "distributed data"}),
     (2.5, {"step": "config distributed loss model monitor optim plan checkpoint"}),
     (3, {"eval": "0-2", "train": "0-2.5 eval.knn"}),

@@ -133,7 +133,9 @@ def copy_position_gradients(encoder: Encoder, embedding: Tensor, grid: tuple[int
 resampled_positions = Encoder._positions
 
 
-def assert_golden_model(ours: dict[str, Tensor], reference: dict[str, np.ndarray], tolerance: tuple[float, float], name: str) -> None:
+def assert_golden_model(
+    ours: dict[str, Tensor], reference: dict[str, np.ndarray], tolerance: tuple[float, float], name: str
+) -> None:
     """All weights under their published names; two parameters get gradients of rounding noise only, which Adam blows up."""
     official = to_official(ours)
     assert sorted(official) == sorted(reference)
@@ -401,7 +403,7 @@ def test_a_float32_state_goes_on_in_float16() -> None:
 def test_a_state_of_another_model_is_refused() -> None:
     learner = learner_of(config())
     state = learner.state()
-    with pytest.raises(ValueError, match="weights of the student do not fit.*missing"):
+    with pytest.raises(ValueError, match=r"weights of the student do not fit.*missing"):
         learner_of(config(CNN)).load(state)
     del state["teacher"]["encoder.pool.q.weight"]
     with pytest.raises(ValueError, match=r"weights of the teacher do not fit.*1 missing: encoder\.pool\.q\.weight"):
@@ -409,7 +411,9 @@ def test_a_state_of_another_model_is_refused() -> None:
 
 
 def test_the_seed_decides_the_start() -> None:
-    first, same, other = (build_learner(TrainConfig(**vars(config()) | {"run": RunConfig(seed=s)}), CPU).state() for s in (1, 1, 2))
+    first, same, other = (
+        build_learner(TrainConfig(**vars(config()) | {"run": RunConfig(seed=s)}), CPU).state() for s in (1, 1, 2)
+    )
     assert_equal_states(first, same)
     assert not torch.equal(first["student"]["head.fc1.weight"], other["student"]["head.fc1.weight"])
 

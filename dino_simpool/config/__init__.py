@@ -1,13 +1,14 @@
 """Every option of dino_simpool, each defined once, and the functions that read and write them.
 
 `parse` turns YAML recipes and command-line overrides into a frozen dataclass, `from_dict` does the same for a plain dict (a
-checkpoint's), `to_dict` and `dump` go back. Nothing is ever written into a configuration after it was parsed: the scaled learning
-rate, the number of steps and the like are functions of the configuration and of the run. No torch is imported here, so that help
-and mistakes answer at once.
+checkpoint's), `to_dict` and `dump` go back. Nothing is ever written into a configuration after it was parsed: the scaled
+learning rate, the number of steps and the like are functions of the configuration and of the run. No torch is imported here,
+so that help and mistakes answer at once.
 
     train.py     the options of a training run        evaluate.py  of the evaluators and the other commands
     parse.py     recipes + command line <-> dataclass
 """
+
 from __future__ import annotations
 
 from dino_simpool.config.evaluate import EvalConfig, KnnConfig, LinearConfig, MasksConfig, ReportConfig, SyntheticConfig
@@ -29,7 +30,29 @@ from dino_simpool.config.train import (
 )
 
 __all__ = [
-    "IMAGENET_MEAN", "IMAGENET_STD", "ConfigError", "CropsConfig", "DataConfig", "Duration", "EvalConfig", "HeadConfig", "KnnConfig",
-    "LinearConfig", "LossConfig", "MasksConfig", "ModelConfig", "OptimConfig", "ReportConfig", "RunConfig", "SyntheticConfig",
-    "TeacherConfig", "TrainConfig", "dump", "from_dict", "option_names", "parse", "parse_duration", "to_dict",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "ConfigError",
+    "CropsConfig",
+    "DataConfig",
+    "Duration",
+    "EvalConfig",
+    "HeadConfig",
+    "KnnConfig",
+    "LinearConfig",
+    "LossConfig",
+    "MasksConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ReportConfig",
+    "RunConfig",
+    "SyntheticConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "dump",
+    "from_dict",
+    "option_names",
+    "parse",
+    "parse_duration",
+    "to_dict",
 ]

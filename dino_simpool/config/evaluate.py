@@ -1,4 +1,5 @@
 """The options of the evaluators, of the report and of the embedded data set."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class EvalConfig:
     image_size: int | None = None
     """Side of the square that the encoder sees, in pixels. null: as the model was made."""
     resize: int | None = None
-    """Shorter side before the centre crop, in pixels. null: as the model was made; with another image_size: that * 256 / 224."""
+    """Shorter side before the centre crop, in pixels. null: as the model was made; for another image_size: * 256 / 224."""
     batch_size: int = 128
     """Images in one forward pass of one process."""
     workers: int | None = None

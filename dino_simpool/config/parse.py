@@ -1,4 +1,5 @@
-"""From YAML recipes and command-line overrides to frozen dataclasses and back, on jsonargparse. No other module knows that library."""
+"""From YAML recipes and command line to frozen dataclasses and back, on jsonargparse. No other module knows that library."""
+
 from __future__ import annotations
 
 import argparse
@@ -7,7 +8,7 @@ import difflib
 import functools
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -39,7 +40,14 @@ def _allowed(config: type, name: str) -> str:
     for kind, word in (("int", "whole number"), ("float", "number"), ("str", "text")):
         # A tuple as it is written: [number, number].
         annotation = re.sub(rf"(?<=[\[ ]){kind}(?=[,\]])", word, annotation).replace("tuple[", "[")
-    words = {"None": "null", "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "Duration": "a duration"}
+    words = {
+        "None": "null",
+        "int": "a whole number",
+        "float": "a number",
+        "str": "text",
+        "bool": "true or false",
+        "Duration": "a duration",
+    }
     return " or ".join(words.get(part, part) for part in annotation.split(" | "))
 
 
@@ -70,7 +78,11 @@ def _parser(config: type, program: str, description: str | None = None) -> Any:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=program, description=description or config.__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="A recipe: a file, or a name such as vit_small_simpool. Give it first; several are merged.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="A recipe: a file, or a name such as vit_small_simpool. Give it first; several are merged.",
+    )
     parser.add_class_arguments(config)
     return parser
 
@@ -104,7 +116,8 @@ def _check_recipe(path: str, config: type) -> str:
     try:
         node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = f"line {error.problem_mark.line + 1}: {error.problem}" if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: {error.problem}" if isinstance(error, yaml.MarkedYAMLError) and mark else str(error)
         raise ConfigError(f"{path} is not YAML, {line}") from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path} is not a recipe: it has no options, such as `run: {{seed: 1}}`")
@@ -145,7 +158,7 @@ def parse(config: type[Config], arguments: list[str], *, program: str = "dino-si
 
     `--help` and `--print_config` print and leave with SystemExit(0). ConfigError says in one line what is wrong.
     """
-    parser = _parser(config, program)
+    parser = _parser(cast(Any, config), program)
     try:
         return _instantiate(config, parser, parser.parse_args(_find_recipes(arguments, config)))
     except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError, OSError) as error:
@@ -155,7 +168,7 @@ def parse(config: type[Config], arguments: list[str], *, program: str = "dino-si
 def from_dict(config: type[Config], values: dict[str, Any]) -> Config:
     """A plain dict (of a checkpoint, of a YAML file) -> a configuration. ConfigError for unknown keys and wrong types."""
     _check_groups(config, values)
-    parser = _parser(config, "dino-simpool")
+    parser = _parser(cast(Any, config), "dino-simpool")
     try:
         return _instantiate(config, parser, parser.parse_object(values))
     except (argparse.ArgumentError, ValueError, TypeError) as error:

@@ -1,4 +1,5 @@
 """The options of a pre-training run, each defined once with its meaning and unit in the string under it."""
+
 from __future__ import annotations
 
 import math
@@ -14,14 +15,17 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def _not_divisible(name: str, size: int, patch: int) -> str:
     nearest = sorted({max(patch, size // patch * patch), -(-size // patch) * patch})
-    return f"{name} {size} is not divisible by model.patch_size {patch}: use {' or '.join(map(str, nearest))}, or another patch_size"
+    use = " or ".join(map(str, nearest))
+    return f"{name} {size} is not divisible by model.patch_size {patch}: use {use}, or another patch_size"
 
 
 def parse_duration(value: Duration) -> tuple[float, str]:
     """Split a duration into its number and its unit: ep (the default), it, img or %. ValueError if it is neither."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*(ep|it|img|%)?", str(value).strip())
     if not match:
-        raise ValueError(f"{value!r} is not a duration: give epochs (10 or 10ep), steps (5000it), images (1e6img) or a share (5%)")
+        raise ValueError(
+            f"{value!r} is not a duration: give epochs (10 or 10ep), steps (5000it), images (1e6img) or a share (5%)"
+        )
     return float(match[1]), match[2] or "ep"
 
 
@@ -51,7 +55,7 @@ class ModelConfig:
     pool: Literal["simpool", "cls", "gap"] = "simpool"
     """simpool, or the baseline that it replaces: cls (ViT only) or gap (global average pooling)."""
     gamma: float | None = None
-    """Exponent of SimPool's generalised mean; null (say `null`, not `None`) is the plain average. Paper: 1.25 for ViT, 2 for CNN."""
+    """Exponent of SimPool's generalised mean; null (not `None`) is the plain average. Paper: 1.25 for ViT, 2 for CNN."""
     num_heads: int = 1
     """Attention heads of SimPool. Paper: 1."""
     beta: bool = False
@@ -61,8 +65,8 @@ class ModelConfig:
     norm_order: Literal["pool_then_norm", "norm_then_pool"] = "pool_then_norm"
     """Final norm after the pooling (self-supervised) or before it (the published supervised ViTs)."""
     pos_interp: Literal["size", "dino", "dino_always"] = "size"
-    """Position embedding at another grid: from grid to grid (no-op at the native one); dino: the published +0.1 rule; dino_always:
-    that rule at the native size too, as the published SimPool ViTs were trained."""
+    """Position embedding at another grid: from grid to grid (no-op at the native one); dino: the published +0.1 rule;
+    dino_always: that rule at the native size too, as the published SimPool ViTs were trained."""
     stem: Literal["standard", "small"] = "standard"
     """small: 3x3, stride 1, no pooling, for CNNs on images of 32 to 64 pixels."""
     patch_size: int = 16
@@ -89,7 +93,9 @@ class ModelConfig:
         if min(self.num_heads, self.patch_size, self.image_size) < 1:
             raise ValueError("model.num_heads, patch_size and image_size must be 1 or more")
         if self.resize is not None and self.resize < self.image_size:
-            raise ValueError(f"model.resize is {self.resize}, but the centre crop takes model.image_size {self.image_size}: give as much")
+            raise ValueError(
+                f"model.resize is {self.resize}, but the centre crop takes model.image_size {self.image_size}: give as much"
+            )
         sizes = (self.width, self.heads, *(self.depth if isinstance(self.depth, tuple) else (self.depth,)))
         if min(1 if size is None else size for size in sizes) < 1:
             raise ValueError("model.width, depth and heads must be 1 or more, or null for those of the architecture")

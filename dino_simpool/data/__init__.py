@@ -1,0 +1,39 @@
+"""Where images come from (sources.py), and the loaders that feed training and evaluation (loaders.py).
+
+A source is a folder of any nesting, several folders, or a text file of paths (`find_images`, no labels), or a class folder
+(`class_folder`, labels from the folders, in the order of torchvision's ImageFolder). `read_rgb` makes 8-bit RGB of any image.
+`train_loader` yields the augmented views of the whole rest of a run: what an item holds follows from the seed and its position
+alone, so a run stopped anywhere goes on exactly, with any number of workers.
+"""
+
+from __future__ import annotations
+
+from dino_simpool.data.loaders import (
+    EvalTransform,
+    MultiCropDataset,
+    TrainBatches,
+    TransformedImages,
+    default_workers,
+    epoch_order,
+    index_loader,
+    steps_per_epoch,
+    train_loader,
+)
+from dino_simpool.data.sources import IMAGE_SUFFIXES, ImageSet, class_folder, find_images, read_rgb
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "EvalTransform",
+    "ImageSet",
+    "MultiCropDataset",
+    "TrainBatches",
+    "TransformedImages",
+    "class_folder",
+    "default_workers",
+    "epoch_order",
+    "find_images",
+    "index_loader",
+    "read_rgb",
+    "steps_per_epoch",
+    "train_loader",
+]
