@@ -32,7 +32,7 @@ METRICS = ("loss", "entropy", "kl", "grad_norm")
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss became infinite or not a number; raised by all processes in the same step, before the optimiser's."""
+    """The loss (found before the optimiser's step) or a weight (found when saving) is not finite; all processes raise it at once."""
 
 
 @dataclass

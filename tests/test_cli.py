@@ -354,6 +354,15 @@ def test_line_names_the_process_and_never_breaks(
     )
 
 
+def test_a_message_of_several_lines_is_said_in_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(cfg: object) -> None:
+        raise OSError("one\n  and  two")
+
+    monkeypatch.setattr("dino_simpool.eval.knn.main", fail)
+    assert cli.main(["knn"]) == 1
+    assert capsys.readouterr().err == "dino-simpool knn: error: one and two\n"
+
+
 def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DINO_SIMPOOL_TRACEBACK", "1")
     with pytest.raises(ValueError, match=r"run\.out is empty"):

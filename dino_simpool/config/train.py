@@ -64,9 +64,9 @@ class ModelConfig:
     """Range of SimPool's minimum: the image (paper) or the whole batch (published training code)."""
     norm_order: Literal["pool_then_norm", "norm_then_pool"] = "pool_then_norm"
     """Final norm after the pooling (self-supervised) or before it (the published supervised ViTs)."""
-    pos_interp: Literal["size", "dino", "dino_always"] = "size"
+    pos_interp: Literal["size", "dino", "dino_always", "dino_legacy"] = "size"
     """Position embedding at another grid: from grid to grid (no-op at the native one); dino: the published +0.1 rule;
-    dino_always: that rule at the native size too, as the published SimPool ViTs were trained."""
+    dino_always: that rule at the native size too, as the published SimPool ViTs were trained; dino_legacy: its first form."""
     stem: Literal["standard", "small"] = "standard"
     """small: 3x3, stride 1, no pooling, for CNNs on images of 32 to 64 pixels."""
     patch_size: int = 16
