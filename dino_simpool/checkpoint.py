@@ -119,7 +119,7 @@ def newest_state(out: Path, announce: Callable[[str], object]) -> dict[str, Any]
 def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -> list[str]:
     """Compare a run's options with those of the state it would resume: the changed ones, as lines.
 
-    ValueError if they build other networks or another optimiser than the stored one.
+    ValueError if they build other networks or another optimiser, or put other images into a step than the stored ones.
     """
     before = {(group, name): value for group, options in saved.items() for name, value in options.items()}
     changed = [
@@ -129,9 +129,12 @@ def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -
         if before.get((group, name)) != value
     ]
     fixed = [c for c in changed if c[0] in ("model", "head") or c[:2] == ("optim", "name")]
-    if fixed:
-        lines = ", ".join(f"{group}.{name} {old} -> {new}" for group, name, old, new in fixed)
-        raise ValueError(f"{where} holds a run of another model ({lines}): give another run.out, or the options of that run")
+    # With these another, a position in the run means other images, and epochs would be skipped or repeated unnoticed.
+    order = [c for c in changed if c[:2] in (("run", "batch_size"), ("run", "seed"), ("data", "subset_per_class"))]
+    for kind, different in (("of another model", fixed), ("with another order of images", order)):
+        if different:
+            lines = ", ".join(f"{group}.{name} {old} -> {new}" for group, name, old, new in different)
+            raise ValueError(f"{where} holds a run {kind} ({lines}): give another run.out, or the options of that run")
     return [f"{group}.{name}: {old} -> {new}" for group, name, old, new in changed if (group, name) != ("run", "out")]
 
 
@@ -166,7 +169,7 @@ def load_encoder(
     """The encoder of a checkpoint, in evaluation mode on the CPU, every weight matched.
 
     path: last.pth, best.pth, epoch_*.pth, or backbone.safetensors with model.json beside it. which: the weights; `untrained` is
-    the encoder as the run's seed initialised it. overrides: ModelConfig options to change, such as gamma=2.0.
+    the encoder as the run's seed initialised it, which only a .pth knows. overrides: ModelConfig options to change (gamma=2.0).
     FileNotFoundError or ValueError in one line if the file is not there, is damaged, or does not fit.
     """
     path = Path(path)
@@ -181,9 +184,9 @@ def load_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_encoder(config)
+    if which not in weights and (which != "untrained" or path.suffix == ".safetensors"):
+        raise ValueError(f"{path} holds no {which}, only {', '.join(weights)}: give last.pth of the run")
     if which != "untrained":
-        if which not in weights:
-            raise ValueError(f"{path} holds no {which}: only {', '.join(weights)}")
         load_strictly(encoder, weights[which], str(path))
     return encoder.eval()
 

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 
 def _slurm_environment() -> None:
-    """Translate a job step of several SLURM tasks into the variables that torch reads. torchrun's own variables win."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in os.environ:
+    """Translate a job step of several SLURM tasks into the variables that torch reads. torchrun's own variables win.
+
+    A batch script has SLURM_NTASKS too, but only what srun started is in a step and has that many processes.
+    """
+    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2:
         return
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
     if "[" in nodes:  # a range such as node[01-04]: SLURM's own tool knows how to read it
@@ -47,15 +50,21 @@ def setup(device: str = "auto") -> torch.device:
         raise ValueError(
             f"device {device} is not available here: use {', '.join(k for k, there in available.items() if there)} or auto"
         )
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and (number or kind == "mps"):
+        raise ValueError(
+            f"several processes cannot share {name}: use device {'cpu' if kind == 'mps' else 'cuda'}, or one process"
+        )
     if kind == "cuda":
-        index = int(number) if number else local
+        bound = several and torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ  # each task sees its own GPU only
+        index = int(number) if number else 0 if bound else local
         if index >= torch.cuda.device_count():
             raise ValueError(
                 f"process {local} of this node needs cuda:{index}, but {torch.cuda.device_count()} GPUs are visible"
             )
         torch.cuda.set_device(index)
         name = f"cuda:{index}"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if several and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=torch.device(name) if kind == "cuda" else None)
     return torch.device(name)
 
@@ -112,6 +121,16 @@ def all_max(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
+
+
+def require_agreement(what: str, value: object) -> None:
+    """ValueError on all processes unless all of them have the same value of `what`, such as the step they resume from."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    if any(other != values[0] for other in values):
+        said = ", ".join(f"{each} on process {number}" for number, each in enumerate(values))
+        raise ValueError(f"the processes do not agree on {what} ({said}): do they all see the same folders?")
 
 
 def gather_by_index(rows: Tensor, indices: Tensor, total: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator
 
@@ -43,7 +44,11 @@ class Feed:
         self._since[row] = (now, self._images, self._waited)
         seconds = max(now - started, 1e-9)
         on_cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if on_cuda
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        )
         return {
             "images_per_second": (self._images - images) / seconds,
             "data_wait_percent": 100 * (self._waited - waited) / seconds,

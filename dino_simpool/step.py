@@ -23,7 +23,7 @@ from dino_simpool import distributed
 from dino_simpool.checkpoint import load_strictly
 from dino_simpool.config import TrainConfig
 from dino_simpool.loss import DinoLoss
-from dino_simpool.model import DinoHead, DinoModel, build_encoder, make_teacher
+from dino_simpool.model import DinoHead, DinoModel, Encoder, build_encoder, make_teacher
 from dino_simpool.monitor import Monitor
 from dino_simpool.optim import build_optimizer, clip_gradients, drop_last_layer_gradients, ema_update, set_hyperparameters
 from dino_simpool.plan import StepValues
@@ -32,7 +32,7 @@ METRICS = ("loss", "entropy", "kl", "grad_norm")
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss (found before the optimiser's step) or a weight (found when saving) is not finite; all processes raise it at once."""
+    """The loss (found before the optimiser's step) or a weight (when saving) is not finite; all processes raise it at once."""
 
 
 @dataclass
@@ -102,11 +102,24 @@ def build_learner(cfg: TrainConfig, device: torch.device, *, warmup_steps: int =
     return Learner(student, teacher, loss, build_optimizer(cfg.optim, student), scaler, Monitor(warmup_steps), sums)
 
 
+@torch.no_grad()
+def try_sizes(encoder: Encoder, sizes: Sequence[int], device: torch.device) -> None:
+    """One grey image of each size through the encoder in evaluation mode: a size that it cannot take is a ValueError now."""
+    was_training = encoder.training
+    encoder.eval()
+    for size in sizes:
+        encoder(torch.zeros(1, 3, size, size, device=device))
+    encoder.train(was_training)
+
+
 def compile_blocks(model: DinoModel) -> None:
     """torch.compile each block of the trunk in place: few small graphs for both crop sizes, and parameters keep their names."""
     blocks = [m for m in model.encoder.trunk.modules() if isinstance(m, (Block, BasicBlock, Bottleneck, ConvNeXtBlock))]
     if not blocks:
         raise ValueError(f"run.compile does not know the blocks of {model.encoder.config.arch}: set run.compile false")
+    # Blocks share their code, so each one's crop sizes and stochastic depth count against a limit of 8, past which torch would
+    # go on uncompiled with a line in its log.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(blocks))
     for block in blocks:
         block.compile()
 
@@ -178,7 +191,10 @@ def train_step(
 
 def _ask_all(loss: Tensor, requests: Sequence[bool]) -> tuple[Tensor, torch.Event | None]:
     """On the way to the host: is any process's loss not finite, and has any process each request?"""
-    own = torch.cat([(~loss.isfinite()).float()[None], torch.tensor([float(r) for r in requests], device=loss.device)])
+    asked = torch.tensor([float(request) for request in requests])
+    if loss.device.type == "cuda":
+        asked = asked.pin_memory()  # otherwise the copy waits for the device
+    own = torch.cat([(~loss.isfinite()).float()[None], asked.to(loss.device, non_blocking=True)])
     flags = distributed.all_max(own).to("cpu", non_blocking=True)
     if loss.device.type == "cpu":
         return flags, None

@@ -35,7 +35,7 @@ from dino_simpool.model import Encoder
 from dino_simpool.monitor import effective_rank, feature_spread, non_finite_names, write_failure
 from dino_simpool.pictures import overlay, strip, unnormalize
 from dino_simpool.plan import Plan, make_plan
-from dino_simpool.step import METRICS, Learner, NonFiniteLoss, build_learner, train_step
+from dino_simpool.step import METRICS, Learner, NonFiniteLoss, build_learner, train_step, try_sizes
 
 
 def train(cfg: TrainConfig) -> Path:
@@ -56,8 +56,9 @@ def train(cfg: TrainConfig) -> Path:
     )
     plan = make_plan(cfg, len(images))
     images_of_one_pass = _images_of_one_pass(cfg)
-    out = _writable(cfg.run.out)
     learner = build_learner(cfg, device, warmup_steps=plan.warmup_steps)
+    try_sizes(learner.teacher.encoder, (cfg.crops.global_size, cfg.crops.local_size, cfg.model.image_size), device)
+    out = _writable(cfg.run.out)
     saved = newest_state(out, say)
     if saved is not None:
         changes = check_same_run(to_dict(cfg), saved["config"], out)
@@ -68,9 +69,16 @@ def train(cfg: TrainConfig) -> Path:
         learner.load(saved)
         for change in changes:
             say(f"changed since this run was saved: {change}")
+        if saved["world_size"] != distributed.world_size():
+            say(f"changed since this run was saved: {saved['world_size']} -> {distributed.world_size()} processes")
+        if learner.step > plan.total_steps:
+            raise ConfigError(
+                f"{out} has {learner.step} steps, run.epochs {cfg.run.epochs} ends at {plan.total_steps}: raise run.epochs"
+            )
+    # Nobody writes before everybody has read, and the same.
+    distributed.require_agreement("the images and the step to go on from", (len(images), learner.step, learner.epoch_open))
 
     # -- what is about to happen, said and written down.
-    distributed.barrier()  # nobody writes before everybody has read
     first, main = learner.step, distributed.is_main()
     workers = default_workers() if cfg.data.workers is None else cfg.data.workers
     say(_announce(cfg, plan, learner, device, workers))
@@ -96,7 +104,7 @@ def train(cfg: TrainConfig) -> Path:
     bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
     with bar, _signals() as received, _failures_written(out, learner, plan, images, feed):
         if learner.epoch_open:
-            _end_epoch(cfg, plan, learner, out, log, knn_sets, feed)
+            _end_epoch(cfg, plan, learner, out, log, images, knn_sets, feed)
         while learner.step < plan.total_steps:
             values = plan.values(learner.step)
             # Stochastic depth of this step, whatever came before it: resuming needs no stored random state.
@@ -122,7 +130,7 @@ def train(cfg: TrainConfig) -> Path:
                 say(f"stopped after step {done} of {plan.total_steps}; the same command goes on from there")
                 break
             if learner.epoch_open:
-                _end_epoch(cfg, plan, learner, out, log, knn_sets, feed)
+                _end_epoch(cfg, plan, learner, out, log, images, knn_sets, feed)
         else:
             _save(cfg, learner, out, len(images))  # now with the last epoch evaluated
     log.close()
@@ -187,6 +195,7 @@ def _end_epoch(
     learner: Learner,
     out: Path,
     log: RunLog,
+    images: ImageSet,
     knn_sets: tuple[ImageSet, ImageSet] | None,
     feed: Feed,
 ) -> None:
@@ -202,23 +211,24 @@ def _end_epoch(
         "train_teacher_temp": values[0].teacher_temperature, "train_grad_norm": means["grad_norm"],
     }  # fmt: skip
     last = learner.step == plan.total_steps
-    if knn_sets is not None and cfg.run.knn_every and (epoch % cfg.run.knn_every == 0 or last):
-        encoder = learner.teacher.encoder
-        model = cfg.model
-        transform = EvalTransform(model.image_size, resize=model.resize, mean=model.mean, std=model.std)
+    due = cfg.run.knn_every > 0 and (epoch % cfg.run.knn_every == 0 or last)
+    encoder, device, model = learner.teacher.encoder, learner.sums.device, cfg.model
+    transform = EvalTransform(model.image_size, resize=model.resize, mean=model.mean, std=model.std)
+    if due and distributed.is_main():
+        shown = knn_sets[1] if knn_sets is not None else images
+        log.image("attention", _attention_strip(encoder, shown, transform, device), learner.step)
+    if due and knn_sets is not None:
         record["k-NN"] = knn_accuracy(
-            encoder, *knn_sets, transform=transform, batch_size=128, workers=cfg.data.workers, device=learner.sums.device
+            encoder, *knn_sets, transform=transform, batch_size=128, workers=cfg.data.workers, device=device
         )
         top1 = record["k-NN"]["10"]["top1"]
         say(f"epoch {epoch}: k-NN (k = 10) {top1:.2f} %")
-        if distributed.is_main():
-            log.image("attention", _attention_strip(encoder, knn_sets[1], transform, learner.sums.device), learner.step)
         if top1 > learner.best:
             learner.best = top1
             if distributed.is_main():
                 keep_state(out, "best.pth")
     if distributed.is_main():
-        export_encoder(out, learner.teacher.encoder)
+        export_encoder(out, encoder)
         if cfg.run.keep_every and (epoch + 1) % cfg.run.keep_every == 0:
             keep_state(out, f"epoch_{epoch + 1:04d}.pth")
     timings = feed.timings("epoch")
@@ -232,13 +242,18 @@ def _end_epoch(
 
 @torch.no_grad()
 def _attention_strip(encoder: Encoder, images: ImageSet, transform: EvalTransform, device: torch.device) -> Tensor:
-    """Eight images, evenly spread over the set, each under its attention: (3, H, W) in 0..1."""
+    """Eight images, evenly spread over the set, each above its attention: (3, H, W) in 0..1."""
     chosen = [int(i) for i in torch.linspace(0, len(images) - 1, min(8, len(images)))]
     pixels = torch.stack([transform(read_rgb(images.path(i))) for i in chosen])
     was_training = encoder.training
-    attention = encoder.eval().attention(pixels.to(device)).cpu()
-    encoder.train(was_training)
     shown = unnormalize(pixels, transform.mean, transform.std)
+    try:
+        attention = encoder.eval().attention(pixels.to(device)).cpu()
+    except ValueError as error:  # the class token of an unusual block has no attention to show, and the training needs none
+        say(f"no attention maps: {error}")
+        return strip(list(shown))
+    finally:
+        encoder.train(was_training)
     return torch.cat([strip(list(shown)), strip([overlay(image, a) for image, a in zip(shown, attention, strict=True)])], dim=1)
 
 

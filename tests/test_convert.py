@@ -1,4 +1,5 @@
 """Published files to ours and back, in every layout that was written, and files that must not be loaded."""
+
 from __future__ import annotations
 
 import argparse
@@ -23,8 +24,12 @@ TINY: dict[str, dict[str, Any]] = {
     "convnext": {"arch": "convnext_tiny", "width": 8, "depth": (1, 1, 2, 1)},
 }
 POOLS: dict[str, dict[str, Any]] = {"simpool": {"gamma": 1.25, "beta": True}, "cls": {"pool": "cls"}, "gap": {"pool": "gap"}}
-HEADS: dict[str, dict[str, Any]] = {"plain": {}, "batch norm": {"batch_norm": True}, "one layer": {"layers": 1},
-                                    "trained norm": {"layers": 4, "norm_last_layer": False}}
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "batch norm": {"batch_norm": True},
+    "one layer": {"layers": 1},
+    "trained norm": {"layers": 4, "norm_last_layer": False},
+}
 COMBINATIONS = [(trunk, pool) for trunk in TINY for pool in POOLS if pool != "cls" or trunk == "vit"]
 
 
@@ -42,8 +47,11 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_self_supervised_round_trip(trunk: str, pool: str, prefix: str) -> None:
     """student and teacher, wrapped for several GPUs or compiled or neither."""
     student, teacher = model(trunk, pool).state_dict(), model(trunk, pool).state_dict()
-    checkpoint = {"student": {f"module.{name}": value for name, value in to_official(student).items()},
-                  "teacher": {f"{prefix}{name}": value for name, value in to_official(teacher).items()}, "epoch": 3}
+    checkpoint = {
+        "student": {f"module.{name}": value for name, value in to_official(student).items()},
+        "teacher": {f"{prefix}{name}": value for name, value in to_official(teacher).items()},
+        "epoch": 3,
+    }
     assert equal(from_official(checkpoint), teacher)
     assert equal(from_official(checkpoint, which="student"), student)
     load_strict(model(trunk, pool), from_official(checkpoint), source="file")
@@ -65,9 +73,11 @@ def test_supervised_round_trip(trunk: str, pool: str) -> None:
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     state |= {"classifier.weight": torch.randn(5, encoder.embed_dim), "classifier.bias": torch.randn(5)}
     official = to_official(state, layout="supervised")
-    names = {"vit": ("gp.pool.wq.weight", "norm.weight", "head.weight"),
-             "resnet": ("global_pool.pool.wq.weight", "layer4.1.bn2.weight", "fc.weight"),
-             "convnext": ("head.global_pool.pool.wq.weight", "head.norm.weight", "head.fc.weight")}[trunk]
+    names = {
+        "vit": ("gp.pool.wq.weight", "norm.weight", "head.weight"),
+        "resnet": ("global_pool.pool.wq.weight", "layer4.1.bn2.weight", "fc.weight"),
+        "convnext": ("head.global_pool.pool.wq.weight", "head.norm.weight", "head.fc.weight"),
+    }[trunk]
     assert set(names if pool == "simpool" else names[1:]) <= official.keys()
     split = official | {"layer1.0.bn1.aux_bn.0.weight": torch.randn(8)}
     average = {name: value + 1 for name, value in official.items()}
@@ -88,18 +98,31 @@ def test_bare_encoders_and_our_own_names(trunk: str, pool: str) -> None:
     assert equal(from_official({"teacher": state}), state)
     assert equal(from_official({name.removeprefix("encoder."): value for name, value in encoder.items()}), encoder)
     assert to_official({name.removeprefix("encoder."): value for name, value in encoder.items()}).keys() == {
-        f"backbone.{name}" for name in backbone}
+        f"backbone.{name}" for name in backbone
+    }
 
 
 def test_published_names() -> None:
     """Some names of the published files, written down by hand."""
     convnext = to_official(model("convnext").state_dict())
-    assert {"backbone.downsample_layers.0.1.weight", "backbone.downsample_layers.3.1.bias", "backbone.stages.2.1.dwconv.weight",
-            "backbone.stages.0.0.pwconv2.bias", "backbone.stages.0.0.gamma", "backbone.norm.weight",
-            "backbone.simpool.norm_patches.bias", "backbone.simpool.beta", "head.mlp.4.weight"} <= convnext.keys()
+    assert {
+        "backbone.downsample_layers.0.1.weight",
+        "backbone.downsample_layers.3.1.bias",
+        "backbone.stages.2.1.dwconv.weight",
+        "backbone.stages.0.0.pwconv2.bias",
+        "backbone.stages.0.0.gamma",
+        "backbone.norm.weight",
+        "backbone.simpool.norm_patches.bias",
+        "backbone.simpool.beta",
+        "head.mlp.4.weight",
+    } <= convnext.keys()
     normed = to_official(model("resnet", head="batch norm").state_dict())
-    assert {"backbone.layer2.0.downsample.1.running_mean", "backbone.simpool.wk.weight", "head.mlp.4.running_var",
-            "head.mlp.6.bias"} <= normed.keys()
+    assert {
+        "backbone.layer2.0.downsample.1.running_mean",
+        "backbone.simpool.wk.weight",
+        "head.mlp.4.running_var",
+        "head.mlp.6.bias",
+    } <= normed.keys()
     assert normed["head.mlp.3.weight"].shape == (24, 24)
     assert normed["head.mlp.4.weight"].shape == (24,)
 
@@ -128,9 +151,14 @@ def test_class_token_models_keep_their_positions(recwarn: pytest.WarningsRecorde
     assert not recwarn.list
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"backbone.rope.freqs": torch.zeros(1)}, r"backbone|rope\.freqs"), ({"stray": torch.zeros(1)}, "stray"),
-    ({"head.predictor.weight": torch.zeros(1)}, "predictor")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"backbone.rope.freqs": torch.zeros(1)}, r"backbone|rope\.freqs"),
+        ({"stray": torch.zeros(1)}, "stray"),
+        ({"head.predictor.weight": torch.zeros(1)}, "predictor"),
+    ],
+)
 def test_unknown_names_are_refused(change: dict[str, Tensor], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         from_official(to_official(model().state_dict()) | change)
@@ -162,9 +190,14 @@ def test_loading_is_strict_and_names_what_differs() -> None:
 def published_file() -> dict[str, Any]:
     """What main_dino.py of DINO saves, with the learning rate of a NumPy schedule and its options."""
     state = to_official(model().state_dict())
-    return {"student": state, "teacher": state, "epoch": 4, "dino_loss": {"center": torch.zeros(1, 20)},
-            "args": argparse.Namespace(arch="vit_small", output_dir=pathlib.PosixPath("out")),
-            "optimizer": {"param_groups": [{"lr": np.float64(1e-3), "weight_decay": np.float64(0.04)}], "state": {}}}
+    return {
+        "student": state,
+        "teacher": state,
+        "epoch": 4,
+        "dino_loss": {"center": torch.zeros(1, 20)},
+        "args": argparse.Namespace(arch="vit_small", output_dir=pathlib.PosixPath("out")),
+        "optimizer": {"param_groups": [{"lr": np.float64(1e-3), "weight_decay": np.float64(0.04)}], "state": {}},
+    }
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -213,7 +246,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "half.pth"
     torch.save(published_file(), path)
     whole = path.read_bytes()
-    for content in (whole[:len(whole) // 2], b"", b"no checkpoint at all"):
+    for content in (whole[: len(whole) // 2], b"", b"no checkpoint at all"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"half\.pth"):
             load_official(path)

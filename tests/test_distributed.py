@@ -98,7 +98,7 @@ def group(size: int = 2) -> list[dict[str, str]]:
 def slurm_group(size: int = 2) -> list[dict[str, str]]:
     """The variables that srun sets, for each task of a step on this machine."""
     common = {"SLURM_NTASKS": str(size), "SLURM_TASKS_PER_NODE": str(size), "SLURM_STEP_NODELIST": "localhost"}
-    common |= {"SLURM_JOB_ID": "1234567", "MASTER_PORT": free_port()}
+    common |= {"SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0", "MASTER_PORT": free_port()}
     return [common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(size)]
 
 
@@ -316,12 +316,11 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_single_slurm_task_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also inside an allocation of several tasks, where SLURM_PROCID is missing: a login shell of salloc."""
+    """Also in the batch script of several tasks, before srun makes a step of them."""
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert distributed.setup("cpu") == torch.device("cpu") and distributed.world_size() == 1
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.delenv("SLURM_PROCID")
     assert distributed.setup("cpu") == torch.device("cpu") and distributed.world_size() == 1
 
 
@@ -332,6 +331,7 @@ def test_slurm_variables_become_those_of_torch(monkeypatch: pytest.MonkeyPatch, 
     scontrol.chmod(0o755)
     slurm = {
         "PROCID": "2",
+        "STEP_ID": "0",
         "NTASKS": "8",
         "LOCALID": "2",
         "TASKS_PER_NODE": "4(x2)",

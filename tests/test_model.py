@@ -1,4 +1,5 @@
 """Encoders of every family and pooling: the same contract for all; positions, stems and sizes; head, student and teacher."""
+
 from __future__ import annotations
 
 import copy
@@ -19,15 +20,25 @@ from dino_simpool.trunk import find_arch
 
 TINY: dict[str, dict[str, Any]] = {
     "vit": {"arch": "vit_tiny", "width": 32, "heads": 2, "depth": 2, "patch_size": 4, "image_size": 32},
-    "vit with registers": {"arch": "vit_small_patch14_reg4_dinov2", "width": 32, "heads": 2, "depth": 2, "patch_size": 14,
-                           "image_size": 56},
+    "vit with registers": {
+        "arch": "vit_small_patch14_reg4_dinov2",
+        "width": 32,
+        "heads": 2,
+        "depth": 2,
+        "patch_size": 14,
+        "image_size": 56,
+    },
     "resnet": {"arch": "resnet18", "width": 8, "depth": (1, 1, 1), "stem": "small"},
     "resnet with a deep stem": {"arch": "resnet50d", "width": 8, "depth": (1, 1, 1, 1)},
     "convnext": {"arch": "convnext_tiny", "width": 8, "depth": (1, 2, 1), "stem": "small"},
     "convnext with an overlapping stem": {"arch": "convnext_atto_ols", "width": 8, "depth": 1},
 }
 POOLS: dict[str, dict[str, Any]] = {
-    "simpool": {}, "simpool gamma": {"gamma": 1.25}, "cls": {"pool": "cls"}, "gap": {"pool": "gap"}}
+    "simpool": {},
+    "simpool gamma": {"gamma": 1.25},
+    "cls": {"pool": "cls"},
+    "gap": {"pool": "gap"},
+}
 COMBINATIONS = [(trunk, pool) for trunk in TINY for pool in POOLS if pool != "cls" or "vit" in trunk]
 
 
@@ -95,40 +106,68 @@ def test_no_class_token_without_class_token_pooling() -> None:
     assert build_encoder(tiny("vit", "cls")).trunk.pos_embed.shape == (1, 65, 32)
 
 
-@pytest.mark.parametrize(("arch", "options", "count"), [
-    ("vit_tiny", {"pool": "cls"}, 5_524_416), ("vit_tiny", {}, 5_598_144), ("vit_small", {"pool": "cls"}, 21_665_664),
-    ("vit_small", {}, 21_960_576), ("vit_small", {"gamma": 1.25, "beta": True}, 21_960_577),
-    ("vit_base", {"pool": "cls"}, 85_798_656), ("vit_base", {}, 86_978_304), ("resnet18", {"pool": "gap"}, 11_176_512),
-    ("resnet18", {}, 11_701_824), ("resnet50", {"pool": "gap"}, 23_508_032), ("resnet50", {}, 31_900_736),
-    ("convnext_small", {"pool": "gap"}, 49_454_688), ("convnext_small", {}, 50_635_872)])
+@pytest.mark.parametrize(
+    ("arch", "options", "count"),
+    [
+        ("vit_tiny", {"pool": "cls"}, 5_524_416),
+        ("vit_tiny", {}, 5_598_144),
+        ("vit_small", {"pool": "cls"}, 21_665_664),
+        ("vit_small", {}, 21_960_576),
+        ("vit_small", {"gamma": 1.25, "beta": True}, 21_960_577),
+        ("vit_base", {"pool": "cls"}, 85_798_656),
+        ("vit_base", {}, 86_978_304),
+        ("resnet18", {"pool": "gap"}, 11_176_512),
+        ("resnet18", {}, 11_701_824),
+        ("resnet50", {"pool": "gap"}, 23_508_032),
+        ("resnet50", {}, 31_900_736),
+        ("convnext_small", {"pool": "gap"}, 49_454_688),
+        ("convnext_small", {}, 50_635_872),
+    ],
+)
 def test_parameter_counts_of_the_paper(arch: str, options: dict[str, Any], count: int) -> None:
     with torch.device("meta"):
         encoder = build_encoder(ModelConfig(arch, **options))
     assert sum(p.numel() for p in encoder.parameters()) == count
 
 
-@pytest.mark.parametrize(("dim", "out_dim", "batch_norm", "count"), [
-    (384, 65536, False, 22_352_128), (2048, 60000, True, 24_345_440), (768, 65536, False, 23_138_560)])
+@pytest.mark.parametrize(
+    ("dim", "out_dim", "batch_norm", "count"),
+    [(384, 65536, False, 22_352_128), (2048, 60000, True, 24_345_440), (768, 65536, False, 23_138_560)],
+)
 def test_parameter_counts_of_the_head(dim: int, out_dim: int, batch_norm: bool, count: int) -> None:
     with torch.device("meta"):
         head = DinoHead(dim, out_dim, batch_norm=batch_norm)
     assert sum(p.numel() for p in head.parameters()) == count
 
 
-@pytest.mark.parametrize(("arch", "words"), [
-    ("vit_smal", "vit_small"), ("resnet19", "resnet1"), ("swin_tiny_patch4_window7_224", "another family"),
-    ("deit_small_distilled_patch16_224", "another family"), ("", "did you mean")])
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("vit_smal", "vit_small"),
+        ("resnet19", "resnet1"),
+        ("swin_tiny_patch4_window7_224", "another family"),
+        ("deit_small_distilled_patch16_224", "another family"),
+        ("", "did you mean"),
+    ],
+)
 def test_unknown_architectures_are_refused(arch: str, words: str) -> None:
     with pytest.raises(ValueError, match=words) as error:
         find_arch(arch)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"arch": "vit_small_patch8_224"}, "patch_size 8"), ({"arch": "vit_tiny", "width": 100, "heads": 3}, "divisor"),
-    ({"arch": "vit_tiny", "heads": 5}, "divisor"), ({"arch": "vit_tiny", "depth": (1, 2)}, "stages"),
-    ({"arch": "resnet18", "width": 9}, "even"), ({"arch": "resnet18", "depth": (1,)}, "two blocks"),
-    ({"arch": "convnext_tiny", "depth": (1, 1, 1, 1, 1)}, "one to four")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"arch": "vit_small_patch8_224"}, "patch_size 8"),
+        ({"arch": "vit_tiny", "width": 100, "heads": 3}, "divisor"),
+        ({"arch": "vit_tiny", "heads": 5}, "divisor"),
+        ({"arch": "vit_tiny", "depth": (1, 2)}, "stages"),
+        ({"arch": "resnet18", "width": 9}, "even"),
+        ({"arch": "resnet18", "depth": (1,)}, "two blocks"),
+        ({"arch": "convnext_tiny", "depth": (1, 1, 1, 1, 1)}, "one to four"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build_encoder(ModelConfig(**options))
@@ -180,13 +219,16 @@ def test_positions_match_the_published_ones(case: str, mode: str, precision: str
     """At all sizes, non-square and native included, where the published SimPool ViT resamples and the other does not."""
     settings, dtype = meta(POSITIONS, case), torch.float64 if precision else torch.float32
     rule = "dino_always" if mode == "simpool" else "dino"
-    encoder = build_encoder(ModelConfig("vit_tiny", width=32, heads=1, depth=1, image_size=settings["img"],
-                                        patch_size=settings["patch"], pos_interp=rule))
+    encoder = build_encoder(
+        ModelConfig(
+            "vit_tiny", width=32, heads=1, depth=1, image_size=settings["img"], patch_size=settings["patch"], pos_interp=rule
+        )
+    )
     stored = torch.from_numpy(POSITIONS[f"{case}/in/pos_patch"])[0].to(dtype)
     for height, width in settings["sizes"]:
         grid = (height // settings["patch"], width // settings["patch"])
         ours = encoder._positions(stored, grid, square=height == width)
-        reference = POSITIONS[f"{case}/out{precision}/{mode}_{height}x{width}"][0, mode == "official":]
+        reference = POSITIONS[f"{case}/out{precision}/{mode}_{height}x{width}"][0, mode == "official" :]
         assert_close(ours, reference, **({"rtol": 1e-6, "atol": 1e-8} if precision else {"rtol": 1e-4, "atol": 1e-5}))
 
 
@@ -255,8 +297,9 @@ def test_class_attention_equals_plain_loops() -> None:
     torch.testing.assert_close(encoder.attention(images)[0].flatten(), total / total.sum())
 
 
-@pytest.mark.parametrize(("trunk", "pool"), [
-    ("vit", "simpool gamma"), ("vit", "cls"), ("resnet", "gap"), ("convnext", "simpool")])
+@pytest.mark.parametrize(
+    ("trunk", "pool"), [("vit", "simpool gamma"), ("vit", "cls"), ("resnet", "gap"), ("convnext", "simpool")]
+)
 def test_autocast(trunk: str, pool: str) -> None:
     """bfloat16 products give float32 features near those of float32, in channels_last too."""
     torch.manual_seed(0)
@@ -355,7 +398,14 @@ def test_encoder_names_and_config() -> None:
     assert dataclasses.asdict(copy.deepcopy(encoder).config) == dataclasses.asdict(config)
     names = set(encoder.state_dict())
     assert {name for name in names if not name.startswith("trunk.")} == {
-        "pool.norm.weight", "pool.norm.bias", "pool.q.weight", "pool.k.weight", "pool.beta", "norm.weight", "norm.bias"}
+        "pool.norm.weight",
+        "pool.norm.bias",
+        "pool.q.weight",
+        "pool.k.weight",
+        "pool.beta",
+        "norm.weight",
+        "norm.bias",
+    }
     assert not any(name.startswith(("trunk.norm", "trunk.head", "trunk.fc")) for name in names)
 
 

@@ -2,6 +2,7 @@
 
 Each runs in float64 (relative 1e-6) and float32 (the tolerances of the reference runs, which had other rounding).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,8 +27,9 @@ PUBLISHED = {"simpool": {"min_over": "batch", "pos_interp": "dino_always"}, "off
 
 
 def tensors(arrays: dict[str, np.ndarray], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.array(value)).to(dtype if value.dtype.kind == "f" else None)
-            for name, value in arrays.items()}
+    return {
+        name: torch.from_numpy(np.array(value)).to(dtype if value.dtype.kind == "f" else None) for name, value in arrays.items()
+    }
 
 
 def load_encoder(encoder: Encoder, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -75,8 +77,17 @@ def test_vit(mode: str, precision: str) -> None:
     golden = sub(load(f"open_vit_{mode}"), "vit")
     dtype, tolerance = PRECISIONS[precision], {"rtol": 1e-4, "atol": 5e-5}
     simpool = {"gamma": 1.25, "beta": True} if mode == "simpool" else {}
-    encoder = build_encoder(ModelConfig(arch="vit_small", width=48, depth=3, heads=3, **simpool, **PUBLISHED[mode],
-                                        pool="simpool" if mode == "simpool" else "cls"))
+    encoder = build_encoder(
+        ModelConfig(
+            arch="vit_small",
+            width=48,
+            depth=3,
+            heads=3,
+            **simpool,
+            **PUBLISHED[mode],
+            pool="simpool" if mode == "simpool" else "cls",
+        )
+    )
     assert not load_encoder(encoder, tensors(sub(golden, "param")))
     encoder.to(dtype)
     for size in ("224x224", "96x96", "96x160"):
@@ -124,8 +135,11 @@ def test_cnn(name: str, mode: str, precision: str) -> None:
     arrays, dtype = load(f"open_{name}_tiny"), PRECISIONS[precision]
     golden, settings = sub(arrays, mode), meta(arrays, mode)
     inputs, tolerance = sub(arrays, "simpool/in"), {"rtol": 1e-4, "atol": 2e-5 if name == "convnext" else 1e-4}
-    state = {key: value for key, value in tensors(sub(arrays, "simpool/param")).items()
-             if mode == "simpool" or not key.startswith("simpool.")}
+    state = {
+        key: value
+        for key, value in tensors(sub(arrays, "simpool/param")).items()
+        if mode == "simpool" or not key.startswith("simpool.")
+    }
     encoder = tiny_cnn(settings)
     classifier = {key: value.to(dtype) for key, value in load_encoder(encoder, state).items()}
     encoder.to(dtype).eval()
@@ -138,8 +152,13 @@ def test_cnn(name: str, mode: str, precision: str) -> None:
         close(encoder(x), golden, f"feat_{size}", precision, **tolerance)
         close(logits(x), golden, f"logits_{size}", precision, **tolerance)
         if mode == "simpool":
-            close(encoder.tokens(x).transpose(1, 2).unflatten(2, encoder.attention(x).shape[1:]), golden, f"map_{size}",
-                  precision, **tolerance)
+            close(
+                encoder.tokens(x).transpose(1, 2).unflatten(2, encoder.attention(x).shape[1:]),
+                golden,
+                f"map_{size}",
+                precision,
+                **tolerance,
+            )
             close(encoder.attention(x).flatten(1), golden, f"attn_{size}", precision, **tolerance)
             close(encoder.pool(encoder.tokens(x)), golden, f"pool_{size}", precision, **tolerance)
             for suffix, option in (("per_image", {"min_over": "image"}), ("gammaNone", {"gamma": None})):
@@ -171,8 +190,11 @@ def test_full_size(case: str, precision: str) -> None:
     golden, settings, dtype = sub(FULL_SIZE, case), meta(FULL_SIZE, case), PRECISIONS[precision]
     tolerance = EXACT if precision else {"rtol": 1e-3, "atol": 2e-4}
     arch, mode = settings["arch"], settings["mode"]
-    spec = [(entry[0], entry[1]) for entry in load_json("open_model_keys")[f"{arch}/{mode}"]["state_dict"]
-            if not entry[0].startswith(("fc.", "head."))]
+    spec = [
+        (entry[0], entry[1])
+        for entry in load_json("open_model_keys")[f"{arch}/{mode}"]["state_dict"]
+        if not entry[0].startswith(("fc.", "head."))
+    ]
     state = synth_state(spec, settings["seed"])
     for name, sums in zip(golden["out/param_names"], golden["out/param_checksums"], strict=True):
         if name in state:
@@ -203,8 +225,9 @@ def test_full_size(case: str, precision: str) -> None:
 KEYS = load_json("open_model_keys")
 
 
-@pytest.mark.parametrize("entry", [name for name in KEYS if name.count("/") == 1 and name.split("/")[0] not in
-                                   ("DINOHead", "MultiCropWrapper")])
+@pytest.mark.parametrize(
+    "entry", [name for name in KEYS if name.count("/") == 1 and name.split("/")[0] not in ("DINOHead", "MultiCropWrapper")]
+)
 def test_published_encoder_keys(entry: str) -> None:
     """Every key, shape and kind of the published encoders, and their number of parameters."""
     arch, mode = entry.split("/")
@@ -221,7 +244,8 @@ def test_published_encoder_keys(entry: str) -> None:
     assert all(list(value.shape) == rows[name][1] for name, value in ours.items())
     parameters = {name.removeprefix("backbone."): p for name, p in to_official(dict(encoder.named_parameters())).items()}
     assert sum(p.numel() for p in parameters.values()) == published["n_params"] - sum(
-        int(np.prod(rows[name][1])) for name in classifier)
+        int(np.prod(rows[name][1])) for name in classifier
+    )
     decayed = {id(p) for p in parameter_groups(encoder)[0]["params"]}
     for name, row in rows.items():
         if len(row) > 2 and name not in classifier:
@@ -239,8 +263,12 @@ def test_published_student_keys(arch: str, mode: str) -> None:
     with torch.device("meta"):
         encoder = build_encoder(ModelConfig(arch, pool=pool, gamma=1.25 if vit else None, beta=vit))
         options = head["constructor"]
-        model = DinoModel(encoder, DinoHead(options["in_dim"], options["out_dim"], batch_norm=options["use_bn"],
-                                            norm_last_layer=options["norm_last_layer"]))
+        model = DinoModel(
+            encoder,
+            DinoHead(
+                options["in_dim"], options["out_dim"], batch_norm=options["use_bn"], norm_last_layer=options["norm_last_layer"]
+            ),
+        )
     assert to_official(model.state_dict()).keys() == set(published["keys"])
     assert sum(p.numel() for p in model.parameters()) == published["n_params"]
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == published["n_trainable"]
@@ -257,17 +285,24 @@ HEADS = load("open_dino_head")
 
 def make_head(case: str, dtype: torch.dtype) -> DinoHead:
     options = meta(HEADS, case)["kw"]
-    head = DinoHead(options["in_dim"], options["out_dim"], hidden_dim=options["hidden_dim"], layers=options["nlayers"],
-                    bottleneck_dim=options["bottleneck_dim"], batch_norm=options["use_bn"],
-                    norm_last_layer=options["norm_last_layer"])
+    head = DinoHead(
+        options["in_dim"],
+        options["out_dim"],
+        hidden_dim=options["hidden_dim"],
+        layers=options["nlayers"],
+        bottleneck_dim=options["bottleneck_dim"],
+        batch_norm=options["use_bn"],
+        norm_last_layer=options["norm_last_layer"],
+    )
     state = from_official(tensors(sub(HEADS, f"{case}/param")))
     load_strict(head, {name.removeprefix("head."): value for name, value in state.items()}, source="golden")
     return head.to(dtype)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("case", "mode"), [("plain_g_trainable", ""), ("one_layer", ""), ("bn_norm_last", "_eval"),
-                                            ("bn_norm_last", "_train")])
+@pytest.mark.parametrize(
+    ("case", "mode"), [("plain_g_trainable", ""), ("one_layer", ""), ("bn_norm_last", "_eval"), ("bn_norm_last", "_train")]
+)
 def test_head(case: str, mode: str, precision: str) -> None:
     """Logits, gradients (of the frozen norms none) and running statistics of the published head."""
     dtype, head = PRECISIONS[precision], make_head(case, PRECISIONS[precision]).train(mode != "_eval")
@@ -278,8 +313,9 @@ def test_head(case: str, mode: str, precision: str) -> None:
     tolerance = EXACT if precision else {"rtol": 1e-4, "atol": 1e-5}
     assert_close(logits.detach(), HEADS[f"{case}/out{precision}/y{mode}"], **tolerance)
     logits.backward(torch.from_numpy(HEADS[f"{case}/in/g"]).to(dtype))
-    reference = {name.removesuffix(mode): value for name, value in sub(HEADS, f"{case}/grad{precision}").items()
-                 if name.endswith(mode)}
+    reference = {
+        name.removesuffix(mode): value for name, value in sub(HEADS, f"{case}/grad{precision}").items() if name.endswith(mode)
+    }
     gradients = to_official({f"head.{name}": p.grad for name, p in head.named_parameters() if p.grad is not None})
     ours = {name.removeprefix("head."): value for name, value in gradients.items()} | {"x": x.grad}
     assert ours.keys() == reference.keys()
@@ -298,8 +334,9 @@ def test_multicrop(precision: str) -> None:
     """Eight views of two sizes through student and teacher, BatchNorm in the head, in evaluation and training mode."""
     arrays, dtype = load("open_multicrop"), PRECISIONS[precision]
     golden = sub(arrays, "mc")
-    encoder = build_encoder(ModelConfig("vit_small", width=24, depth=2, heads=2, image_size=64, gamma=1.25, beta=True,
-                                        **PUBLISHED["simpool"]))
+    encoder = build_encoder(
+        ModelConfig("vit_small", width=24, depth=2, heads=2, image_size=64, gamma=1.25, beta=True, **PUBLISHED["simpool"])
+    )
     model = DinoModel(encoder, DinoHead(24, 32, hidden_dim=24, bottleneck_dim=12, batch_norm=True))
     load_strict(model, from_official(tensors(sub(golden, "param"))), source="golden")
     model.to(dtype).eval()

@@ -1,4 +1,5 @@
 """SimPool against the published numbers, an independent loop, and the situations that a training meets."""
+
 from __future__ import annotations
 
 import math
@@ -15,16 +16,26 @@ from dino_simpool.simpool import ClsPool, GapPool, SimPool, attach_simpool
 
 GOLDEN = load("open_simpool")
 CASES = [case for case in cases(GOLDEN) if "heads" not in case]
-OURS = {"norm_patches.weight": "norm.weight", "norm_patches.bias": "norm.bias", "wq.weight": "q.weight",
-        "wk.weight": "k.weight", "beta": "beta"}
+OURS = {
+    "norm_patches.weight": "norm.weight",
+    "norm_patches.bias": "norm.bias",
+    "wq.weight": "q.weight",
+    "wk.weight": "k.weight",
+    "beta": "beta",
+}
 TOLERANCE = {"64": {"rtol": 1e-6, "atol": 1e-8}, "": {"rtol": 1e-4, "atol": 1e-5}}
 GRADIENT_TOLERANCE = {"64": {"rtol": 1e-6, "atol": 1e-8}, "": {"rtol": 1e-3, "atol": 2e-5}}
 
 
 def make_pool(case: str, dtype: torch.dtype, min_over: str) -> SimPool:
     settings = meta(GOLDEN, case)
-    pool = SimPool(settings["dim"], gamma=settings["gamma"], num_heads=settings["num_heads"], min_over=min_over,
-                   beta=settings["use_beta"] and settings["gamma"] is not None)
+    pool = SimPool(
+        settings["dim"],
+        gamma=settings["gamma"],
+        num_heads=settings["num_heads"],
+        min_over=min_over,
+        beta=settings["use_beta"] and settings["gamma"] is not None,
+    )
     state = {OURS[name]: torch.from_numpy(value) for name, value in sub(GOLDEN, f"{case}/param").items() if name in OURS}
     pool.load_state_dict(state)
     return pool.to(dtype)
@@ -231,8 +242,10 @@ def test_parameters_are_the_announced_ones() -> None:
     assert sum(p.numel() for p in SimPool(384).parameters()) == 2 * 384**2 + 2 * 384
 
 
-@pytest.mark.parametrize(("options", "words"), [({"num_heads": 3}, "multiple"), ({"gamma": 0.0}, "above 0"),
-                                                ({"beta": True}, "gamma"), ({"min_over": "all"}, "image")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"num_heads": 3}, "multiple"), ({"gamma": 0.0}, "above 0"), ({"beta": True}, "gamma"), ({"min_over": "all"}, "image")],
+)
 def test_wrong_options_are_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SimPool(8, **options)

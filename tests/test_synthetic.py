@@ -1,4 +1,5 @@
 """The embedded data set: the same for the same seed, split cleanly, annotated correctly, not solved by pixels or colours."""
+
 from __future__ import annotations
 
 import json

@@ -339,5 +339,5 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.model.arch.startswith(("vit", "deit")):
             for name, size in (("global_size", self.crops.global_size), ("local_size", self.crops.local_size)):
-                if size % self.model.patch_size:
+                if size % self.model.patch_size and (name == "global_size" or self.crops.num_local):
                     raise ValueError(_not_divisible(f"crops.{name}", size, self.model.patch_size))

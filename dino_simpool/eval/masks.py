@@ -55,7 +55,7 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
         for batch, indices in loader:
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                 attention = encoder.attention(batch.to(device, non_blocking=True))
-            for index, cells in zip(indices.tolist(), attention.double().cpu().numpy(), strict=True):
+            for index, cells in zip(indices.tolist(), attention.cpu().double().numpy(), strict=True):
                 mask = read_mask(mask_path(cfg.data, cfg.val, images.paths[index]), images.path(index))
                 box = seen_box(encoder, mask.shape, resize=settings["resize"], crop=settings["image_size"])
                 rows.append(shares(cells, cell_coverage(mask, box, grid=cells.shape)))

@@ -51,7 +51,7 @@ def attention_cards(
     transform = EvalTransform(**settings)
     pixels = torch.stack([transform(read_rgb(images.path(index))) for index in chosen])
     with torch.inference_mode():
-        maps = {label: encoder.to(device).attention(pixels.to(device)).double().cpu() for label, encoder in encoders.items()}
+        maps = {label: encoder.to(device).attention(pixels.to(device)).cpu().double() for label, encoder in encoders.items()}
     relative = {label: attention * attention[0].numel() for label, attention in maps.items()}
     top = max(2.0, torch.cat([attention.flatten() for attention in relative.values()]).quantile(0.99).item())
     shown = unnormalize(pixels, transform.mean, transform.std)

@@ -3,6 +3,7 @@
 A file holds arrays <case>/{in,param,out,out64,grad,grad64}/<name> and a JSON string <case>/meta. Two compact encodings are
 undone: a name that ends in __i8q32 holds v * 32 as int8, in __u16q256 v * 256 as uint16.
 """
+
 from __future__ import annotations
 
 import json
@@ -68,8 +69,10 @@ def assert_close(ours: Any, reference: Any, rtol: float = 1e-5, atol: float = 1e
     bad = ~same & ~((error <= allowed) & np.isfinite(error))
     if bad.any():
         worst = np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(error - allowed, nan=np.inf), -np.inf)), a.shape)
-        raise AssertionError(f"{name}: {bad.sum()} of {a.size} beyond rtol {rtol}, atol {atol}; worst at {worst}: "
-                             f"{a[worst]!r}, reference {b[worst]!r}")
+        raise AssertionError(
+            f"{name}: {bad.sum()} of {a.size} beyond rtol {rtol}, atol {atol}; worst at {worst}: "
+            f"{a[worst]!r}, reference {b[worst]!r}"
+        )
     return float(error.max())
 
 
@@ -103,8 +106,13 @@ def synth_state(spec: Iterable[tuple[str, Iterable[int]]], seed: int) -> Arrays:
             return np.zeros(shape, np.int64)
         if leaf == "running_var":
             return (1 + 0.25 * _uniform(name, shape[0], seed)).astype(np.float32)
-        known = {"running_mean": (0.1, 0.0), "pos_embed": (0.3, 0.0), "cls_token": (0.3, 0.0), "beta": (0.2, 0.0),
-                 "gamma": (0.1, 0.3)}
+        known = {
+            "running_mean": (0.1, 0.0),
+            "pos_embed": (0.3, 0.0),
+            "cls_token": (0.3, 0.0),
+            "beta": (0.2, 0.0),
+            "gamma": (0.1, 0.3),
+        }
         if leaf in known:
             return synth_array(name, shape, seed, *known[leaf])
         if len(shape) == 1:
