@@ -60,23 +60,25 @@ def train(cfg: TrainConfig) -> Path:
     try_sizes(learner.teacher.encoder, (cfg.crops.global_size, cfg.crops.local_size, cfg.model.image_size), device)
     out = _writable(cfg.run.out)
     saved = newest_state(out, say)
+    digest = images.digest()
     if saved is not None:
-        changes = check_same_run(to_dict(cfg), saved["config"], out)
-        if saved["num_images"] != len(images):
+        if saved["images"] != digest:
             raise ConfigError(
-                f"{out} was trained on {saved['num_images']} images, now there are {len(images)}: give another run.out"
+                f"{out} was trained on {saved['num_images']} images, now there are {len(images)}, not the same: "
+                "give another run.out"
             )
+        changes = check_same_run(to_dict(cfg), saved["config"], out)
         learner.load(saved)
-        for change in changes:
-            say(f"changed since this run was saved: {change}")
         if saved["world_size"] != distributed.world_size():
-            say(f"changed since this run was saved: {saved['world_size']} -> {distributed.world_size()} processes")
+            changes.append(f"number of processes: {saved['world_size']} -> {distributed.world_size()}")
         if learner.step > plan.total_steps:
             raise ConfigError(
-                f"{out} has {learner.step} steps, run.epochs {cfg.run.epochs} ends at {plan.total_steps}: raise run.epochs"
+                f"{out} has {learner.step} steps, but run.epochs {cfg.run.epochs} ends at {plan.total_steps}: give more"
             )
-    # Nobody writes before everybody has read, and the same.
-    distributed.require_agreement("the images and the step to go on from", (len(images), learner.step, learner.epoch_open))
+        for change in changes:
+            say(f"changed since this run was saved: {change}")
+    # Nobody writes before everybody has read, and read the same.
+    distributed.require_agreement("the images and the step to go on from", (len(images), digest[:8], learner.step))
 
     # -- what is about to happen, said and written down.
     first, main = learner.step, distributed.is_main()
@@ -124,7 +126,7 @@ def train(cfg: TrainConfig) -> Path:
             stop = stop or done == cfg.run.stop_after_steps
             due = cfg.run.save_every_steps and done % cfg.run.save_every_steps == 0
             if learner.epoch_open or stop or due or late:
-                _save(cfg, learner, out, len(images))
+                _save(cfg, learner, out, images)
                 saved_at = time.monotonic()
             if stop and done < plan.total_steps:
                 say(f"stopped after step {done} of {plan.total_steps}; the same command goes on from there")
@@ -132,7 +134,7 @@ def train(cfg: TrainConfig) -> Path:
             if learner.epoch_open:
                 _end_epoch(cfg, plan, learner, out, log, images, knn_sets, feed)
         else:
-            _save(cfg, learner, out, len(images))  # now with the last epoch evaluated
+            _save(cfg, learner, out, images)  # now with the last epoch evaluated
     log.close()
     distributed.barrier()
     return out
@@ -264,14 +266,14 @@ def _take_means(learner: Learner, row: int) -> tuple[int, dict[str, float]]:
     return int(steps), {name: value / steps for name, value in zip(METRICS, sums, strict=True)}
 
 
-def _save(cfg: TrainConfig, learner: Learner, out: Path, num_images: int) -> None:
+def _save(cfg: TrainConfig, learner: Learner, out: Path, images: ImageSet) -> None:
     """Write last.pth, unless something in the student is not finite: then the last good one stays."""
     sums = distributed.all_mean(learner.sums)  # of all processes: each goes on from the mean, and the next mean is the same
     if not torch.stack(torch._foreach_norm(list(learner.student.parameters()))).isfinite().all():  # equal in all processes
         raise NonFiniteLoss(f"a weight of the student is not finite after step {learner.step}; {out}/last.pth is from before")
     if not distributed.is_main():
         return
-    run = {"config": to_dict(cfg), "num_images": num_images, "world_size": distributed.world_size()}
+    run = {"config": to_dict(cfg), "num_images": len(images), "images": images.digest(), "world_size": distributed.world_size()}
     versions = {"dino_simpool": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     save_state(out, {**run, "versions": versions, **learner.state(), "sums": sums.cpu()})
 

@@ -264,6 +264,11 @@ def small_functions() -> dict[str, Any]:
     out["rows"] = distributed.gather_by_index(rows, places, 5)
     nothing = torch.empty(0, 2, 3)  # fewer images than processes
     out["one rank only"] = distributed.gather_by_index(torch.ones(1, 2, 3) if rank == 1 else nothing, torch.arange(rank), 1)
+    distributed.require_agreement("the weather", "fine")
+    try:
+        distributed.require_agreement("the step", 5 + rank)
+    except ValueError as error:
+        out["disagreement"] = str(error)
     try:
         distributed.gather_by_index(rows, places, 6)
     except AssertionError as error:
@@ -278,6 +283,7 @@ def test_small_functions_of_two_processes(launch: Callable[[], list[dict[str, st
     for rank, out in enumerate(outs):
         assert out["facts"] == ("cpu", rank, 2, rank, 2)
         assert out["main"] == (rank == 0)
+        assert "do not agree on the step (5 on process 0, 6 on process 1)" in out["disagreement"]
         assert out["mean"].tolist() == [1.5, -1.5] and out["max"].tolist() == [2.0, 0.0]
         assert out["given"].tolist() == [1.0 + rank, -3.0 * rank]
         assert torch.equal(out["rows"], (torch.arange(5)[:, None] * torch.tensor([10, 1])).int())

@@ -317,20 +317,30 @@ def test_sigterm_saves_and_stops(images: Path, tmp_path: Path) -> None:
         ({"model": VIT}, r"another model \(model.arch resnet18 -> vit_tiny"),
         ({"head": HeadConfig(out_dim=64)}, "head.out_dim 32 -> 64"),
         ({"optim": OptimConfig(name="sgd")}, r"optim.name adamw -> sgd"),
+        ({"run": {"batch_size": 12}}, r"another order of images \(run.batch_size 10 -> 12\)"),
+        ({"run": {"seed": 5}}, r"another order of images \(run.seed 0 -> 5\)"),
+        ({"run": {"epochs": 1}}, "has 6 steps, but run.epochs 1 ends at 3"),
     ],
 )
 def test_a_folder_of_another_run_is_refused(whole: TrainConfig, options: dict[str, Any], message: str) -> None:
     out = Path(whole.run.out)
     before = contents(out)
     with pytest.raises(ValueError, match=message):
-        train(dataclasses.replace(whole, **options))
+        train(changed(whole, **options["run"]) if "run" in options else dataclasses.replace(whole, **options))
     assert contents(out) == before
+
+
+def test_a_size_that_the_encoder_cannot_take_is_refused_before_anything_is_written(images: Path, tmp_path: Path) -> None:
+    standard = dataclasses.replace(CNN, stem="standard", depth=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"2 x 2 is the least: set model\.stem small"):
+        train(config(images, tmp_path / "run", model=standard))
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_data_is_refused(whole: TrainConfig, images: Path) -> None:
     before = contents(Path(whole.run.out))
     cfg = dataclasses.replace(whole, data=DataConfig(root=str(images / "val"), workers=0))
-    with pytest.raises(ConfigError, match="was trained on 34 images, now there are 8"):
+    with pytest.raises(ConfigError, match="was trained on 34 images, now there are 8, not the same"):
         train(changed(cfg, batch_size=4))
     assert contents(Path(whole.run.out)) == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ class ImageSet:
     def path(self, index: int) -> str:
         """The path of one image, to be opened."""
         return os.path.join(self.root, str(self.paths[index]))
+
+    def digest(self) -> str:
+        """SHA-256 of the paths below the root in their order: the same for a folder that was moved as a whole."""
+        return hashlib.sha256("\n".join(self.paths.tolist()).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = None) -> ImageSet:
