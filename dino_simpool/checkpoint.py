@@ -31,9 +31,9 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from dino_simpool.config import ModelConfig, from_dict, to_dict
+from dino_simpool.convert import load_strict
 from dino_simpool.model import Encoder, build_encoder
 
 FORMAT = 1
@@ -138,23 +138,6 @@ def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -
     return [f"{group}.{name}: {old} -> {new}" for group, name, old, new in changed if (group, name) != ("run", "out")]
 
 
-def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """load_state_dict in which every key and shape must match. ValueError names the first five that do not."""
-    own = module.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape
-    ]
-    problems = [
-        (name, keys) for name, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)) if keys
-    ]
-    if problems:
-        said = "; ".join(f"{len(keys)} {name}: {', '.join(keys[:5])}" for name, keys in problems)
-        raise ValueError(f"the weights of {source} do not fit this model ({said})")
-    module.load_state_dict(state)
-
-
 def export_encoder(out: Path, encoder: Encoder) -> None:
     """Write OUT/backbone.safetensors and OUT/model.json."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
@@ -187,7 +170,7 @@ def load_encoder(
     if which not in weights and (which != "untrained" or path.suffix == ".safetensors"):
         raise ValueError(f"{path} holds no {which}, only {', '.join(weights)}: give last.pth of the run")
     if which != "untrained":
-        load_strictly(encoder, weights[which], str(path))
+        load_strict(encoder, weights[which], source=str(path))
     return encoder.eval()
 
 

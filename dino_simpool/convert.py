@@ -164,7 +164,7 @@ def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Loads all weights of a module, which must be exactly those of state; a ValueError names the first that are not.
+    """Loads all weights of a module, which must be exactly those of state; a ValueError names the first five that are not.
 
     source: what the message calls the state, a path for instance.
     """
@@ -172,14 +172,12 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) 
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     shapes = [
-        f"{name} is {tuple(state[name].shape)}, here {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        f"{n} {tuple(state[n].shape)} for {tuple(v.shape)}" for n, v in own.items() if n in state and state[n].shape != v.shape
     ]
-    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if any(wrong.values()):
-        found = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in wrong.items() if names)
-        raise ValueError(f"{source} does not fit this model: {found}; compare the options of the model")
+    problems = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
+    if any(problems.values()):
+        said = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
+        raise ValueError(f"the weights of {source} do not fit this model ({said})")
     module.load_state_dict(state)
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_simpool import distributed
-from dino_simpool.checkpoint import load_strictly
 from dino_simpool.config import TrainConfig
+from dino_simpool.convert import load_strict
 from dino_simpool.loss import DinoLoss
 from dino_simpool.model import DinoHead, DinoModel, Encoder, build_encoder, make_teacher
 from dino_simpool.monitor import Monitor
@@ -62,7 +62,7 @@ class Learner:
     def load(self, state: dict[str, Any]) -> None:
         """Take over a stored state, strictly."""
         for name in ("student", "teacher", "loss"):
-            load_strictly(getattr(self, name), state[name], f"the {name}")
+            load_strict(getattr(self, name), state[name], source=f"the {name}")
         for name in ("optimizer", "monitor"):
             getattr(self, name).load_state_dict(state[name])
         if state["scaler"]:  # empty unless the precision was fp16

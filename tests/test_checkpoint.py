@@ -18,7 +18,6 @@ from dino_simpool.checkpoint import (
     file_sha256,
     keep_state,
     load_encoder,
-    load_strictly,
     newest_state,
     read_state,
     save_state,
@@ -26,6 +25,7 @@ from dino_simpool.checkpoint import (
 )
 from dino_simpool.config import ConfigError, from_dict, to_dict
 from dino_simpool.config import TrainConfig as Config
+from dino_simpool.convert import load_strict
 from dino_simpool.model import DinoHead, DinoModel, Encoder, build_encoder
 
 CONFIG = from_dict(
@@ -263,7 +263,7 @@ def test_a_run_from_before_an_option_existed_can_be_compared() -> None:
 def test_strict_loading_names_the_keys() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     good = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
-    load_strictly(model, good, "x.pth")
+    load_strict(model, good, source="x.pth")
     assert all(torch.equal(value, good[key]) for key, value in model.state_dict().items())
 
     bad = {
@@ -274,19 +274,19 @@ def test_strict_loading_names_the_keys() -> None:
     }
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError) as caught:
-        load_strictly(model, bad, "x.pth")
+        load_strict(model, bad, source="x.pth")
     assert str(caught.value) == (
         "the weights of x.pth do not fit this model "
         "(1 missing: 1.bias; 1 unexpected: module.1.bias; 1 other shape: 0.weight (3, 5) for (3, 2))"
     )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "nothing is loaded by halves"
     with pytest.raises(ValueError, match=r"\(4 missing: 0\.weight, 0\.bias, 1\.weight, 1\.bias\)$"):
-        load_strictly(model, {}, "x.pth")
+        load_strict(model, {}, source="x.pth")
 
 
 def test_no_more_than_five_keys_are_named() -> None:
     with pytest.raises(ValueError, match=r"9 unexpected: k0, k1, k2, k3, k4\)"):
-        load_strictly(torch.nn.Module(), {f"k{i}": torch.zeros(1) for i in range(9)}, "x.pth")
+        load_strict(torch.nn.Module(), {f"k{i}": torch.zeros(1) for i in range(9)}, source="x.pth")
 
 
 def features(encoder: Encoder) -> torch.Tensor:

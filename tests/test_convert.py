@@ -182,7 +182,7 @@ def test_loading_is_strict_and_names_what_differs() -> None:
         load_strict(target, wrong, source="x.pth")
     message = str(error.value)
     assert "x.pth" in message and "12 missing" in message and "1 unexpected: extra" in message
-    assert "norm.weight is (7,), here (32,)" in message
+    assert "norm.weight (7,) for (32,)" in message
     assert message.count("trunk.blocks.1.") == 5 and "\n" not in message
     assert equal(before, dict(target.state_dict()))
 

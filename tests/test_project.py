@@ -33,7 +33,7 @@ LEVELS: list[tuple[float, dict[str, str]]] = [
     (1, {"plan": "config", "synthetic": "config", "trunk": "config", "model": "config simpool trunk"}),
     (1, {"augment": "config", "data": "config distributed augment", "feed": "distributed"}),
     (2, {"checkpoint": "config convert distributed model", "features": "distributed data"}),
-    (2.5, {"step": "config distributed loss model monitor optim plan checkpoint"}),
+    (2.5, {"step": "config convert distributed loss model monitor optim plan"}),
     (3, {"eval": "0-2", "train": "0-2.5 eval.knn"}),
     (4, {"report": "0-2 eval", "cli": "config"}),
     (5, {"__main__": "cli"}),
