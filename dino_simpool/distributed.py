@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+GATHER_BYTES = 2**26
+"""Rows of one process that `gather_by_index` sends at a time."""
+
 
 def _slurm_environment() -> None:
     """Translate a job step of several SLURM tasks into the variables that torch reads. torchrun's own variables win.
@@ -137,17 +140,26 @@ def gather_by_index(rows: Tensor, indices: Tensor, total: int) -> Tensor:
     """Rows computed by any process -> all rows in order, on every process, on the CPU.
 
     rows: (m, ...) of this process; indices: (m,) their places in 0..total-1, where repeated places hold equal rows. Every
-    place must be filled by some process. NCCL moves data on the GPU only, hence the objects of CPU tensors.
+    place must be filled by some process. NCCL moves data on the GPU only, hence the objects of CPU tensors; they travel in
+    parts of GATHER_BYTES, so that a large set does not have to fit there.
     """
-    parts: list[tuple[Tensor, Tensor]] = [(rows.cpu(), indices.cpu())]
-    if world_size() > 1:
-        parts = [parts[0]] * world_size()
-        dist.all_gather_object(parts, (rows.cpu(), indices.cpu()))
-    gathered = rows.new_empty((total, *rows.shape[1:]), device="cpu")
+    rows, indices = rows.cpu(), indices.cpu()
+    gathered = rows.new_empty((total, *rows.shape[1:]))
     filled = torch.zeros(total, dtype=torch.bool)
-    for part, places in parts:
-        gathered[places] = part
-        filled[places] = True
+    row_bytes = rows.element_size() * max(1, gathered[:1].numel())
+    step = max(1, GATHER_BYTES // row_bytes)
+    counts = [len(rows)] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(counts, len(rows))
+    for start in range(0, max(counts), step):
+        # Cloned: a slice would be sent with all of its storage.
+        part = (rows[start : start + step].clone(), indices[start : start + step].clone())
+        parts = [part] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(parts, part)
+        for values, places in parts:
+            gathered[places] = values
+            filled[places] = True
     assert filled.all(), f"{int((~filled).sum())} of {total} rows were computed by no process"
     return gathered
 

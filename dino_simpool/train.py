@@ -174,6 +174,7 @@ def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, 
         "kind": "step", "step": learner.step, "epoch": (learner.step - 1) // plan.steps_per_epoch, "loss": means["loss"],
         "loss_over_lnK": means["loss"] / log_k, "entropy_over_lnK": means["entropy"] / log_k, "kl": means["kl"],
         "grad_norm": means["grad_norm"], "feature_spread": spread, "effective_rank": rank,
+        "center_norm": learner.loss.center.norm().item(),
         **dataclasses.asdict(plan.values(learner.step - 1)), **feed.timings("window"),
     }  # fmt: skip
     log.write(record)

@@ -257,6 +257,18 @@ def test_a_run_from_before_an_option_existed_can_be_compared() -> None:
     assert check_same_run(saved, older, Path("OUT"))[0].startswith("teacher.momentum: None -> ")
 
 
+def test_files_are_as_readable_as_the_user_lets_files_be(tmp_path: Path) -> None:
+    def private(path: Path) -> None:
+        path.touch(mode=0o600)
+
+    mask = os.umask(0o022)
+    try:
+        write_atomically(tmp_path / "x", private)
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
+
+
 # -- loading weights
 
 

@@ -262,6 +262,8 @@ def small_functions() -> dict[str, Any]:
     places = torch.tensor([[0, 2, 4, 0], [1, 3, 4, 1]][rank])  # 4 is computed by both, 0 and 1 twice by one
     rows = (places[:, None] * torch.tensor([10, 1])).int()
     out["rows"] = distributed.gather_by_index(rows, places, 5)
+    distributed.GATHER_BYTES = 24  # three rows at a time: a second part of one row, and of rank 1 alone below
+    out["rows in parts"] = distributed.gather_by_index(rows[: 3 + rank], places[: 3 + rank], 5)
     nothing = torch.empty(0, 2, 3)  # fewer images than processes
     out["one rank only"] = distributed.gather_by_index(torch.ones(1, 2, 3) if rank == 1 else nothing, torch.arange(rank), 1)
     distributed.require_agreement("the weather", "fine")
@@ -286,7 +288,8 @@ def test_small_functions_of_two_processes(launch: Callable[[], list[dict[str, st
         assert "do not agree on the step (5 on process 0, 6 on process 1)" in out["disagreement"]
         assert out["mean"].tolist() == [1.5, -1.5] and out["max"].tolist() == [2.0, 0.0]
         assert out["given"].tolist() == [1.0 + rank, -3.0 * rank]
-        assert torch.equal(out["rows"], (torch.arange(5)[:, None] * torch.tensor([10, 1])).int())
+        for name in ("rows", "rows in parts"):
+            assert torch.equal(out[name], (torch.arange(5)[:, None] * torch.tensor([10, 1])).int())
         assert torch.equal(out["one rank only"], torch.ones(1, 2, 3))
         assert out["missing"].startswith("1 of 6 rows")
 
