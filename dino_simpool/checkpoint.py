@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dino_simpool.config import ModelConfig, from_dict, to_dict
@@ -141,10 +141,11 @@ def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -
     return [f"{group}.{name}: {old} -> {new}" for group, name, old, new in changed if (group, name) != ("run", "out")]
 
 
-def export_encoder(out: Path, encoder: Encoder) -> None:
-    """Write OUT/backbone.safetensors and OUT/model.json."""
+def export_encoder(out: Path, encoder: Encoder, *, seed: int = 0) -> None:
+    """Write OUT/backbone.safetensors and OUT/model.json. seed: that made the weights before training, for comparisons."""
+    about = {"seed": str(seed)}  # one entry: several come in random order, and equal runs would write unequal files
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    write_atomically(out / "backbone.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_atomically(out / "backbone.safetensors", lambda path: save_file(tensors, path, metadata=about))
     text = json.dumps(to_dict(encoder.config), indent=2) + "\n"
     write_atomically(out / "model.json", lambda path: path.write_text(text))
 
@@ -155,13 +156,13 @@ def load_encoder(
     """The encoder of a checkpoint, in evaluation mode on the CPU, every weight matched.
 
     path: last.pth, best.pth, epoch_*.pth, or backbone.safetensors with model.json beside it. which: the weights; `untrained` is
-    the encoder as the run's seed initialised it, which only a .pth knows. overrides: ModelConfig options to change (gamma=2.0).
+    the encoder as the run's seed initialised it. overrides: ModelConfig options to change (gamma=2.0).
     FileNotFoundError or ValueError in one line if the file is not there, is damaged, or does not fit.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        teacher, saved = _read_export(path)
-        seed, weights = 0, {"teacher": teacher}
+        teacher, saved, seed = _read_export(path)
+        weights = {"teacher": teacher}
     else:
         state = read_state(path)
         saved, seed = state["config"]["model"], state["config"]["run"]["seed"]
@@ -170,20 +171,22 @@ def load_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_encoder(config)
-    if which not in weights and (which != "untrained" or path.suffix == ".safetensors"):
-        raise ValueError(f"{path} holds no {which}, only {', '.join(weights)}: give last.pth of the run")
     if which != "untrained":
+        if which not in weights:
+            raise ValueError(f"{path} holds no {which}: only {', '.join(weights)}")
         load_strict(encoder, weights[which], source=str(path))
     return encoder.eval()
 
 
-def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights and the options that `export_encoder` wrote."""
+def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], int]:
+    """The weights, the options and the seed that `export_encoder` wrote."""
     options = path.parent / "model.json"
     if not (path.is_file() and options.is_file()):
         raise FileNotFoundError(f"{path} needs to exist with model.json beside it: give a checkpoint of a run, or both files")
     try:
-        return load_file(path), json.loads(options.read_text())
+        with safe_open(path, "pt") as file:
+            seed = int((file.metadata() or {}).get("seed", 0))
+        return load_file(path), json.loads(options.read_text()), seed
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} or model.json beside it cannot be read (truncated, or not of this tool): {error}") from error
 

@@ -323,6 +323,12 @@ def test_load_encoder_takes_the_weights_it_is_asked_for(tmp_path: Path) -> None:
     assert not torch.allclose(seen["teacher"], seen["student"]) and not torch.allclose(seen["teacher"], seen["untrained"])
 
 
+def test_the_untrained_encoder_of_an_export_comes_from_its_seed(tmp_path: Path) -> None:
+    export_encoder(tmp_path, network(11).encoder, seed=7)
+    torch.manual_seed(7)
+    assert same_weights(load_encoder(tmp_path / "backbone.safetensors", which="untrained"), build_encoder(CONFIG.model))
+
+
 def test_export_and_overrides(tmp_path: Path) -> None:
     teacher = network(11).encoder.eval()
     export_encoder(tmp_path, teacher)

@@ -235,7 +235,7 @@ def test_run_of_another_model_in_out(here: Path, fails: Fails, option: tuple[str
 
 def test_run_on_other_images_in_out(here: Path, fails: Fails) -> None:
     (here / "data" / "train" / "a" / "0.png").unlink()
-    assert "was trained on 10 images, now there are 9: give another run.out" in fails(arguments(here))
+    assert "was trained on 10 images, now there are 9, not the same: give another run.out" in fails(arguments(here))
 
 
 def test_truncated_checkpoints(here: Path, fails: Fails) -> None:
@@ -273,7 +273,9 @@ def open_to_all(trained: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        yield shutil.copytree(trained, folder / "here")
+        copy = shutil.copytree(trained, folder / "here")
+        copy.chmod(0o755)  # copied with the modes of pytest's
+        yield copy
         for path in folder.rglob("*"):
             if path.is_dir():
                 path.chmod(0o755)
