@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -126,11 +127,17 @@ def all_max(tensor: Tensor) -> Tensor:
     return largest
 
 
-def require_agreement(what: str, value: object) -> None:
-    """ValueError on all processes unless all of them have the same value of `what`, such as the step they resume from."""
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all processes, small and picklable, in the order of their ranks."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
+    return values
+
+
+def require_agreement(what: str, value: object) -> None:
+    """ValueError on all processes unless all of them have the same value of `what`, such as the step they resume from."""
+    values = gather_objects(value)
     if any(other != values[0] for other in values):
         said = ", ".join(f"{each} on process {number}" for number, each in enumerate(values))
         raise ValueError(f"the processes do not agree on {what} ({said}): do they all see the same folders?")
@@ -148,16 +155,10 @@ def gather_by_index(rows: Tensor, indices: Tensor, total: int) -> Tensor:
     filled = torch.zeros(total, dtype=torch.bool)
     row_bytes = rows.element_size() * max(1, gathered[:1].numel())
     step = max(1, GATHER_BYTES // row_bytes)
-    counts = [len(rows)] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(counts, len(rows))
-    for start in range(0, max(counts), step):
+    for start in range(0, max(gather_objects(len(rows))), step):
         # Cloned: a slice would be sent with all of its storage.
         part = (rows[start : start + step].clone(), indices[start : start + step].clone())
-        parts = [part] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(parts, part)
-        for values, places in parts:
+        for values, places in gather_objects(part):
             gathered[places] = values
             filled[places] = True
     assert filled.all(), f"{int((~filled).sum())} of {total} rows were computed by no process"

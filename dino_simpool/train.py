@@ -285,18 +285,18 @@ def _failures_written(out: Path, learner: Learner, plan: Plan, images: ImageSet,
     try:
         yield
     except NonFiniteLoss as error:
+        paths = distributed.gather_objects([images.path(i) for i in feed.indices])  # all processes raise it together
         if distributed.is_main():
-            paths = [images.path(i) for i in feed.indices]
             write_failure(out / "error.txt", _failure(learner, plan, paths, error))
         raise
 
 
-def _failure(learner: Learner, plan: Plan, paths: list[str], error: NonFiniteLoss) -> dict[str, Any]:
+def _failure(learner: Learner, plan: Plan, paths: list[list[str]], error: NonFiniteLoss) -> dict[str, Any]:
     """What is known when the training stops."""
     return {
         "error": str(error), "step": learner.step + 1, "epoch": learner.step // plan.steps_per_epoch,
         "not_finite": non_finite_names(learner.student),
-        "schedules": dataclasses.asdict(plan.values(learner.step)), "images_of_this_process": paths,
+        "schedules": dataclasses.asdict(plan.values(learner.step)), "images_of_each_process": paths,
         "sums_since_the_last_log_line": dict(zip(("steps", *METRICS), learner.sums[0].tolist(), strict=True)),
     }  # fmt: skip
 

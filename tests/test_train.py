@@ -394,9 +394,8 @@ def test_a_non_finite_loss_keeps_the_last_checkpoint(whole: TrainConfig, tmp_pat
     record = json.loads(after["error.txt"])
     assert record["step"] == 3 and record["epoch"] == 0 and "nan" in record["error"]
     assert record["not_finite"]["parameters"] == ["head.fc2.bias"]
-    assert len(record["images_of_this_process"]) == 10 and all(
-        Path(path).is_file() for path in record["images_of_this_process"]
-    )
+    (paths,) = record["images_of_each_process"]
+    assert len(paths) == 10 and all(Path(path).is_file() for path in paths)
     assert record["schedules"]["lr"] > 0 and record["sums_since_the_last_log_line"]["steps"] == 0
 
 
@@ -451,7 +450,8 @@ def test_a_non_finite_loss_of_one_process_stops_both(images: Path, tmp_path: Pat
     assert [len(lines) for lines in errors] == [1, 1]
     assert "the loss of another process is not finite in step 3" in errors[0][0]
     assert "[process 1]" in errors[1][0] and "the loss is nan in step 3" in errors[1][0]
-    assert json.loads((tmp_path / "run" / "error.txt").read_text())["step"] == 3
+    record = json.loads((tmp_path / "run" / "error.txt").read_text())
+    assert record["step"] == 3 and [len(set(paths)) for paths in record["images_of_each_process"]] == [4, 4]
     assert read_state(tmp_path / "run" / "last.pth")["step"] == 2
     reference = changed(cfg, out=tmp_path / "reference")
     values(run_processes(train_each, [cfg, reference], environments=group()))
