@@ -92,7 +92,7 @@ def train(cfg: TrainConfig) -> Path:
     log = RunLog(out, resume_step=first, resume_epoch=_epochs_logged(learner, plan), enabled=main)
     forward: nn.Module = learner.student
     if distributed.world_size() > 1:
-        forward = DistributedDataParallel(learner.student, broadcast_buffers=False, gradient_as_bucket_view=True)
+        forward = DistributedDataParallel(learner.student, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     # -- the loop.
     augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
