@@ -10,7 +10,7 @@ M images of the set, D width of a feature.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,13 @@ def evaluation_mode(encoder: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def try_sizes(encoder: nn.Module, sizes: Sequence[int], *, device: torch.device) -> None:
+    """One grey image of each size through the encoder in evaluation mode: a size that it cannot take is a ValueError now."""
+    with evaluation_mode(encoder), torch.no_grad():
+        for size in sizes:
+            encoder(torch.zeros(1, 3, size, size, device=device))
 
 
 def encode(encoder: nn.Module, images: Tensor, *, device: torch.device, precision: str) -> Tensor:

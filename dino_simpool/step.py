@@ -23,7 +23,7 @@ from dino_simpool import distributed
 from dino_simpool.config import TrainConfig
 from dino_simpool.convert import load_strict
 from dino_simpool.loss import DinoLoss
-from dino_simpool.model import DinoHead, DinoModel, Encoder, build_encoder, make_teacher
+from dino_simpool.model import DinoHead, DinoModel, build_encoder, make_teacher
 from dino_simpool.monitor import Monitor
 from dino_simpool.optim import build_optimizer, clip_gradients, drop_last_layer_gradients, ema_update, set_hyperparameters
 from dino_simpool.plan import StepValues
@@ -100,16 +100,6 @@ def build_learner(cfg: TrainConfig, device: torch.device, *, warmup_steps: int =
     exact = torch.float32 if device.type == "mps" else torch.float64
     sums = torch.zeros(2, 1 + len(METRICS), dtype=exact, device=device)
     return Learner(student, teacher, loss, build_optimizer(cfg.optim, student), scaler, Monitor(warmup_steps), sums)
-
-
-@torch.no_grad()
-def try_sizes(encoder: Encoder, sizes: Sequence[int], device: torch.device) -> None:
-    """One grey image of each size through the encoder in evaluation mode: a size that it cannot take is a ValueError now."""
-    was_training = encoder.training
-    encoder.eval()
-    for size in sizes:
-        encoder(torch.zeros(1, 3, size, size, device=device))
-    encoder.train(was_training)
 
 
 def compile_blocks(model: DinoModel) -> None:

@@ -29,13 +29,14 @@ from dino_simpool.checkpoint import check_same_run, export_encoder, keep_state, 
 from dino_simpool.config import ConfigError, TrainConfig, dump, to_dict
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, default_workers, find_images, read_rgb, train_loader
 from dino_simpool.eval.knn import knn_accuracy
+from dino_simpool.features import evaluation_mode, try_sizes
 from dino_simpool.feed import Feed
 from dino_simpool.logs import RunLog, progress, say
 from dino_simpool.model import Encoder
 from dino_simpool.monitor import effective_rank, feature_spread, non_finite_names, write_failure
 from dino_simpool.pictures import overlay, strip, unnormalize
 from dino_simpool.plan import Plan, make_plan
-from dino_simpool.step import METRICS, Learner, NonFiniteLoss, build_learner, train_step, try_sizes
+from dino_simpool.step import METRICS, Learner, NonFiniteLoss, build_learner, train_step
 
 
 def train(cfg: TrainConfig) -> Path:
@@ -57,20 +58,21 @@ def train(cfg: TrainConfig) -> Path:
     plan = make_plan(cfg, len(images))
     images_of_one_pass = _images_of_one_pass(cfg)
     learner = build_learner(cfg, device, warmup_steps=plan.warmup_steps)
-    try_sizes(learner.teacher.encoder, (cfg.crops.global_size, cfg.crops.local_size, cfg.model.image_size), device)
+    sizes = {cfg.crops.global_size, cfg.model.image_size} | ({cfg.crops.local_size} if cfg.crops.num_local else set())
+    try_sizes(learner.teacher.encoder, sorted(sizes), device=device)
     out = _writable(cfg.run.out)
     saved = newest_state(out, say)
-    digest = images.digest()
+    facts = {"num_images": len(images), "images": images.digest(), "world_size": distributed.world_size()}
     if saved is not None:
-        if saved["images"] != digest:
+        if saved["images"] != facts["images"]:
             raise ConfigError(
                 f"{out} was trained on {saved['num_images']} images, now there are {len(images)}, not the same: "
                 "give another run.out"
             )
         changes = check_same_run(to_dict(cfg), saved["config"], out)
         learner.load(saved)
-        if saved["world_size"] != distributed.world_size():
-            changes.append(f"number of processes: {saved['world_size']} -> {distributed.world_size()}")
+        if saved["world_size"] != facts["world_size"]:
+            changes.append(f"number of processes: {saved['world_size']} -> {facts['world_size']}")
         if learner.step > plan.total_steps:
             raise ConfigError(
                 f"{out} has {learner.step} steps, but run.epochs {cfg.run.epochs} ends at {plan.total_steps}: give more"
@@ -78,7 +80,9 @@ def train(cfg: TrainConfig) -> Path:
         for change in changes:
             say(f"changed since this run was saved: {change}")
     # Nobody writes before everybody has read, and read the same.
-    distributed.require_agreement("the images and the step to go on from", (len(images), digest[:8], learner.step))
+    distributed.require_agreement(
+        "the images and the step to go on from", (len(images), str(facts["images"])[:8], learner.step)
+    )
 
     # -- what is about to happen, said and written down.
     first, main = learner.step, distributed.is_main()
@@ -126,7 +130,7 @@ def train(cfg: TrainConfig) -> Path:
             stop = stop or done == cfg.run.stop_after_steps
             due = cfg.run.save_every_steps and done % cfg.run.save_every_steps == 0
             if learner.epoch_open or stop or due or late:
-                _save(cfg, learner, out, images)
+                _save(cfg, learner, out, facts)
                 saved_at = time.monotonic()
             if stop and done < plan.total_steps:
                 say(f"stopped after step {done} of {plan.total_steps}; the same command goes on from there")
@@ -134,7 +138,7 @@ def train(cfg: TrainConfig) -> Path:
             if learner.epoch_open:
                 _end_epoch(cfg, plan, learner, out, log, images, knn_sets, feed)
         else:
-            _save(cfg, learner, out, images)  # now with the last epoch evaluated
+            _save(cfg, learner, out, facts)  # now with the last epoch evaluated
     log.close()
     distributed.barrier()
     return out
@@ -248,15 +252,13 @@ def _attention_strip(encoder: Encoder, images: ImageSet, transform: EvalTransfor
     """Eight images, evenly spread over the set, each above its attention: (3, H, W) in 0..1."""
     chosen = [int(i) for i in torch.linspace(0, len(images) - 1, min(8, len(images)))]
     pixels = torch.stack([transform(read_rgb(images.path(i))) for i in chosen])
-    was_training = encoder.training
     shown = unnormalize(pixels, transform.mean, transform.std)
     try:
-        attention = encoder.eval().attention(pixels.to(device)).cpu()
+        with evaluation_mode(encoder):
+            attention = encoder.attention(pixels.to(device)).cpu()
     except ValueError as error:  # the class token of an unusual block has no attention to show, and the training needs none
         say(f"no attention maps: {error}")
         return strip(list(shown))
-    finally:
-        encoder.train(was_training)
     return torch.cat([strip(list(shown)), strip([overlay(image, a) for image, a in zip(shown, attention, strict=True)])], dim=1)
 
 
@@ -267,16 +269,15 @@ def _take_means(learner: Learner, row: int) -> tuple[int, dict[str, float]]:
     return int(steps), {name: value / steps for name, value in zip(METRICS, sums, strict=True)}
 
 
-def _save(cfg: TrainConfig, learner: Learner, out: Path, images: ImageSet) -> None:
-    """Write last.pth, unless something in the student is not finite: then the last good one stays."""
+def _save(cfg: TrainConfig, learner: Learner, out: Path, facts: dict[str, Any]) -> None:
+    """Write last.pth with the facts of the run, unless a weight of the student is not finite: then the last good one stays."""
     sums = distributed.all_mean(learner.sums)  # of all processes: each goes on from the mean, and the next mean is the same
     if not torch.stack(torch._foreach_norm(list(learner.student.parameters()))).isfinite().all():  # equal in all processes
         raise NonFiniteLoss(f"a weight of the student is not finite after step {learner.step}; {out}/last.pth is from before")
     if not distributed.is_main():
         return
-    run = {"config": to_dict(cfg), "num_images": len(images), "images": images.digest(), "world_size": distributed.world_size()}
     versions = {"dino_simpool": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
-    save_state(out, {**run, "versions": versions, **learner.state(), "sums": sums.cpu()})
+    save_state(out, {"config": to_dict(cfg), **facts, "versions": versions, **learner.state(), "sums": sums.cpu()})
 
 
 @contextlib.contextmanager

@@ -335,6 +335,13 @@ def test_a_size_that_the_encoder_cannot_take_is_refused_before_anything_is_writt
     with pytest.raises(ValueError, match=r"2 x 2 is the least: set model\.stem small"):
         train(config(images, tmp_path / "run", model=standard))
     assert not (tmp_path / "run").exists()
+    # The same size is no obstacle where there are no local crops to have it.
+    cfg = config(images, tmp_path / "run", knn_train=None, knn_val=None, stop_after_steps=1)
+    crops = CropsConfig(global_size=16, local_size=2, num_local=2)
+    with pytest.raises(ValueError, match="2 x 2 pixels"):
+        train(dataclasses.replace(cfg, crops=crops))
+    train(dataclasses.replace(cfg, crops=dataclasses.replace(crops, num_local=0)))
+    assert (tmp_path / "run" / "last.pth").exists()
 
 
 def test_other_data_is_refused(whole: TrainConfig, images: Path) -> None:
