@@ -25,7 +25,10 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
     "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as an image tree"),
 }
-"""Name of a command: its options, the function that takes them, and what it does."""
+"""Name of a command, in one word or two: its options, the function that takes them, and what it does."""
+
+FIRST_ARGUMENT = {"report": "--out", "synthetic": "--out", "check-data": "--data"}
+"""The option that a bare first argument stands for: `report OUT` for `report --out OUT`."""
 
 EXAMPLES = """\
 examples:
@@ -40,7 +43,7 @@ examples:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:10} {text}" for name, (_, _, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:11} {text}" for name, (_, _, text) in COMMANDS.items())
     title = "Self-supervised image encoders with DINO and SimPool."
     return f"usage: dino-simpool <command> [options]\n\n{title}\n\ncommands:\n{commands}\n\n{EXAMPLES}"
 
@@ -55,11 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(__version__)
         return 0
     name, *options = arguments
+    if options and f"{name} {options[0]}" in COMMANDS:
+        name, options = f"{name} {options[0]}", options[1:]
     if name not in COMMANDS:
         return _fail("", f"there is no command {name}; commands: {', '.join(COMMANDS)}", 2)
     kind, action, _ = COMMANDS[name]
-    if name in ("report", "synthetic") and options and not options[0].startswith("-"):
-        options = ["--out", *options]  # `report OUT` for `report --out OUT`
+    if name in FIRST_ARGUMENT and options and not options[0].startswith("-"):
+        options = [FIRST_ARGUMENT[name], *options]
     try:
         cfg: Any = config.parse(kind, options, program=f"dino-simpool {name}")
     except config.ConfigError as error:

@@ -27,7 +27,7 @@ from dino_simpool import __version__, distributed
 from dino_simpool.augment import MultiCrop
 from dino_simpool.checkpoint import check_same_run, export_encoder, keep_state, newest_state, save_state, write_atomically
 from dino_simpool.config import ConfigError, TrainConfig, dump, to_dict
-from dino_simpool.data import EvalTransform, ImageSet, class_folder, default_workers, find_images, read_rgb, train_loader
+from dino_simpool.data import EvalTransform, ImageSet, class_folder, default_workers, find_images, train_loader
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.features import evaluation_mode, try_sizes
 from dino_simpool.feed import Feed
@@ -251,7 +251,7 @@ def _end_epoch(
 def _attention_strip(encoder: Encoder, images: ImageSet, transform: EvalTransform, device: torch.device) -> Tensor:
     """Eight images, evenly spread over the set, each above its attention: (3, H, W) in 0..1."""
     chosen = [int(i) for i in torch.linspace(0, len(images) - 1, min(8, len(images)))]
-    pixels = torch.stack([transform(read_rgb(images.path(i))) for i in chosen])
+    pixels = torch.stack([transform(images.read(i)) for i in chosen])
     shown = unnormalize(pixels, transform.mean, transform.std)
     try:
         with evaluation_mode(encoder):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_simpool import distributed
 from dino_simpool.augment import to_tensor
-from dino_simpool.data.sources import ImageSet, read_rgb
+from dino_simpool.data.sources import ImageSet
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
     transform: Callable[[Image.Image], Tensor]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(read_rgb(self.images.path(index))), index
+        return self.transform(self.images.read(index)), index
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class MultiCropDataset(Dataset[tuple[list[Tensor], int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int]:
         epoch, index = key
-        return self.augment(read_rgb(self.images.path(index)), seed=self.seed, epoch=epoch, index=index), index
+        return self.augment(self.images.read(index), seed=self.seed, epoch=epoch, index=index), index
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ class ImageSet:
     """(M,) int64, positions in `classes`, or None."""
     classes: tuple[str, ...] = ()
     """Names of the class folders, sorted."""
+    boxes: np.ndarray | None = None
+    """(M, 4) float left, top, right, bottom in pixels: the part of each image that is read, or None for whole images."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -34,6 +36,15 @@ class ImageSet:
     def path(self, index: int) -> str:
         """The path of one image, to be opened."""
         return os.path.join(self.root, str(self.paths[index]))
+
+    def name(self, index: int) -> str:
+        """The path of one image below the root: what results call it."""
+        return str(self.paths[index])
+
+    def read(self, index: int) -> Image.Image:
+        """One image as RGB, cut to its box if there are boxes. ValueError names a file that cannot be read."""
+        image = read_rgb(self.path(index))
+        return image if self.boxes is None else image.crop(tuple(round(side) for side in self.boxes[index].tolist()))
 
     def digest(self) -> str:
         """SHA-256 of the paths below the root in their order: the same for a folder that was moved as a whole."""

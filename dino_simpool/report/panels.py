@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dino_simpool.augment import MultiCrop
 from dino_simpool.config import EvalConfig, TrainConfig
-from dino_simpool.data import EvalTransform, find_images, read_rgb
+from dino_simpool.data import EvalTransform, find_images
 from dino_simpool.eval import preprocessing
 from dino_simpool.eval.masks import Box, cell_coverage, evenly, mask_path, read_mask, seen_box, shares
 from dino_simpool.model import Encoder
@@ -49,7 +49,7 @@ def attention_cards(
     images = find_images(str(Path(data) / split) if (Path(data) / split).is_dir() else data)
     chosen = evenly(len(images), num_images).tolist()
     transform = EvalTransform(**settings)
-    pixels = torch.stack([transform(read_rgb(images.path(index))) for index in chosen])
+    pixels = torch.stack([transform(images.read(index)) for index in chosen])
     with torch.inference_mode():
         maps = {label: encoder.to(device).attention(pixels.to(device)).cpu().double() for label, encoder in encoders.items()}
     relative = {label: attention * attention[0].numel() for label, attention in maps.items()}
@@ -90,7 +90,7 @@ def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
     augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
     cards = []
     for index in evenly(len(images), num_images).tolist():
-        image = read_rgb(images.path(index))
+        image = images.read(index)
         boxes = augment.draw(image.height, image.width, seed=cfg.run.seed, epoch=0, index=index).box
         figures = []
         for view, pixels in enumerate(augment(image, seed=cfg.run.seed, epoch=0, index=index)):
