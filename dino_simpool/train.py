@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_simpool import __version__, distributed
-from dino_simpool.augment import MultiCrop
 from dino_simpool.checkpoint import check_same_run, export_encoder, keep_state, newest_state, save_state, write_atomically
 from dino_simpool.config import ConfigError, TrainConfig, dump, to_dict
-from dino_simpool.data import EvalTransform, ImageSet, class_folder, default_workers, find_images, train_loader
+from dino_simpool.data import EvalTransform, ImageSet, class_folder, default_workers, find_images, keep_freed_memory
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.features import evaluation_mode, try_sizes
-from dino_simpool.feed import Feed
+from dino_simpool.feed import Feed, build_feed
 from dino_simpool.logs import RunLog, progress, say
 from dino_simpool.model import Encoder
 from dino_simpool.monitor import effective_rank, feature_spread, non_finite_names, write_failure
@@ -48,6 +47,7 @@ def train(cfg: TrainConfig) -> Path:
     device = distributed.setup(cfg.run.device)
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
+    keep_freed_memory()
 
     # -- what there is to do. Whatever can be wrong is found here, before the first file is written.
     roots = [cfg.data.root] if isinstance(cfg.data.root, str) else list(cfg.data.root)
@@ -99,13 +99,7 @@ def train(cfg: TrainConfig) -> Path:
         forward = DistributedDataParallel(learner.student, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     # -- the loop.
-    augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
-    loader = train_loader(
-        images, augment, seed=cfg.run.seed, batch_size=images_of_one_pass, accumulate=cfg.run.accumulate, start_step=first,
-        total_steps=plan.total_steps, rank=distributed.rank(), world_size=distributed.world_size(), workers=workers,
-        device=device,
-    )  # fmt: skip
-    feed = Feed(loader, device)
+    feed = build_feed(cfg, images, batch_size=images_of_one_pass, start_step=first, total_steps=plan.total_steps, device=device)
     saved_at = time.monotonic()
     bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
     with bar, _signals() as received, _failures_written(out, learner, plan, images, feed):
@@ -186,10 +180,7 @@ def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, 
     bar.set_postfix_str(f"loss/lnK {record['loss_over_lnK']:.3f}, data wait {waiting:.0f} %")
     if waiting > 10 and record["seconds"] > 10 and not feed.warned:
         feed.warned = True
-        say(
-            f"warning: {waiting:.0f} % of the time went into waiting for images: raise data.workers if there are idle cores, "
-            "or put the images on a faster disk"
-        )
+        say(f"warning: {waiting:.0f} % of the time went into waiting for images: {feed.advice(cfg)}")
     for warning in learner.monitor.update(
         loss=means["loss"], entropy=means["entropy"], out_dim=cfg.head.out_dim, spread=spread, step=learner.step
     ):

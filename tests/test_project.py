@@ -28,10 +28,11 @@ SOURCES = {
 
 LEVELS: list[tuple[float, dict[str, str]]] = [
     # level, and of each module what it may import of ours: names, or all of a range of levels
-    (0, {"config": "", "simpool": "", "distributed": "", "convert": "", "pictures": ""}),
+    (0, {"config": "", "simpool": "", "distributed": "", "convert": "", "pictures": "", "decode": ""}),
     (1, {"loss": "distributed", "optim": "config distributed", "monitor": "distributed", "logs": "distributed"}),
     (1, {"plan": "config", "synthetic": "config", "trunk": "config", "model": "config simpool trunk"}),
-    (1, {"augment": "config", "data": "config distributed augment", "feed": "distributed"}),
+    (1, {"augment": "config decode", "data": "config distributed augment decode"}),
+    (1.5, {"feed": "config distributed augment data"}),
     (2, {"checkpoint": "config convert distributed model", "features": "distributed data"}),
     (2.5, {"step": "config convert distributed loss model monitor optim plan"}),
     (3, {"eval": "0-2", "train": "0-2.5 eval.knn"}),
@@ -365,7 +366,7 @@ def test_an_installed_recipe_is_found_by_name(tmp_path: Path) -> None:
 
 
 def test_dependencies_are_what_is_imported() -> None:
-    distributions = {"PIL": "pillow", "yaml": "pyyaml", "faiss": "faiss-cpu"}
+    distributions = {"PIL": "pillow", "yaml": "pyyaml", "faiss": "faiss-cpu", "cv2": "opencv-python-headless"}
     imported = set()
     for path in SOURCES.values():
         for node in ast.walk(ast.parse(path.read_text())):

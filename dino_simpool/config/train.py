@@ -208,6 +208,8 @@ class CropsConfig:
     """Range of the blur's standard deviation in pixels of the crop."""
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """Probability of solarisation (values of 128 and above inverted) in the three kinds of view."""
+    shrink_margin: float | None = 2.0
+    """Decode a large JPEG smaller (by 2, 4 or 8) if every crop still has so many times the side of its view. null: never."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in {"global_scale": self.global_scale, "local_scale": self.local_scale}.items():
@@ -220,6 +222,8 @@ class CropsConfig:
             raise ValueError("crops: flip, jitter_probability, grayscale, blur and solarize are probabilities, 0 to 1")
         if not all(0 <= j <= 1 for j in self.jitter[:3]) or not 0 <= self.jitter[3] <= 0.5:
             raise ValueError(f"crops.jitter is {self.jitter}: brightness, contrast, saturation in 0..1, hue in 0..0.5")
+        if self.shrink_margin is not None and self.shrink_margin < 1:
+            raise ValueError(f"crops.shrink_margin is {self.shrink_margin}: give 1 or more, or null to decode in full always")
         if min(self.global_size, self.local_size) < 1 or self.num_local < 0:
             raise ValueError("crops.global_size and local_size must be 1 or more, crops.num_local 0 or more")
 
@@ -234,6 +238,9 @@ class DataConfig:
     """Use the first so many images of each class in sorted order; 260 is the paper's ImageNet-20 %."""
     workers: int | None = None
     """Loader processes of each training process; 0 loads in the process itself. null: the cores that it may use."""
+
+    augment_on: Literal["auto", "cpu", "device"] = "auto"
+    """Where flips, colours and blur are made: in the loaders, or in batches on the device. auto: on a GPU if there is one."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
@@ -289,7 +296,7 @@ class RunConfig:
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
     compile: bool = False
-    """torch.compile the trunk blocks; the first steps take minutes."""
+    """torch.compile the trunk blocks, and the augmentation on the device; the first steps take minutes."""
     seed: int = 0
     """Every random number of the run follows from it."""
     threads: int | None = None

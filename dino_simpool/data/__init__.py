@@ -16,6 +16,7 @@ from dino_simpool.data.loaders import (
     default_workers,
     epoch_order,
     index_loader,
+    keep_freed_memory,
     steps_per_epoch,
     train_loader,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "epoch_order",
     "find_images",
     "index_loader",
+    "keep_freed_memory",
     "read_rgb",
     "steps_per_epoch",
     "train_loader",

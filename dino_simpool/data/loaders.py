@@ -5,8 +5,10 @@ Letters: B images, V views, S side of a view in pixels, M dataset size.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -21,6 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 from dino_simpool import distributed
 from dino_simpool.augment import to_tensor
 from dino_simpool.data.sources import ImageSet
+
+PREFETCH = 4
+"""Batches that each loader process has ready: an image that takes long stops nobody."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,9 @@ class EvalTransform:
 
 
 class Augmentation(Protocol):
-    """RGB image to V tensors (3, S, S), a pure function of its arguments; augment.MultiCrop is one."""
+    """The bytes of an image file to some tensors, a pure function of its arguments; augment.MultiCrop is one."""
 
-    def __call__(self, image: Image.Image, *, seed: int, epoch: int, index: int) -> list[Tensor]: ...
+    def __call__(self, file: bytes, *, seed: int, epoch: int, index: int) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +73,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True, eq=False)
 class MultiCropDataset(Dataset[tuple[list[Tensor], int]]):
-    """(V views, index) by (epoch, index)."""
+    """(tensors of the augmentation, index) by (epoch, index)."""
 
     images: ImageSet
     augment: Augmentation
@@ -76,7 +81,7 @@ class MultiCropDataset(Dataset[tuple[list[Tensor], int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int]:
         epoch, index = key
-        return self.augment(self.images.read(index), seed=self.seed, epoch=epoch, index=index), index
+        return self.augment(self.images.read_bytes(index), seed=self.seed, epoch=epoch, index=index), index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +138,8 @@ def train_loader(
 
     batch_size: images of one process in one forward pass.   start_step: steps done before; their images are not read.
     workers: loader processes, 0 for none, None for `default_workers()`; they change no bit.   device: where batches will go.
-    Each item: a list of V tensors (B, 3, S, S) float32, global views first, and (B,) int64 image numbers.
+    Each item: the tensors of the augmentation, each with the images of the batch as its first dimension, and (B,) int64 image
+    numbers.
     """
     batches = TrainBatches(
         num_images=len(images), seed=seed, batch_size=batch_size, accumulate=accumulate, start_step=start_step,
@@ -142,6 +148,7 @@ def train_loader(
     return DataLoader(
         MultiCropDataset(images, augment, seed), batch_sampler=batches, num_workers=_number(workers),
         pin_memory=device.type == "cuda", worker_init_fn=_start_worker, generator=torch.Generator(),
+        prefetch_factor=PREFETCH if _number(workers) else None,
     )  # fmt: skip
 
 
@@ -177,12 +184,26 @@ def _start_worker(worker: int) -> None:
     """Keep to one thread, and leave to the training process the signals of schedulers and terminals, which go to all processes:
     it needs the images to finish its step. Only a SIGTERM that it sends itself ends this process."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep memory for the next large array instead of giving it back to the system, where there is glibc.
+
+    Otherwise each array of more than some 100 kB comes as untouched pages, and touching them takes longer than filling them:
+    making floats of 8-bit views took eight times as long.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**30)
 
 
 def _obey_parent() -> None:

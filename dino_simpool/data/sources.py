@@ -41,6 +41,13 @@ class ImageSet:
         """The path of one image below the root: what results call it."""
         return str(self.paths[index])
 
+    def read_bytes(self, index: int) -> bytes:
+        """The file of one image as it is. ValueError names a file that cannot be read."""
+        try:
+            return Path(self.path(index)).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.name(index)} cannot be read ({error.strerror}): repair or remove it") from error
+
     def read(self, index: int) -> Image.Image:
         """One image as RGB, cut to its box if there are boxes. ValueError names a file that cannot be read."""
         image = read_rgb(self.path(index))

@@ -32,9 +32,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dino_simpool import distributed
-from dino_simpool.augment import crop_boxes, to_tensor, uniforms
+from dino_simpool.augment import CROP_NUMBERS, crop_box, to_tensor, uniforms
 from dino_simpool.config import LinearConfig
 from dino_simpool.data import EvalTransform, ImageSet, MultiCropDataset, default_workers, epoch_order
+from dino_simpool.decode import decode_other
 from dino_simpool.eval import chunks, class_folders, classes_of, preprocessing, run
 from dino_simpool.features import encode, evaluation_mode, extract_features
 from dino_simpool.logs import progress, say
@@ -104,15 +105,14 @@ class ProbeAugmentation:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, image: Image.Image, *, seed: int, epoch: int, index: int) -> list[Tensor]:
-        """One tensor (3, S, S) of an RGB image; seed, epoch and index (of the image in its set) alone decide the randomness."""
-        numbers = uniforms(seed, epoch, index, rows=1, columns=23)
-        top, left, height, width = crop_boxes(
-            image.height, image.width, low=np.array([0.08]), high=np.array([1.0]), numbers=numbers[:, :22]
-        )[0].tolist()
+    def __call__(self, file: bytes, *, seed: int, epoch: int, index: int) -> list[Tensor]:
+        """One tensor (3, S, S) of an image file; seed, epoch and index (of the image) alone decide the randomness."""
+        image = Image.fromarray(decode_other(file))
+        *numbers, flip = uniforms(seed, epoch, index, rows=1, columns=CROP_NUMBERS + 1)[0].tolist()
+        top, left, height, width = crop_box(image.height, image.width, scale=(0.08, 1.0), numbers=numbers)
         image = image.crop((left, top, left + width, top + height))
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
-        if numbers[0, 22] < 0.5:
+        if flip < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return list(to_tensor([image], mean=self.mean, std=self.std))
 
