@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import os
 import sys
 from typing import Any
@@ -22,6 +24,12 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "dino_simpool.eval.masks:main",
         "how much of the attention is on the object, on images with masks",
     ),
+    "resources": (
+        config.ResourcesConfig,
+        "dino_simpool.eval.resources:main",
+        "parameters and multiply-adds of an encoder, as Table 8 of the paper counts them",
+    ),
+    "table": (config.TableConfig, "dino_simpool.eval.table:main", "results beside the figures of the paper, table by table"),
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
     "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as an image tree"),
 }
@@ -29,6 +37,8 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 
 FIRST_ARGUMENT = {"report": "--out", "synthetic": "--out", "check-data": "--data"}
 """The option that a bare first argument stands for: `report OUT` for `report --out OUT`."""
+FIRST_ARGUMENTS = {"table": "--results"}
+"""The option for which all bare arguments at the beginning stand: `table A B` for `table --results '["A", "B"]'`."""
 
 EXAMPLES = """\
 examples:
@@ -48,6 +58,16 @@ def _help() -> str:
     return f"usage: dino-simpool <command> [options]\n\n{title}\n\ncommands:\n{commands}\n\n{EXAMPLES}"
 
 
+def with_named_arguments(name: str, options: list[str]) -> list[str]:
+    """The options of a command with its bare first arguments under their names."""
+    bare = list(itertools.takewhile(lambda option: not option.startswith("-"), options))
+    if bare and name in FIRST_ARGUMENT:
+        return [FIRST_ARGUMENT[name], *options]
+    if bare and name in FIRST_ARGUMENTS:
+        return [f"{FIRST_ARGUMENTS[name]}={json.dumps(bare)}", *options[len(bare) :]]
+    return options
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line (sys.argv by default); returns the exit status: 0, 1 for a failed run, 2 for wrong options."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -63,10 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail("", f"there is no command {name}; commands: {', '.join(COMMANDS)}", 2)
     kind, action, _ = COMMANDS[name]
-    if name in FIRST_ARGUMENT and options and not options[0].startswith("-"):
-        options = [FIRST_ARGUMENT[name], *options]
     try:
-        cfg: Any = config.parse(kind, options, program=f"dino-simpool {name}")
+        cfg: Any = config.parse(kind, with_named_arguments(name, options), program=f"dino-simpool {name}")
     except config.ConfigError as error:
         return _fail(name, str(error), 2)
     module, function = action.split(":")

@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino_simpool.config import ModelConfig
 
@@ -100,6 +100,19 @@ def _stages(cfg: ModelConfig) -> dict[str, Any]:
     return {"depth": depth + (0,) * (4 - len(depth))}
 
 
+class SubsampledConv(nn.Conv2d):
+    """A convolution of kernel 1 and some stride, as one of stride 1 on the positions that it visits: the same sums.
+
+    oneDNN (3.12, with torch 2.14) computes the weights' gradient of the strided one out of bounds, if the channels are last and
+    fewer than its vectors hold, which are 16 at most: processes crash, or train on wrong numbers. See
+    github.com/uxlfoundation/oneDNN/issues/6035.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return nn.functional.conv2d(x[..., ::rows, ::columns], self.weight, self.bias)
+
+
 def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
     sizes: dict[str, Any] = {"layers": stages["depth"]} if (stages := _stages(cfg)) else {}
     plain_stem = False
@@ -119,6 +132,9 @@ def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
         nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
     if cfg.stem == "small":
         trunk.maxpool = nn.Identity()
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) != module.stride and module.in_channels < 16:
+            module.__class__ = SubsampledConv  # its weights stay as they are
     trunk.num_features = trunk.feature_info[-1]["num_chs"]
     return trunk, nn.Identity()
 

@@ -196,6 +196,21 @@ def test_small_images_have_small_cnns() -> None:
     assert encoder.trunk.conv1.stride == (1, 1)
 
 
+def test_narrow_resnets_have_right_gradients_with_the_channels_last() -> None:
+    """torch's strided 1 x 1 convolution writes out of bounds there on many processors, and none is left to do so."""
+    encoder = build_encoder(ModelConfig("resnet18", pool="gap", width=4, depth=(1, 1, 1), stem="small"))
+    strided = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride == (2, 2)]
+    assert [type(m).__name__ for m in strided] == ["SubsampledConv"] * 2 and [m.in_channels for m in strided] == [4, 8]
+    images = torch.randn(3, 3, 15, 16)
+    exact = copy.deepcopy(encoder).double()
+    for model, inputs in ((exact, images.double()), (encoder.to(memory_format=torch.channels_last), images)):
+        model(inputs.to(memory_format=torch.channels_last)).square().sum().backward()
+    for (name, p), q in zip(encoder.named_parameters(), exact.parameters(), strict=True):
+        assert_close(p.grad, q.grad, 1e-3, 1e-3 * float(q.grad.abs().max()), name)
+    x = torch.randn(2, 8, 5, 6)
+    assert_close(strided[1](x).detach(), F.conv2d(x, strided[1].weight, stride=2).detach(), 1e-5, 1e-5)
+
+
 def test_initialisation() -> None:
     """Truncated normal of 0.02 for ViT and ConvNeXt, nn.Linear's own for ResNet; no residual branch starts at 0."""
     torch.manual_seed(0)

@@ -101,6 +101,11 @@ def test_lars_equals_the_formula(decay: float) -> None:
         assert_close(p.detach(), q, 1e-12, 1e-14)
 
 
+def hyperparameters(step: int) -> tuple[float, float]:
+    """Learning rate and weight decay."""
+    return 1e-2 * step, 0.04 + 0.01 * step
+
+
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> None:
     """A step on a fixed input, the last layer frozen for the first three."""
     dtype = model.pos_embed.dtype
@@ -109,13 +114,17 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -
     model(x).square().sum().backward()
     if step < 3:
         drop_last_layer_gradients(model)
-    set_hyperparameters(optimizer, 1e-2 * step, 0.04 + 0.01 * step)
+    set_hyperparameters(optimizer, *hyperparameters(step))
     optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["adamw", "lars", "sgd"])
 def test_optimizers_equal_plain_loops(name: str) -> None:
-    """Eight steps against torch's loop over single tensors (LARS: against the formula), the last layer frozen for three."""
+    """Eight steps against torch's loop over single tensors (LARS: against the formula), the last layer frozen for three.
+
+    Both get the same gradients. That of a bias before BatchNorm is rounding noise, which Adam scales up to whole steps, so two
+    backward passes on weights that differ in the last bit would part further than the optimisers do.
+    """
     torch.manual_seed(0)
     model = Tiny().double()
     twin = copy.deepcopy(model)
@@ -128,10 +137,13 @@ def test_optimizers_equal_plain_loops(name: str) -> None:
     }[name]()
     for step in range(8):
         one_step(model, optimizer, step=step)
-        one_step(twin, plain, step=step)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        set_hyperparameters(plain, *hyperparameters(step))
+        plain.step()
         assert (model.last_layer.parametrizations.weight.original1 in optimizer.state) == (step >= 3)
     for (parameter_name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert_close(p.detach(), q.detach(), 1e-9, 1e-11, parameter_name)
+        assert_close(p.detach(), q.detach(), 1e-12, 1e-14, parameter_name)
 
 
 class LarsByFormula(torch.optim.Optimizer):

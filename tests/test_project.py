@@ -304,9 +304,7 @@ def test_every_command_that_is_shown_is_understood() -> None:
         if options and f"{name} {options[0]}" in cli.COMMANDS:
             name, options = f"{name} {options[0]}", options[1:]
         seen.add((where, name))
-        if name in cli.FIRST_ARGUMENT and not options[0].startswith("-"):
-            options = [cli.FIRST_ARGUMENT[name], *options]
-        config.parse(cli.COMMANDS[name][0], options)  # ConfigError if anything in it is wrong
+        config.parse(cli.COMMANDS[name][0], cli.with_named_arguments(name, options))  # ConfigError if anything in it is wrong
     for where, names in {
         "make quickstart": {"synthetic", "train", "knn", "masks", "report"},
         "README.md": {"train", "knn", "linear"},

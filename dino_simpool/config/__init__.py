@@ -11,7 +11,16 @@ so that help and mistakes answer at once.
 
 from __future__ import annotations
 
-from dino_simpool.config.evaluate import EvalConfig, KnnConfig, LinearConfig, MasksConfig, ReportConfig, SyntheticConfig
+from dino_simpool.config.evaluate import (
+    EvalConfig,
+    KnnConfig,
+    LinearConfig,
+    MasksConfig,
+    ReportConfig,
+    ResourcesConfig,
+    SyntheticConfig,
+    TableConfig,
+)
 from dino_simpool.config.parse import ConfigError, dump, from_dict, option_names, parse, to_dict
 from dino_simpool.config.train import (
     IMAGENET_MEAN,
@@ -45,8 +54,10 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ReportConfig",
+    "ResourcesConfig",
     "RunConfig",
     "SyntheticConfig",
+    "TableConfig",
     "TeacherConfig",
     "TrainConfig",
     "dump",

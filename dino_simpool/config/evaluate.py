@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from dino_simpool.config.train import check_device
+from dino_simpool.config.train import ModelConfig, check_device
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,39 @@ class MasksConfig(EvalConfig):
 
     max_images: int = 1000
     """Images to measure, evenly spread over the classes."""
+
+
+@dataclass(frozen=True)
+class ResourcesConfig:
+    """Parameters and multiply-adds of an encoder: that of a checkpoint, of a recipe, or of the model options."""
+
+    checkpoint: str = ""
+    """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors."""
+    recipe: str = ""
+    """A recipe, by file or name such as vit_small_simpool, whose model is counted."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    num_classes: int = 1000
+    """Classes of the linear classifier that is counted with the encoder. Table 8: 1000. 0: the encoder alone."""
+    image_size: int | None = None
+    """Side of the image in pixels. null: that of the model."""
+    out: str = ""
+    """Folder for results; resources.json is written there. Empty: results/ beside the checkpoint, or nowhere without one."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 0 or (self.image_size is not None and self.image_size < 1):
+            raise ValueError("num_classes must be 0 or more, image_size 1 or more")
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Results beside the figures of the paper, table by table."""
+
+    results: tuple[str, ...] = ()
+    """Files of results, or folders with them, such as those of training runs: the bare first arguments."""
+    format: Literal["text", "markdown", "csv"] = "text"
+    """text: aligned columns; csv: one table of all, in full precision."""
+    out: str = ""
+    """File to write. Empty: it is printed."""
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,10 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
         encoder = load_encoder(cfg.checkpoint, which=cfg.which).to(device)
     elif getattr(cfg, "features", None) != "pixels":
         raise ValueError("no checkpoint is given: say --checkpoint RUN/last.pth (or backbone.safetensors)")
-    folder = _results_folder(cfg)
+    folder = results_folder(cfg.out, cfg.checkpoint)
     # Both before the evaluation: a training run may replace the file meanwhile.
-    model, settings = _model(encoder, cfg), preprocessing(encoder, cfg)
+    model = None if encoder is None else model_record(encoder, cfg.checkpoint, cfg.which)
+    settings = preprocessing(encoder, cfg)
     torch.manual_seed(cfg.seed)
     result = evaluate(encoder, cfg)
     tensors = {key: value for key, value in result.items() if isinstance(value, Tensor)}
@@ -150,11 +151,11 @@ def versions() -> dict[str, str]:
     return {"dino_simpool": __version__, "python": platform.python_version(), **packages}
 
 
-def _results_folder(cfg: EvalConfig) -> Path:
-    """The folder for the results, made and tried by the main process before hours are spent."""
-    if not cfg.out and not cfg.checkpoint:
+def results_folder(out: str, checkpoint: str) -> Path:
+    """The folder for the results, `out` or beside the checkpoint, made and tried by the main process before hours are spent."""
+    if not out and not checkpoint:
         raise ValueError("without a checkpoint there is no place for the results: give --out DIR")
-    folder = Path(cfg.out) if cfg.out else Path(cfg.checkpoint).parent / "results"
+    folder = Path(out) if out else Path(checkpoint).parent / "results"
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -165,11 +166,9 @@ def _results_folder(cfg: EvalConfig) -> Path:
     return folder
 
 
-def _model(encoder: Encoder | None, cfg: EvalConfig) -> dict[str, Any] | None:
-    if encoder is None:
-        return None
-    source = {"checkpoint": cfg.checkpoint, "sha256": file_sha256(cfg.checkpoint), "which": cfg.which}
-    return dataclasses.asdict(encoder.config) | source
+def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any]:
+    """An encoder in the record: its options, its checkpoint with SHA-256, and which weights of it."""
+    return dataclasses.asdict(encoder.config) | {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which}
 
 
 def _device_name(device: torch.device) -> str:
