@@ -195,8 +195,8 @@ class ArchiveReader:
 
         ValueError if the archive is not the listed one any more, or is damaged there; OSError if it cannot be read.
         """
-        file = self._file(path, stamp).number
-        offset = place.offset
+        descriptor = self._file(path, stamp)  # held until the end: it closes itself when nobody holds it
+        file, offset = descriptor.number, place.offset
         if place.method != _PLAIN:
             header = os.pread(file, _LOCAL_HEADER.size, offset)
             if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
