@@ -587,7 +587,11 @@ def test_a_damaged_cache_is_not_used(mixed, big, scans, damage, capsys):
     data = file.read_bytes()
     file.write_bytes({"empty": b"", "cut": data[:-9], "text": b"text" * 9,
                       "format": data.replace(b'"format":"1"', b'"format":"0"')}[damage])  # fmt: skip
-    assert names(find_images(str(mixed))) == expected and len(scans) == 2 and "not used, " in capsys.readouterr().err
+    assert (
+        names(find_images(str(mixed))) == expected
+        and len(scans) == 2
+        and "is no index of this version" in capsys.readouterr().err
+    )
     assert names(find_images(str(mixed))) == expected and len(scans) == 2
 
 

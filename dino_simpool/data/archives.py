@@ -103,7 +103,7 @@ def _tar_entries(path: str) -> Iterator[_Entry]:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # or it would keep them all
-                if member.offset_data + member.size > total:
+                if member.isreg() and member.offset_data + member.size > total:
                     raise tarfile.ReadError(f"{member.name} goes beyond the end of the file")
                 place = Place(member.offset_data, member.size, _PLAIN)
                 link = member.linkname if member.islnk() else ""

@@ -35,7 +35,7 @@ def load_index(root: str) -> tuple[str, Index]:
     started = time.perf_counter()
     base = os.path.dirname(root) if is_file_source(root) and not root.lower().endswith(ARCHIVE_SUFFIXES) else root
     file = cache_file(root)
-    index, how = _cached(file, root, base), "from the cache"
+    (index, _), how = _cached(file, base), "from the cache"
     if index is None:
         try:
             return base, scan(root, limit=SMALL)
@@ -56,29 +56,31 @@ def cache_file(root: str) -> Path:
     return folder / f"{os.path.basename(real)}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.safetensors"
 
 
-def _cached(file: Path, root: str, base: str) -> Index | None:
-    """What the cache holds, or None if that is nothing, not readable or not up to date."""
+def _cached(file: Path, base: str) -> tuple[Index | None, str]:
+    """What the cache holds, or None if that is nothing, not readable or not up to date; and why, if there is something."""
     if not file.exists():
-        return None
+        return None, ""
     try:
         index = open_index(str(file))
     except (OSError, ValueError) as error:
-        say(f"index of {root}: not used, {error}")
-        return None
+        return None, str(error)
     watched = list(index.watched.below(base) if base else index.watched)
     changed = (stamps(watched) != index.stamps).any(1)
     if changed.any():
-        say(f"index of {root}: {watched[int(changed.argmax())]} has changed, listing all files anew")
-        return None
-    return index
+        return None, f"{watched[int(changed.argmax())]} has changed"
+    return index, ""
 
 
 def _shared(file: Path, root: str, base: str) -> tuple[Index, str]:
     """The index, listed by this process or by another one that did so first; and how it was got, in words."""
     try:
         with _locked(file, root):
-            index = _cached(file, root, base)
-            return (index, "from the cache") if index is not None else _built(file, root)
+            index, why = _cached(file, base)  # by another process, while this one waited
+            if index is not None:
+                return index, "from the cache"
+            if why:
+                say(f"index of {root}: {why}, listing all files anew")
+            return _built(file, root)
     except _NoCache as error:
         say(f"index of {root}: cannot be kept in {file.parent} ({error}), each start lists all files; set DINO_SIMPOOL_CACHE")
         return scan(root, bar=distributed.is_main()), "listed anew"

@@ -167,9 +167,9 @@ def open_index(path: str, sha256: str | None = None) -> Index:
 
     ValueError if it is damaged, or not of this format or digest; OSError if it cannot be opened.
     """
-    with open(path, "rb") as file:
-        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     try:
+        with open(path, "rb") as file:
+            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
         header = json.loads(mapped[8:start].tobytes())
         about = header.pop("__metadata__")

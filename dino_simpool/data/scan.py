@@ -8,10 +8,11 @@ archive in a folder counts as unpacked there, so its images are sorted among the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,14 +82,13 @@ def scan(root: str, *, limit: int | None = None, bar: bool = False) -> Index:
     source or a listed file is missing, PermissionError for a folder that may not be read, ValueError for a damaged or
     compressed archive and for what is no list.
     """
-    if is_file_source(root):
-        with _progress(root, bar) as shown:
-            return _scan_archive(root, limit, shown) if is_archive(root) else _scan_list(root, limit, shown)
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root} is no existing folder: give a folder of images")
-    listing = _Listing()
     try:
-        with ThreadPoolExecutor(THREADS) as pool, _progress(root, bar) as shown:
+        with _threads() as pool, _progress(root, bar) as shown:
+            if is_file_source(root):
+                return _scan_archive(root, limit, shown) if is_archive(root) else _scan_list(root, limit, shown)
+            if not os.path.isdir(root):
+                raise FileNotFoundError(f"{root} is no existing folder: give a folder of images")
+            listing = _Listing()
             _walk(root, listing, pool, limit, shown)
             _open_archives(root, listing, pool, limit, shown)
     except PermissionError as error:
@@ -130,9 +130,19 @@ def _stamp_or_nothing(path: str) -> tuple[int, int]:
         return 0, 0
 
 
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that after an error do not go on with what is left to do."""
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _in_threads(function: Callable[[str], T], paths: Sequence[str], size: int = 64) -> list[T]:
     """The function of each path, by many threads, each of which takes `size` paths at a time."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    with _threads() as pool:
         parts = pool.map(lambda start: [function(path) for path in paths[start : start + size]], range(0, len(paths), size))
         return [each for part in parts for each in part]
 
@@ -151,7 +161,7 @@ def _walk(root: str, listing: _Listing, pool: ThreadPoolExecutor, limit: int | N
     level, seen = [_Folder("", real, frozenset([real]))], 0
     while level:
         below: list[_Folder] = []
-        for folder, content in zip(level, pool.map(lambda each: _read_folder(root, each), level), strict=True):
+        for folder, content in zip(level, pool.map(lambda each: _read_folder(root, each, limit), level), strict=True):
             if content.images:
                 listing.images[folder.path] = "/".join(content.images).encode("utf-8", "surrogateescape")
             listing.folders.append(folder.path)
@@ -168,7 +178,7 @@ def _walk(root: str, listing: _Listing, pool: ThreadPoolExecutor, limit: int | N
         level = below
 
 
-def _read_folder(root: str, folder: _Folder) -> _Content:
+def _read_folder(root: str, folder: _Folder, limit: int | None) -> _Content:
     where = os.path.join(root, folder.path) if folder.path else root
     before = stamp(where)  # a change while the folder is read must show later
     images, folders, archives, compressed = [], [], [], []
@@ -183,6 +193,8 @@ def _read_folder(root: str, folder: _Folder) -> _Content:
                     folders.append(_Folder(path, real, folder.ancestors | {real}))
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                 images.append(entry.name)
+                if limit is not None and len(images) > limit:
+                    raise TooMany
             elif is_archive(entry.name):
                 archives.append(path)
             elif is_compressed(entry.name):
