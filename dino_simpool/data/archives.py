@@ -84,7 +84,7 @@ def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Plac
                 folders.add(name)
             elif name:
                 files[name] = entry
-    except (tarfile.TarError, zipfile.BadZipFile, RuntimeError, struct.error, EOFError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, RuntimeError, struct.error, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as an archive ({error}): it is truncated or damaged, make it anew") from error
     images = {}
     for name in files:

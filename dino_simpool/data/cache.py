@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from dino_simpool import distributed
 from dino_simpool.data.archives import ARCHIVE_SUFFIXES, IMAGE_SUFFIXES, TooMany
 from dino_simpool.data.index import FORMAT, Index, open_index
-from dino_simpool.data.scan import RECENT_NS, is_file_source, is_recent, scan, stamps
+from dino_simpool.data.scan import RECENT_NS, is_list, is_recent, scan, stamps
 from dino_simpool.logs import say
 
 SMALL = 5000
@@ -33,7 +33,7 @@ def load_index(root: str) -> tuple[str, Index]:
     What it took is said in one line, unless the source is small. Raises what `scan.scan` does.
     """
     started = time.perf_counter()
-    base = os.path.dirname(root) if is_file_source(root) and not root.lower().endswith(ARCHIVE_SUFFIXES) else root
+    base = os.path.dirname(root) if is_list(root) else root
     file = cache_file(root)
     (index, _), how = _cached(file, base), "from the cache"
     if index is None:
@@ -49,9 +49,9 @@ def load_index(root: str) -> tuple[str, Index]:
 
 def cache_file(root: str) -> Path:
     """Where the index of a source is kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(os.environ.get("DINO_SIMPOOL_CACHE") or Path(home).expanduser() / "dino_simpool").absolute()
-    real = os.path.realpath(root)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(os.environ.get("DINO_SIMPOOL_CACHE") or os.path.join(home, "dino_simpool")).absolute()
+    real = os.path.abspath(root) if is_list(root) else os.path.realpath(root)  # a list is read from where it is called
     key = "\0".join([FORMAT, real, *IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES])
     return folder / f"{os.path.basename(real)}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.safetensors"
 

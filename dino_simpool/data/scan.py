@@ -84,7 +84,7 @@ def scan(root: str, *, limit: int | None = None, bar: bool = False) -> Index:
     """
     try:
         with _threads() as pool, _progress(root, bar) as shown:
-            if is_file_source(root):
+            if os.path.isfile(root):
                 return _scan_archive(root, limit, shown) if is_archive(root) else _scan_list(root, limit, shown)
             if not os.path.isdir(root):
                 raise FileNotFoundError(f"{root} is no existing folder: give a folder of images")
@@ -96,14 +96,14 @@ def scan(root: str, *, limit: int | None = None, bar: bool = False) -> Index:
     return _index(listing)
 
 
-def is_file_source(root: str) -> bool:
-    """Whether a source is a file, an archive or a list, and no folder."""
-    return os.path.isfile(root)
-
-
 def is_archive(root: str) -> bool:
     """Whether a file is called like an archive that can be read."""
     return root.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def is_list(root: str) -> bool:
+    """Whether a source is a text file of paths, and neither a folder nor an archive."""
+    return os.path.isfile(root) and not is_archive(root)
 
 
 def stamp(path: str) -> tuple[int, int]:
@@ -114,7 +114,6 @@ def stamp(path: str) -> tuple[int, int]:
 
 def stamps(paths: Sequence[str]) -> np.ndarray:
     """(F, 2) int64: `stamp` of each path; zeros for one that cannot be seen."""
-
     return np.array(_in_threads(_stamp_or_nothing, paths), np.int64).reshape(-1, 2)
 
 

@@ -20,7 +20,7 @@ from dino_simpool.data.archives import (
 )
 from dino_simpool.data.cache import load_index
 from dino_simpool.data.index import Index, join
-from dino_simpool.data.scan import is_archive, is_file_source
+from dino_simpool.data.scan import is_list
 from dino_simpool.logs import say
 
 _ENDINGS = " ".join(IMAGE_SUFFIXES)
@@ -114,7 +114,7 @@ def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
     root = folder_or_archive(root)
     if is_compressed(root):
         raise compressed_error(root)
-    if is_file_source(root) and not is_archive(root):
+    if is_list(root):
         raise FileNotFoundError(f"{root} is no existing folder: give a folder of images, or a .tar or .zip archive of one")
     _, index = _load(root)
     empty = [name for name, count in _groups(index) if name and not count]
@@ -137,7 +137,7 @@ def folder_or_archive(root: str) -> str:
 
 def _source(root: str, subset_per_class: int | None) -> tuple[str, Index]:
     """The base folder of one source, and its images."""
-    if subset_per_class is not None and is_file_source(root) and not is_archive(root):
+    if subset_per_class is not None and is_list(root):
         raise ValueError(f"{root} is a text file, without classes for subset_per_class: list only the wanted paths instead")
     base, index = _load(root)
     if not len(index):
