@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,11 @@ def test_evaluate_equals_a_loop_and_leaves_the_encoder_as_it_was(tmp_path):
     result = evaluate(encoder, MasksConfig(data=str(tmp_path), resize=18, batch_size=2, workers=0))
     assert encoder.training and all(module.training for module in encoder.modules())
     assert result["counts"] == {"images": 4, "without object": 2}
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "masks").symlink_to(tmp_path / "masks")
+    shutil.make_archive(str(packed / "val"), "tar", tmp_path / "val")
+    assert evaluate(encoder, MasksConfig(data=str(packed), resize=18, batch_size=2, workers=0)) == result
 
     encoder.eval()
     transform = EvalTransform(16, resize=18, mean=encoder.config.mean, std=encoder.config.std)

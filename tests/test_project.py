@@ -31,7 +31,7 @@ LEVELS: list[tuple[float, dict[str, str]]] = [
     (0, {"config": "", "simpool": "", "distributed": "", "convert": "", "pictures": "", "decode": ""}),
     (1, {"loss": "distributed", "optim": "config distributed", "monitor": "distributed", "logs": "distributed"}),
     (1, {"plan": "config", "synthetic": "config", "trunk": "config", "model": "config simpool trunk"}),
-    (1, {"augment": "config decode", "data": "config distributed augment decode"}),
+    (1, {"augment": "config decode", "data": "config distributed augment decode logs"}),
     (1.5, {"feed": "config distributed augment data"}),
     (2, {"checkpoint": "config convert distributed model", "features": "distributed data"}),
     (2.5, {"step": "config convert distributed loss model monitor optim plan"}),
@@ -39,7 +39,7 @@ LEVELS: list[tuple[float, dict[str, str]]] = [
     (4, {"report": "0-2 eval", "cli": "config"}),
     (5, {"__main__": "cli"}),
 ]
-SAME_LEVEL = {("model", "trunk"), ("data", "augment"), ("train", "eval.knn")}
+SAME_LEVEL = {("model", "trunk"), ("data", "augment"), ("data", "logs"), ("train", "eval.knn")}
 
 
 def level_table() -> dict[str, tuple[float, set[str]]]:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -139,6 +140,17 @@ def test_ratios_under_the_pictures_are_those_of_the_evaluator(finished):
         ]  # all areas are equal here
         assert np.mean(ratios) == pytest.approx(expected, abs=0.006)
         assert f"{expected:.2f}×" in page.text
+
+
+def test_held_out_images_may_lie_in_an_archive(finished, tmp_path):
+    (tmp_path / "masks").symlink_to(finished / "data/masks")
+    shutil.make_archive(str(tmp_path / "val"), "tar", finished / "data/val")
+    pages = [
+        build_report(finished / "run", data=str(root), num_images=4, device=CPU).read_text()
+        for root in (finished / "data", tmp_path)
+    ]
+    cards = [re.findall(r'<div class="card panels">.*?</div>', page, re.DOTALL) for page in pages]
+    assert len(cards[0]) == 4 and cards[0] == cards[1]
 
 
 def test_parts_that_are_missing_are_named(finished, tmp_path):

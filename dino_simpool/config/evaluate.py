@@ -15,15 +15,15 @@ class EvalConfig:
     checkpoint: str = ""
     """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors."""
     data: str = ""
-    """Folder with the class folders train/ and val/."""
+    """Folder with the class folders train/ and val/, or with train.tar and val.tar, or .zip, in their place."""
     out: str = ""
     """Folder for results; <evaluator>.json is written there. Empty: results/ beside the checkpoint."""
     which: Literal["teacher", "student", "untrained"] = "teacher"
     """Weights to take; untrained: the same encoder as its initialisation left it, for comparison."""
     train: str = "train"
-    """Class folder to learn from, inside data."""
+    """Class folder (DIR/CLASS/IMAGE) to learn from, or archive of one, inside data."""
     val: str = "val"
-    """Class folder to measure on, inside data."""
+    """Class folder to measure on, or archive of one, inside data."""
     subset_per_class: int | None = None
     """Learn from the first so many images of each class in sorted order."""
     image_size: int | None = None
@@ -129,7 +129,7 @@ class ReportConfig:
     out: str = ""
     """Folder of the training run; report.html is written there."""
     data: str = ""
-    """Folder with held-out images in val/ (and masks in masks/val/ if there are any) for the attention overlays."""
+    """Folder with held-out images in val/ or val.tar (and masks in masks/val/ if there are any) for the attention overlays."""
     num_images: int = 12
     """Held-out images to show."""
     device: str = "auto"

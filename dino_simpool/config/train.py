@@ -233,7 +233,8 @@ class DataConfig:
     """Where the images come from. No labels are needed to train."""
 
     root: str | tuple[str, ...] = ""
-    """A folder (classes, nested or flat), a text file of paths, or a list of these: --data.root '[DIR, LIST.txt]'."""
+    """A folder (classes, nested, flat, or with .tar or .zip archives in it), such an archive, a text file of paths, or a list
+    of these: --data.root '[DIR, SHARD.tar, LIST.txt]'. Archives are read as if unpacked; compressed tars are refused."""
     subset_per_class: int | None = None
     """Use the first so many images of each class in sorted order; 260 is the paper's ImageNet-20 %."""
     workers: int | None = None
@@ -312,9 +313,9 @@ class RunConfig:
     knn_every: int = 5
     """Epochs between k-NN evaluations of the teacher, if knn_train and knn_val are given."""
     knn_train: str | None = None
-    """Class folder that serves as the k-NN bank."""
+    """Class folder, or archive of one, that serves as the k-NN bank."""
     knn_val: str | None = None
-    """Class folder that is classified."""
+    """Class folder, or archive of one, that is classified."""
     stop_after_steps: int | None = None
     """Save and stop once so many steps are done; schedules are not shortened. Start again to go on."""
 

@@ -1,13 +1,17 @@
 """Where images come from (sources.py), and the loaders that feed training and evaluation (loaders.py).
 
-A source is a folder of any nesting, several folders, or a text file of paths (`find_images`, no labels), or a class folder
-(`class_folder`, labels from the folders, in the order of torchvision's ImageFolder). `read_rgb` makes 8-bit RGB of any image.
+A source is a folder of any nesting, a tar or zip archive, a text file of paths, or several of these (`find_images`, no labels),
+or a class folder (`class_folder`, labels from the folders, in the order of torchvision's ImageFolder). Behind both: scan.py
+lists a source, archives.py looks into archives, index.py keeps the list in shared memory, cache.py from one start to the next.
+`read_rgb` makes 8-bit RGB of any image.
 `train_loader` yields the augmented views of the whole rest of a run: what an item holds follows from the seed and its position
 alone, so a run stopped anywhere goes on exactly, with any number of workers.
 """
 
 from __future__ import annotations
 
+from dino_simpool.data.archives import IMAGE_SUFFIXES
+from dino_simpool.data.index import Index
 from dino_simpool.data.loaders import (
     EvalTransform,
     MultiCropDataset,
@@ -20,12 +24,13 @@ from dino_simpool.data.loaders import (
     steps_per_epoch,
     train_loader,
 )
-from dino_simpool.data.sources import IMAGE_SUFFIXES, ImageSet, class_folder, find_images, read_rgb
+from dino_simpool.data.sources import ImageSet, class_folder, find_images, folder_or_archive, read_rgb
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "EvalTransform",
     "ImageSet",
+    "Index",
     "MultiCropDataset",
     "TrainBatches",
     "TransformedImages",
@@ -33,6 +38,7 @@ __all__ = [
     "default_workers",
     "epoch_order",
     "find_images",
+    "folder_or_archive",
     "index_loader",
     "keep_freed_memory",
     "read_rgb",

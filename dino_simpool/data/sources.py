@@ -1,17 +1,28 @@
-"""Which images there are, and one of them as RGB: folders, class folders, text files of paths."""
+"""Which images there are, and one of them as RGB: folders, archives, class folders, text files of paths."""
 
 from __future__ import annotations
 
-import hashlib
+import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+from dino_simpool.data.archives import (
+    ARCHIVE_SUFFIXES,
+    COMPRESSED_SUFFIXES,
+    IMAGE_SUFFIXES,
+    ArchiveReader,
+    compressed_error,
+    is_compressed,
+)
+from dino_simpool.data.cache import load_index
+from dino_simpool.data.index import Index, join
+from dino_simpool.data.scan import is_list
+from dino_simpool.logs import say
+
 _ENDINGS = " ".join(IMAGE_SUFFIXES)
 
 
@@ -20,168 +31,162 @@ class ImageSet:
     """The files of a data set, with labels if they came from class folders."""
 
     root: str
-    """Folder that relative paths start from; empty if they start from the current one."""
-    paths: np.ndarray
-    """(M,) str."""
+    """Folder or archive that relative paths start from; empty if they start from the current folder."""
+    paths: Index | Sequence[str] | np.ndarray
+    """(M,) str, kept as an Index: see index.py. `name` gives one of them."""
     labels: np.ndarray | None = None
     """(M,) int64, positions in `classes`, or None."""
     classes: tuple[str, ...] = ()
     """Names of the class folders, sorted."""
     boxes: np.ndarray | None = None
     """(M, 4) float left, top, right, bottom in pixels: the part of each image that is read, or None for whole images."""
+    _archives: ArchiveReader = field(default_factory=ArchiveReader, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.paths, Index):
+            object.__setattr__(self, "paths", Index.of(map(str, self.paths)))
+
+    @property
+    def index(self) -> Index:
+        """The paths, and where those in archives lie."""
+        assert isinstance(self.paths, Index)
+        return self.paths
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def path(self, index: int) -> str:
-        """The path of one image, to be opened."""
-        return os.path.join(self.root, str(self.paths[index]))
+        """The path of one image, as messages call it: a file, or ARCHIVE/PATH_INSIDE, which cannot be opened."""
+        return os.path.join(self.root, self.name(index))
 
     def name(self, index: int) -> str:
         """The path of one image below the root: what results call it."""
-        return str(self.paths[index])
+        return self.index[index]
 
     def read_bytes(self, index: int) -> bytes:
-        """The file of one image as it is. ValueError names a file that cannot be read."""
+        """The content of one image file, in an archive or not. ValueError names a file that cannot be read."""
         try:
-            return Path(self.path(index)).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{self.name(index)} cannot be read ({error.strerror}): repair or remove it") from error
+            member = self.index.member(index)
+            if member is None:
+                with open(self.path(index), "rb") as file:
+                    return file.read()
+            archive, stamp, place = member
+            return self._archives.read(_below(self.root, archive), stamp, place)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path(index)} cannot be read ({error}): repair or remove it") from error
 
     def read(self, index: int) -> Image.Image:
         """One image as RGB, cut to its box if there are boxes. ValueError names a file that cannot be read."""
-        image = read_rgb(self.path(index))
+        image = read_rgb(self.read_bytes(index), self.path(index))
         return image if self.boxes is None else image.crop(tuple(round(side) for side in self.boxes[index].tolist()))
 
     def digest(self) -> str:
-        """SHA-256 of the paths below the root in their order: the same for a folder that was moved as a whole."""
-        return hashlib.sha256("\n".join(self.paths.tolist()).encode("utf-8", "surrogateescape")).hexdigest()
+        """SHA-256 of the names in their order: the same for a folder that was moved as a whole, or packed into one archive."""
+        return self.index.digest()
 
 
 def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = None) -> ImageSet:
-    """All images below some folders and in some text files of paths, in a fixed order, without labels.
+    """All images of some folders, archives and text files of paths, in a fixed order, without labels.
 
-    A text file has one path a line, relative to the file itself; empty lines and lines that start with # are skipped. With
-    `subset_per_class` the first so many images of each top-level folder are taken. Raises FileNotFoundError for a missing
-    folder or file, PermissionError for one that may not be read, ValueError for a source without images.
+    A folder is searched at any depth, and so are the .tar and .zip archives in it, as if they were unpacked where they lie
+    (scan.py, archives.py). A text file has one path a line, relative to the file itself; empty lines and lines that start with
+    # are skipped. With `subset_per_class` the first so many images of each top-level folder are taken. Raises FileNotFoundError
+    for a missing folder or file, PermissionError for one that may not be read, ValueError for a source without images and for
+    an archive that is damaged or compressed. How large sources are listed: cache.py.
     """
     roots = [roots] if isinstance(roots, str) else list(roots)
     if not roots or "" in roots:
-        raise ValueError("no images are given: set data.root to a folder of images, or to a text file with one path a line")
-    parts = [
-        _read_list(root, subset_per_class) if os.path.isfile(root) else _read_folder(root, subset_per_class) for root in roots
-    ]
-    if len(parts) == 1:
-        return ImageSet(parts[0][0], np.array(parts[0][1]))
-    return ImageSet("", np.array([os.path.join(folder, path) for folder, paths in parts for path in paths]))
+        raise ValueError(
+            "no images are given: set data.root to a folder of images, an archive, or a text file with one path a line"
+        )
+    parts = [_source(root, subset_per_class) for root in roots]
+    return ImageSet(*parts[0]) if len(parts) == 1 else ImageSet("", join(parts))
 
 
 def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
     """Labelled images of the form root/class/image: classes are the sorted folder names, images sorted within each.
 
-    With `subset_per_class` the first so many images of each class are taken. Raises FileNotFoundError for a missing folder;
-    ValueError if there are no class folders, one has no images, or images lie outside of them.
+    root: a folder, or an archive of one. If there is no such folder, root.tar or root.zip stands for it. Archives in a folder
+    count as unpacked there: in a folder of shards the classes are the first folders inside of them. With `subset_per_class` the
+    first so many images of each class are taken. Raises FileNotFoundError for a missing folder; ValueError if there are no
+    class folders, one has no images, or images lie outside of them.
     """
-    paths = _by_class(root)
-    empty = [name for name in _visible_folders(root) if name not in paths]
-    if empty or not paths:
+    root = folder_or_archive(root)
+    if is_compressed(root):
+        raise compressed_error(root)
+    if is_list(root):
+        raise FileNotFoundError(f"{root} is no existing folder: give a folder of images, or a .tar or .zip archive of one")
+    _, index = _load(root)
+    empty = [name for name, count in _groups(index) if name and not count]
+    if empty or not len(index):
         problem = f"class folder {empty[0]} has no images" if empty else "no class folders"
         raise ValueError(f"{problem} in {root}: give a folder of the form DIR/CLASS/IMAGE, with files ending in {_ENDINGS}")
-    paths = _only_classes(root, paths)
-    if subset_per_class is not None:
-        paths = _first_of_each(root, paths, subset_per_class)
-    labels = np.repeat(np.arange(len(paths)), [len(members) for members in paths.values()])
-    return ImageSet(root, np.array([path for members in paths.values() for path in members]), labels, tuple(paths))
+    index = _subset(root, _only_classes(root, index), subset_per_class)
+    labels = np.repeat(np.arange(len(index.groups)), index.counts)
+    return ImageSet(root, index, labels, tuple(index.groups))
 
 
-def _read_folder(root: str, subset_per_class: int | None) -> tuple[str, list[str]]:
-    """The folder itself and the paths of its images, relative to it."""
-    paths = _by_class(root)
-    if not paths:
+def folder_or_archive(root: str) -> str:
+    """`root`, or root.tar or root.zip if only such an archive exists."""
+    if not os.path.exists(root):
+        for suffix in ARCHIVE_SUFFIXES + COMPRESSED_SUFFIXES:
+            if os.path.isfile(root + suffix):
+                return root + suffix
+    return root
+
+
+def _source(root: str, subset_per_class: int | None) -> tuple[str, Index]:
+    """The base folder of one source, and its images."""
+    if subset_per_class is not None and is_list(root):
+        raise ValueError(f"{root} is a text file, without classes for subset_per_class: list only the wanted paths instead")
+    base, index = _load(root)
+    if not len(index):
         endings = f"at any depth, files ending in {_ENDINGS}"
         raise ValueError(f"no images in {root}: give a folder that holds, {endings}; or a text file with one path a line")
-    if subset_per_class is not None:
-        paths = _first_of_each(root, _only_classes(root, paths), subset_per_class)
-    return root, [path for members in paths.values() for path in members]
+    return base, index if subset_per_class is None else _subset(root, _only_classes(root, index), subset_per_class)
 
 
-def _read_list(file: str, subset_per_class: int | None) -> tuple[str, list[str]]:
-    """The folder of a text file and the paths that it names, each of which must exist."""
-    if file.lower().endswith(IMAGE_SUFFIXES):
-        raise ValueError(f"{file} is one image: give the folder that holds it, or a text file with one path a line")
-    if subset_per_class is not None:
-        raise ValueError(f"{file} is a text file, without classes for subset_per_class: list only the wanted paths instead")
-    try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: give a folder, or a text file with one path a line") from error
-    paths = [line for line in lines if line and not line.startswith("#")]
-    if not paths:
-        raise ValueError(f"{file} names no images: write one path a line, relative to the file or absolute")
-    folder = os.path.dirname(file)
-    for path in paths:
-        if not os.path.isfile(os.path.join(folder, path)):
-            raise FileNotFoundError(
-                f"{path}, listed in {file}, does not exist from {folder or '.'}: correct or remove the line"
-            )
-    return folder, paths
+def _load(root: str) -> tuple[str, Index]:
+    """load_index, and what there is to say about compressed archives beside the images."""
+    base, index = load_index(root)
+    if len(index.left_out):
+        if not len(index):
+            raise compressed_error(os.path.join(root, index.left_out[0]))
+        say(f"{root}: {len(index.left_out)} compressed archive(s) left out, such as {index.left_out[0]}; unpack to use them")
+    return base, index
 
 
-def _by_class(root: str) -> dict[str, list[str]]:
-    """Image paths below `root` and relative to it, by top-level folder ("" for those in none).
-
-    The order is ImageFolder's: classes sorted, in a class the folders sorted, in a folder the files sorted.
-    """
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root} is no existing folder: give a folder of images")
-    found: list[tuple[str, str]] = []
-    try:
-        _collect(root, "", frozenset([os.path.realpath(root)]), found)
-    except PermissionError as error:
-        raise PermissionError(f"{error.filename} may not be read: change its permissions or give another folder") from error
-    paths: dict[str, list[str]] = {}
-    for folder, name in sorted(found):
-        paths.setdefault(folder.split(os.sep)[0], []).append(os.path.join(folder, name))
-    return dict(sorted(paths.items()))
+def _groups(index: Index) -> list[tuple[str, int]]:
+    """(top-level folder, number of images) in the order of the images."""
+    return list(zip(index.groups, index.counts.tolist(), strict=True))
 
 
-def _collect(root: str, folder: str, ancestors: frozenset[str], found: list[tuple[str, str]]) -> None:
-    """Append (folder, name) of each image at any depth; hidden files and folders are skipped, links are followed."""
-    with os.scandir(os.path.join(root, folder)) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                real = os.path.realpath(entry.path)
-                if real not in ancestors:  # a link to a folder that contains it would never end
-                    _collect(root, os.path.join(folder, entry.name), ancestors | {real}, found)
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                found.append((folder, entry.name))
-
-
-def _visible_folders(root: str) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _only_classes(root: str, paths: dict[str, list[str]]) -> dict[str, list[str]]:
+def _only_classes(root: str, index: Index) -> Index:
     """The same, after making sure that all images lie in class folders."""
-    if "" in paths:
-        raise ValueError(
-            f"{paths[''][0]} and {len(paths['']) - 1} other images in {root} lie in no class folder: move or remove them"
-        )
-    return paths
+    loose = dict(_groups(index)).get("", 0)
+    if loose:
+        raise ValueError(f"{index[0]} and {loose - 1} other images in {root} lie in no class folder: move or remove them")
+    return index
 
 
-def _first_of_each(root: str, paths: dict[str, list[str]], count: int) -> dict[str, list[str]]:
-    """The first `count` paths of each class."""
-    for name, members in paths.items():
-        if len(members) < count:
-            raise ValueError(f"class {name} in {root} has {len(members)} images: subset_per_class {count} must be lower")
-    return {name: members[:count] for name, members in paths.items()}
+def _subset(root: str, index: Index, count: int | None) -> Index:
+    """The first `count` images of each class."""
+    if count is None:
+        return index
+    for name, images in _groups(index):
+        if 0 < images < count:
+            raise ValueError(f"class {name} in {root} has {images} images: subset_per_class {count} must be lower")
+    return index.first_of_each_group(count)
 
 
-def read_rgb(path: str) -> Image.Image:
+def _below(root: str, path: str) -> str:
+    return os.path.join(root, path) if path else root
+
+
+def read_rgb(source: str | os.PathLike[str] | bytes | bytearray | memoryview, name: str = "") -> Image.Image:
     """An image file as 8-bit RGB, whatever it holds.
+
+    source: a path, or the content of a file that messages shall call `name`.
 
     Transparent pixels are laid on white (a plain conversion would show the colours hidden under them; opaque images are the
     same either way). 16-bit samples keep their high byte. CMYK is converted as Pillow does, without colour profiles. Of an
@@ -189,10 +194,10 @@ def read_rgb(path: str) -> Image.Image:
     the path if the file is missing, broken, or has 32-bit samples, which have no agreed range.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source) as image:
             return _to_rgb(image)
     except Exception as error:  # decoders raise what they like, from SyntaxError to struct.error
-        raise ValueError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
+        raise ValueError(f"{name or source!s} cannot be read as an image ({error}): repair or remove it") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ h, w: cells of the attention; H, W: pixels of the image.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                 attention = encoder.attention(batch.to(device, non_blocking=True))
             for index, cells in zip(indices.tolist(), attention.cpu().double().numpy(), strict=True):
-                mask = read_mask(mask_path(cfg.data, cfg.val, images.paths[index]), images.path(index))
+                mask = read_mask(mask_path(cfg.data, cfg.val, images.name(index)), images.path(index), images.read_bytes(index))
                 box = seen_box(encoder, mask.shape, resize=settings["resize"], crop=settings["image_size"])
                 rows.append(shares(cells, cell_coverage(mask, box, grid=cells.shape)))
     own = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
@@ -81,11 +82,14 @@ def mask_path(data: str | Path, split: str, image: str | Path) -> Path:
     return Path(data) / "masks" / split / Path(image).with_suffix(".png")
 
 
-def read_mask(path: Path, image: str | Path) -> np.ndarray:
-    """The mask (H, W) as bool. ValueError if the file is missing or its size is not that of the file `image`."""
+def read_mask(path: Path, image: str | Path, content: bytes | None = None) -> np.ndarray:
+    """The mask (H, W) as bool. ValueError if the file is missing or its size is not that of `image`.
+
+    content: of the image file, if that may lie in an archive.
+    """
     if not path.is_file():
         raise ValueError(f"{image} has no mask {path}: give a data set with masks/<split>/<class>/<name>.png for each image")
-    with Image.open(path) as mask, Image.open(image) as original:
+    with Image.open(path) as mask, Image.open(image if content is None else io.BytesIO(content)) as original:
         if mask.size != original.size:
             raise ValueError(
                 f"mask {path} has {mask.width} x {mask.height} pixels, its image {original.width} x {original.height}: "

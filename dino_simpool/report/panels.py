@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dino_simpool.augment import MultiCrop
 from dino_simpool.config import EvalConfig, TrainConfig
-from dino_simpool.data import EvalTransform, find_images
+from dino_simpool.data import EvalTransform, find_images, folder_or_archive
 from dino_simpool.eval import preprocessing
 from dino_simpool.eval.masks import Box, cell_coverage, evenly, mask_path, read_mask, seen_box, shares
 from dino_simpool.model import Encoder
@@ -46,7 +46,8 @@ def attention_cards(
     one = next(iter(encoders.values()))
     settings = preprocessing(one, EvalConfig())
     side = settings["image_size"]
-    images = find_images(str(Path(data) / split) if (Path(data) / split).is_dir() else data)
+    held_out = folder_or_archive(str(Path(data) / split))
+    images = find_images(held_out if Path(held_out).exists() else data)
     chosen = evenly(len(images), num_images).tolist()
     transform = EvalTransform(**settings)
     pixels = torch.stack([transform(images.read(index)) for index in chosen])
@@ -57,11 +58,11 @@ def attention_cards(
     shown = unnormalize(pixels, transform.mean, transform.std)
     cards = []
     for row, index in enumerate(chosen):
-        path, name = Path(str(images.paths[index])), f"held-out-{row}"
+        path, name = Path(images.name(index)), f"held-out-{row}"
         mask_file = mask_path(data, split, path)
         truth = None
         if mask_file.is_file():
-            mask = read_mask(mask_file, images.path(index))
+            mask = read_mask(mask_file, images.path(index), images.read_bytes(index))
             truth = mask, seen_box(one, mask.shape, resize=settings["resize"], crop=side)
         figures = [figure(panel(side, picture_layer(shown[row], name)), path.parent.name or path.name)]
         for label, attention in relative.items():

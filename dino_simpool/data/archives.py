@@ -1,0 +1,224 @@
+"""Images in tar and zip archives: where each of them lies, and its bytes, read at random and without unpacking.
+
+An archive stands for the files that unpacking it would make, as Python's tarfile and zipfile see them: a later member replaces
+an earlier one of the same name, hard links and links to files are followed, hidden files (.x, ._x) are no images. Of a path
+inside, empty parts, "." and ".." are dropped. One leading folder that all images share is dropped too, if every image lies in a
+folder below it (`tar cf train.tar train` holds train/CLASS/IMAGE): archives of a folder and of its content are the same.
+A compressed tar has to be read from its start for each image, and is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+ARCHIVE_SUFFIXES = (".tar", ".zip")
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
+
+MOST_OPEN = 256
+"""Archives that one process keeps open: a soft limit of 1024 files is common, and the loaders need some of them."""
+_PLAIN = -1
+"""Method of a tar member: its bytes lie at the offset. Of zip members: zipfile.ZIP_STORED or ZIP_DEFLATED."""
+_COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of name and extra field, which precede the data
+
+
+class Place(NamedTuple):
+    """Where the bytes of an image lie in its archive."""
+
+    offset: int
+    """Of the data (tar) or of the local header (zip)."""
+    size: int
+    """Bytes stored."""
+    method: int
+    """_PLAIN, zipfile.ZIP_STORED or zipfile.ZIP_DEFLATED."""
+
+
+class TooMany(Exception):
+    """More files than the caller wanted to see."""
+
+
+class _Entry(NamedTuple):
+    """One member as the archive has it. link: path inside that it points to; refused: why its bytes cannot be read."""
+
+    name: str
+    place: Place
+    folder: bool = False
+    link: str = ""
+    refused: str = ""
+
+
+def is_compressed(name: str) -> bool:
+    """Whether a file is called like a compressed tar."""
+    return name.lower().endswith(COMPRESSED_SUFFIXES)
+
+
+def compressed_error(path: str) -> ValueError:
+    """What to do with a compressed tar."""
+    return ValueError(f"{path} is compressed, so that no image can be read alone: make an uncompressed .tar or a .zip of it")
+
+
+def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Place], set[str]]:
+    """The images of an archive by their path inside, and the top-level folders that it makes.
+
+    limit: TooMany is raised beyond so many members. ValueError if the archive is compressed, truncated or damaged, or if an
+    image in it is sparse, encrypted, packed by an unknown method, or a link to something that is not in the archive.
+    """
+    read = _zip_entries if path.lower().endswith(".zip") else _tar_entries
+    files: dict[str, _Entry] = {}
+    folders: set[str] = set()
+    try:
+        for count, entry in enumerate(read(path)):
+            if limit is not None and count >= limit:
+                raise TooMany
+            name = _inside(entry.name)
+            if entry.folder:
+                folders.add(name)
+            elif name:
+                files[name] = entry
+    except (tarfile.TarError, zipfile.BadZipFile, RuntimeError, struct.error, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as an archive ({error}): it is truncated or damaged, make it anew") from error
+    images = {}
+    for name in files:
+        folders.add(posixpath.dirname(name))
+        if name.lower().endswith(IMAGE_SUFFIXES) and not _hidden(name):
+            images[name] = _target(path, name, files)
+    return _without_common_folder(images, {folder for folder in folders if folder and not _hidden(folder)})
+
+
+def _tar_entries(path: str) -> Iterator[_Entry]:
+    # Unbuffered: only headers are read, and the data between them is skipped.
+    with open(path, "rb", buffering=0) as file:
+        total = os.fstat(file.fileno()).st_size
+        if os.pread(file.fileno(), 8, 0).startswith(_COMPRESSED_MAGIC):
+            raise compressed_error(path)
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # or it would keep them all
+                if member.isreg() and member.offset_data + member.size > total:
+                    raise tarfile.ReadError(f"{member.name} goes beyond the end of the file")
+                place = Place(member.offset_data, member.size, _PLAIN)
+                link = member.linkname if member.islnk() else ""
+                if member.issym():
+                    link = posixpath.join(posixpath.dirname(member.name), member.linkname)
+                refused = "" if member.isreg() or link else "it is a device"
+                yield _Entry(member.name, place, member.isdir(), link, "it is sparse" if member.issparse() else refused)
+            # tarfile takes a file that ends early, or goes on with something else, for a complete one.
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end mark after {archive.offset} bytes")
+
+
+def _zip_entries(path: str) -> Iterator[_Entry]:
+    with zipfile.ZipFile(path) as archive:
+        total = os.path.getsize(path)
+        for member in archive.infolist():
+            refused = ""
+            if member.flag_bits & 1:
+                refused = "it is encrypted"
+            elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                refused = f"it is packed by method {member.compress_type}; stored and deflated are known"
+            if member.header_offset + member.compress_size > total:
+                raise zipfile.BadZipFile(f"{member.filename} goes beyond the end of the file")
+            link = ""
+            if stat.S_ISLNK(member.external_attr >> 16) and not refused:
+                link = posixpath.join(posixpath.dirname(member.filename), os.fsdecode(archive.read(member)))
+            place = Place(member.header_offset, member.compress_size, member.compress_type)
+            yield _Entry(member.filename, place, member.is_dir(), link, refused)
+
+
+def _inside(name: str) -> str:
+    """A path below the archive, whatever it says: ./a, /a and ../a are a."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _target(path: str, name: str, files: dict[str, _Entry]) -> Place:
+    """Where the bytes of an image are, links followed."""
+    entry, seen = files[name], {name}
+    while entry.link:
+        to = _inside(posixpath.normpath(entry.link))
+        if to not in files or to in seen:
+            raise ValueError(f"{path}/{name} is a link to {entry.link}, no file of the archive: pack the image itself")
+        entry = files[to]
+        seen.add(to)
+    if entry.refused:
+        raise ValueError(f"{path}/{name} cannot be read, {entry.refused}: pack it anew as an ordinary file")
+    return entry.place
+
+
+def _without_common_folder(images: dict[str, Place], folders: set[str]) -> tuple[dict[str, Place], set[str]]:
+    """The same below the one leading folder of all images, if there is one; of the folders only the top-level ones."""
+    leading = {name.partition("/")[0] for name in images}
+    if len(leading) == 1 and all(name.count("/") >= 2 for name in images):
+        [prefix] = leading
+        images = {name[len(prefix) + 1 :]: place for name, place in images.items()}
+        folders = {folder[len(prefix) + 1 :] for folder in folders if folder.startswith(prefix + "/")}
+    return images, {folder.partition("/")[0] for folder in folders}
+
+
+class _Descriptor:
+    """An open file that is closed when nobody uses it any more: a thread may still read what another one forgets."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class ArchiveReader:
+    """The bytes of archive members. A process opens an archive when it first reads from it, and then keeps it open.
+
+    Reads name their offset, so threads and forked processes share what is open. A copy sent to a process has nothing open.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[str, _Descriptor] = {}
+
+    def __reduce__(self) -> tuple[type[ArchiveReader], tuple[()]]:
+        return ArchiveReader, ()
+
+    def read(self, path: str, stamp: tuple[int, int], place: Place) -> bytes:
+        """The bytes of one image. stamp: mtime in ns and size of the archive when it was listed.
+
+        ValueError if the archive is not the listed one any more, or is damaged there; OSError if it cannot be read.
+        """
+        descriptor = self._file(path, stamp)  # held until the end: it closes itself when nobody holds it
+        file, offset = descriptor.number, place.offset
+        if place.method != _PLAIN:
+            header = os.pread(file, _LOCAL_HEADER.size, offset)
+            if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+                raise ValueError("no file starts where the zip archive says so")
+            _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+            offset += _LOCAL_HEADER.size + name_length + extra_length
+        data = os.pread(file, place.size, offset)
+        if len(data) != place.size:
+            raise ValueError(f"the archive ends {place.size - len(data)} bytes too early")
+        try:
+            return zlib.decompress(data, -zlib.MAX_WBITS) if place.method == zipfile.ZIP_DEFLATED else data
+        except zlib.error as error:
+            raise ValueError(f"its compressed data is damaged, {error}") from error
+
+    def _file(self, path: str, stamp: tuple[int, int]) -> _Descriptor:
+        file = self._open.get(path)
+        if file is None:
+            file = _Descriptor(path)
+            now = os.fstat(file.number)
+            if (now.st_mtime_ns, now.st_size) != stamp:
+                raise ValueError("the archive was changed since its files were listed; start again")
+            if len(self._open) >= MOST_OPEN:
+                self._open = {}  # replaced, not emptied: another thread may be looking into it
+            self._open[path] = file
+        return file
