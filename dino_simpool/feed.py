@@ -11,18 +11,22 @@ import torch
 from torch import Tensor
 
 from dino_simpool import distributed
+from dino_simpool.bad_files import BadFiles
 
 
 class Feed:
     """Hands out batches on the device, and knows how long the run waited for them."""
 
-    def __init__(self, loader: Iterable[tuple[list[Tensor], Tensor]], device: torch.device) -> None:
+    def __init__(
+        self, loader: Iterable[tuple[list[Tensor], Tensor, list[str]]], device: torch.device, bad_files: BadFiles
+    ) -> None:
         self._batches, self._device = iter(loader), device
         self._images, self._waited = 0, 0.0
         now = (time.monotonic(), 0, 0.0)
         self._since = {"window": now, "epoch": now}
         self.views: list[Tensor] = []
         self.indices: list[int] = []
+        self.bad_files = bad_files
         self.warned = False
 
     def batches(self, count: int) -> Iterator[list[Tensor]]:
@@ -30,11 +34,12 @@ class Feed:
         self.indices = []
         for _ in range(count):
             started = time.monotonic()
-            views, indices = next(self._batches)
+            views, indices, problems = next(self._batches)
             self.views = [v.to(self._device, non_blocking=True, memory_format=torch.channels_last) for v in views]
             self._waited += time.monotonic() - started
             self._images += len(indices) * distributed.world_size()
             self.indices += indices.tolist()
+            self.bad_files.note(indices.tolist(), problems)
             yield self.views
 
     def timings(self, row: str) -> dict[str, float]:

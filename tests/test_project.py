@@ -31,14 +31,15 @@ LEVELS: list[tuple[float, dict[str, str]]] = [
     (0, {"config": "", "simpool": "", "distributed": "", "convert": "", "pictures": ""}),
     (1, {"loss": "distributed", "optim": "config distributed", "monitor": "distributed", "logs": "distributed"}),
     (1, {"plan": "config", "synthetic": "config", "trunk": "config", "model": "config simpool trunk"}),
-    (1, {"augment": "config", "data": "config distributed augment", "feed": "distributed"}),
+    (1, {"augment": "config", "data": "config distributed augment"}),
     (2, {"checkpoint": "config convert distributed model", "features": "distributed data"}),
     (2.5, {"step": "config convert distributed loss model monitor optim plan"}),
-    (3, {"eval": "0-2", "train": "0-2.5 eval.knn"}),
+    (2.5, {"bad_files": "checkpoint data distributed logs", "feed": "bad_files distributed"}),
+    (3, {"eval": "0-2", "train": "0-2.5 eval.knn", "check_data": "bad_files config data distributed logs"}),
     (4, {"report": "0-2 eval", "cli": "config"}),
     (5, {"__main__": "cli"}),
 ]
-SAME_LEVEL = {("model", "trunk"), ("data", "augment"), ("train", "eval.knn")}
+SAME_LEVEL = {("model", "trunk"), ("data", "augment"), ("train", "eval.knn"), ("feed", "bad_files")}
 
 
 def level_table() -> dict[str, tuple[float, set[str]]]:

@@ -1,7 +1,8 @@
-"""Which images there are, and one of them as RGB: folders, class folders, text files of paths."""
+"""Which images there are, and one of them by its number: folders, class folders, text files of paths."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dino_simpool.config import MAX_PIXELS
+from dino_simpool.data.decode import read_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 _ENDINGS = " ".join(IMAGE_SUFFIXES)
@@ -29,6 +33,10 @@ class ImageSet:
     """Names of the class folders, sorted."""
     boxes: np.ndarray | None = None
     """(M, 4) float left, top, right, bottom in pixels: the part of each image that is read, or None for whole images."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels are refused."""
+    exif_orientation: bool = False
+    """Turn images as their EXIF tag says."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -41,10 +49,20 @@ class ImageSet:
         """The path of one image below the root: what results call it."""
         return str(self.paths[index])
 
+    def encoded(self, index: int) -> str | bytes:
+        """One image as it is stored, for `read_rgb` and `examine`: the path of its file, or the bytes of a file."""
+        return self.path(index)
+
     def read(self, index: int) -> Image.Image:
-        """One image as RGB, cut to its box if there are boxes. ValueError names a file that cannot be read."""
-        image = read_rgb(self.path(index))
+        """One image as RGB, cut to its box if there are boxes. BrokenImage names a file that cannot be read."""
+        image = read_rgb(
+            self.encoded(index), name=self.path(index), max_pixels=self.max_pixels, exif_orientation=self.exif_orientation
+        )
         return image if self.boxes is None else image.crop(tuple(round(side) for side in self.boxes[index].tolist()))
+
+    def decoded(self, *, max_pixels: int, exif_orientation: bool) -> ImageSet:
+        """The same images, read with these settings of `read_rgb`."""
+        return dataclasses.replace(self, max_pixels=max_pixels, exif_orientation=exif_orientation)
 
     def digest(self) -> str:
         """SHA-256 of the paths below the root in their order: the same for a folder that was moved as a whole."""
@@ -171,30 +189,3 @@ def _first_of_each(root: str, paths: dict[str, list[str]], count: int) -> dict[s
         if len(members) < count:
             raise ValueError(f"class {name} in {root} has {len(members)} images: subset_per_class {count} must be lower")
     return {name: members[:count] for name, members in paths.items()}
-
-
-def read_rgb(path: str) -> Image.Image:
-    """An image file as 8-bit RGB, whatever it holds.
-
-    Transparent pixels are laid on white (a plain conversion would show the colours hidden under them; opaque images are the
-    same either way). 16-bit samples keep their high byte. CMYK is converted as Pillow does, without colour profiles. Of an
-    animation the first frame is taken. The EXIF orientation is not applied, as in the published code. Raises ValueError with
-    the path if the file is missing, broken, or has 32-bit samples, which have no agreed range.
-    """
-    try:
-        with Image.open(path) as image:
-            return _to_rgb(image)
-    except Exception as error:  # decoders raise what they like, from SyntaxError to struct.error
-        raise ValueError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        samples = np.asarray(image)
-        if samples.dtype.kind == "f" or samples.min() < 0 or samples.max() > 65535:
-            raise ValueError("it has 32-bit samples; 8 and 16 bits are known")
-        image = Image.fromarray((samples >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
