@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class Feed:
     """Hands out batches on the device, and knows how long the run waited for them."""
 
     def __init__(
-        self, loader: Iterable[tuple[list[Tensor], Tensor, list[str]]], device: torch.device, bad_files: BadFiles
+        self, loader: Iterable[tuple[list[Tensor], Tensor, Sequence[str]]], device: torch.device, bad_files: BadFiles
     ) -> None:
         self._batches, self._device = iter(loader), device
         self._images, self._waited = 0, 0.0

@@ -168,12 +168,14 @@ def test_too_large_a_share_of_broken_images_is_named(here: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_broken_image_ends_an_evaluation_and_is_named(here: Path, fails: Fails, workers: str) -> None:
+def test_a_broken_image_ends_an_evaluation_and_is_named(here: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
     broken = here / "data" / "val" / "a" / "0.png"
     broken.write_text("not an image")
-    assert fails(knn(here, "--workers", workers, "--k", "[1]")) == (
-        f"{broken} cannot be read as an image (it is no image of a known format): repair or remove it"
-    )
+    assert cli.main(knn(here, "--workers", workers, "--k", "[1]")) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    reason = "it is no image of a known format"
+    assert last == f"dino-simpool knn: error: {broken} cannot be read as an image ({reason}): repair or remove it"
+    assert not (here / "run" / "results" / "knn.json").exists()
 
 
 # -- options
