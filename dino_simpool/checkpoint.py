@@ -11,6 +11,7 @@
         model.json             the options to build it
         results/*.json         evaluations
         report.html            written by `dino-simpool report OUT`
+        bad_files.txt          only if there are images that cannot be read: name, tab, reason
         error.txt              only after a failure
 
 A state holds `config`, `step`, `student`, `teacher`, `optimizer`, `scaler`, `loss` (the centre), running sums of the log, and

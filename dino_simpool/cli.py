@@ -30,6 +30,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "parameters and multiply-adds of an encoder, as Table 8 of the paper counts them",
     ),
     "table": (config.TableConfig, "dino_simpool.eval.table:main", "results beside the figures of the paper, table by table"),
+    "check-data": (
+        config.CheckDataConfig,
+        "dino_simpool.check_data:main",
+        "decode all images of a folder: which cannot be read, what is unusual",
+    ),
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
     "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as an image tree"),
 }

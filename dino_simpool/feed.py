@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -14,12 +14,23 @@ from torch import Tensor
 
 from dino_simpool import distributed
 from dino_simpool.augment import MultiCrop
+from dino_simpool.bad_files import BadFiles
 from dino_simpool.config import TrainConfig
 from dino_simpool.data import ImageSet, default_workers, train_loader
 
+Batch = tuple[list[Tensor], Tensor, Sequence[str]]
+"""Tensors of the augmentation or views, image numbers (B,), and of each image why it was replaced, or ""."""
+
 
 def build_feed(
-    cfg: TrainConfig, images: ImageSet, *, batch_size: int, start_step: int, total_steps: int, device: torch.device
+    cfg: TrainConfig,
+    images: ImageSet,
+    bad_files: BadFiles,
+    *,
+    batch_size: int,
+    start_step: int,
+    total_steps: int,
+    device: torch.device,
 ) -> Feed:
     """The batches of a run from a step on, for this process.   batch_size: images of one process in one forward pass."""
     on_device = cfg.data.augment_on == "device" or (cfg.data.augment_on == "auto" and device.type != "cpu")
@@ -30,7 +41,8 @@ def build_feed(
         device=device,
     )  # fmt: skip
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.run.precision) if on_device else None
-    return Feed(loader, device, partial(augment.finish, dtype=half or torch.float32, compiled=cfg.run.compile and on_device))
+    finish = partial(augment.finish, dtype=half or torch.float32, compiled=cfg.run.compile and on_device)
+    return Feed(loader, device, finish, bad_files)
 
 
 class Feed:
@@ -42,18 +54,20 @@ class Feed:
 
     def __init__(
         self,
-        loader: Iterable[tuple[list[Tensor], Tensor]],
+        loader: Iterable[Batch],
         device: torch.device,
         finish: Callable[[list[Tensor]], list[Tensor]],
+        bad_files: BadFiles,
     ) -> None:
         self._batches, self._device, self._finish = iter(loader), device, finish
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ahead: tuple[list[Tensor], Tensor] | None = None
+        self._ahead: Batch | None = None
         self._images, self._waited = 0, 0.0
         now = (time.monotonic(), 0, 0.0)
         self._since = {"window": now, "epoch": now}
         self.views: list[Tensor] = []
         self.indices: list[int] = []
+        self.bad_files = bad_files
         self.warned = False
 
     def batches(self, count: int) -> Iterator[list[Tensor]]:
@@ -62,23 +76,24 @@ class Feed:
         for _ in range(count):
             batch = self._ahead or self._load()
             assert batch is not None, "the loader ends with the run"
-            self.views, indices = batch
+            self.views, indices, problems = batch
             self._wait_for_copies()
             self._images += len(indices) * distributed.world_size()
             self.indices += indices.tolist()
+            self.bad_files.note(indices.tolist(), problems)
             yield self.views
             # Here the step has queued its work, and the device is busy.
             self._ahead = self._load() if self._stream is not None else None
 
-    def _load(self) -> tuple[list[Tensor], Tensor] | None:
-        """Wait for a batch, copy it to the device, and finish it there: its views and image numbers; None after the last."""
+    def _load(self) -> Batch | None:
+        """Wait for a batch, copy it to the device, and finish its views there; None after the last."""
         started = time.monotonic()
         batch = next(self._batches, None)
         self._waited += time.monotonic() - started
         if batch is None:
             return None
         with torch.cuda.stream(self._stream):  # nothing without a stream
-            return self._finish([part.to(self._device, non_blocking=True) for part in batch[0]]), batch[1]
+            return self._finish([part.to(self._device, non_blocking=True) for part in batch[0]]), *batch[1:]
 
     def _wait_for_copies(self) -> None:
         """Let the step begin when the views are there, and keep their memory from the next batch until it has read them."""

@@ -70,6 +70,12 @@ class Learner:
         self.sums.copy_(state["sums"])
         self.step, self.epoch_open, self.best = state["step"], state["epoch_open"], state["best"]
 
+    def take_means(self, row: int) -> tuple[int, dict[str, float]]:
+        """Steps and mean METRICS over all processes since the last call for that row of the sums, which starts anew."""
+        steps, *sums = distributed.all_mean(self.sums[row]).tolist()
+        self.sums[row] = 0
+        return int(steps), {name: value / steps for name, value in zip(METRICS, sums, strict=True)}
+
 
 def build_learner(cfg: TrainConfig, device: torch.device, *, warmup_steps: int = 0) -> Learner:
     """Student, teacher, loss and optimiser of a run at step 0. warmup_steps: of the learning rate, for the monitor."""

@@ -24,9 +24,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_simpool import __version__, distributed
+from dino_simpool.bad_files import BadFiles
 from dino_simpool.checkpoint import check_same_run, export_encoder, keep_state, newest_state, save_state, write_atomically
 from dino_simpool.config import ConfigError, TrainConfig, dump, to_dict
-from dino_simpool.data import EvalTransform, ImageSet, class_folder, default_workers, find_images, keep_freed_memory
+from dino_simpool.data import (
+    EvalTransform,
+    ImageSet,
+    class_folder,
+    default_workers,
+    find_images,
+    keep_freed_memory,
+    read_or_replace,
+)
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.features import evaluation_mode, try_sizes
 from dino_simpool.feed import Feed, build_feed
@@ -51,10 +60,11 @@ def train(cfg: TrainConfig) -> Path:
 
     # -- what there is to do. Whatever can be wrong is found here, before the first file is written.
     roots = [cfg.data.root] if isinstance(cfg.data.root, str) else list(cfg.data.root)
-    images = find_images(roots, subset_per_class=cfg.data.subset_per_class)
-    knn_sets = (
-        (class_folder(cfg.run.knn_train), class_folder(cfg.run.knn_val)) if cfg.run.knn_train and cfg.run.knn_val else None
-    )
+    decoding: dict[str, Any] = {"max_pixels": cfg.data.max_pixels, "exif_orientation": cfg.data.exif_orientation}
+    images = find_images(roots, subset_per_class=cfg.data.subset_per_class).decoded(**decoding)
+    knn_sets = None
+    if cfg.run.knn_train and cfg.run.knn_val:
+        knn_sets = (class_folder(cfg.run.knn_train).decoded(**decoding), class_folder(cfg.run.knn_val).decoded(**decoding))
     plan = make_plan(cfg, len(images))
     images_of_one_pass = _images_of_one_pass(cfg)
     learner = build_learner(cfg, device, warmup_steps=plan.warmup_steps)
@@ -99,7 +109,11 @@ def train(cfg: TrainConfig) -> Path:
         forward = DistributedDataParallel(learner.student, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     # -- the loop.
-    feed = build_feed(cfg, images, batch_size=images_of_one_pass, start_step=first, total_steps=plan.total_steps, device=device)
+    known = saved.get("bad_files", {}) if saved is not None else {}
+    feed = build_feed(
+        cfg, images, BadFiles(images, out, max_share=cfg.data.max_bad_share, found=known), batch_size=images_of_one_pass,
+        start_step=first, total_steps=plan.total_steps, device=device,
+    )  # fmt: skip
     saved_at = time.monotonic()
     bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
     with bar, _signals() as received, _failures_written(out, learner, plan, images, feed):
@@ -124,7 +138,7 @@ def train(cfg: TrainConfig) -> Path:
             stop = stop or done == cfg.run.stop_after_steps
             due = cfg.run.save_every_steps and done % cfg.run.save_every_steps == 0
             if learner.epoch_open or stop or due or late:
-                _save(cfg, learner, out, facts)
+                _save(cfg, learner, out, facts, feed)
                 saved_at = time.monotonic()
             if stop and done < plan.total_steps:
                 say(f"stopped after step {done} of {plan.total_steps}; the same command goes on from there")
@@ -132,8 +146,9 @@ def train(cfg: TrainConfig) -> Path:
             if learner.epoch_open:
                 _end_epoch(cfg, plan, learner, out, log, images, knn_sets, feed)
         else:
-            _save(cfg, learner, out, facts)  # now with the last epoch evaluated
+            _save(cfg, learner, out, facts, feed)  # now with the last epoch evaluated
     log.close()
+    feed.bad_files.say_total()
     distributed.barrier()
     return out
 
@@ -161,7 +176,8 @@ def _announce(cfg: TrainConfig, plan: Plan, learner: Learner, device: torch.devi
 
 def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, log: RunLog, feed: Feed, bar: Any) -> None:
     """A line of the log over the steps since the last one, and what the monitor thinks of it."""
-    _, means = _take_means(learner, 0)
+    feed.bad_files.gather()
+    _, means = learner.take_means(0)
     rows = features.flatten(0, 1).float()
     spread, rank = math.nan, math.nan
     if len(rows) >= 8:  # two views of a handful of images say nothing about a collapse
@@ -172,7 +188,7 @@ def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, 
         "kind": "step", "step": learner.step, "epoch": (learner.step - 1) // plan.steps_per_epoch, "loss": means["loss"],
         "loss_over_lnK": means["loss"] / log_k, "entropy_over_lnK": means["entropy"] / log_k, "kl": means["kl"],
         "grad_norm": means["grad_norm"], "feature_spread": spread, "effective_rank": rank,
-        "center_norm": learner.loss.center.norm().item(),
+        "center_norm": learner.loss.center.norm().item(), "bad_files": len(feed.bad_files.found),
         **dataclasses.asdict(plan.values(learner.step - 1)), **feed.timings("window"),
     }  # fmt: skip
     log.write(record)
@@ -200,13 +216,14 @@ def _end_epoch(
     """Evaluate the teacher if it is time, write the epoch's line, keep what is to be kept. Its steps are saved already."""
     epoch = (learner.step - 1) // plan.steps_per_epoch
     started = time.monotonic()
-    steps, means = _take_means(learner, 1)
+    steps, means = learner.take_means(1)
     values = [plan.values(step) for step in range(learner.step - steps, learner.step)]
     record: dict[str, Any] = {
         "kind": "epoch", "step": learner.step, "epoch": epoch, "train_loss": means["loss"], "train_entropy": means["entropy"],
         "train_KL_div": means["kl"], "train_lr": sum(v.lr for v in values) / steps,
         "train_wd": sum(v.weight_decay for v in values) / steps, "train_momentum": sum(v.momentum for v in values) / steps,
         "train_teacher_temp": values[0].teacher_temperature, "train_grad_norm": means["grad_norm"],
+        "bad_files": len(feed.bad_files.found),
     }  # fmt: skip
     last = learner.step == plan.total_steps
     due = cfg.run.knn_every > 0 and (epoch % cfg.run.knn_every == 0 or last)
@@ -242,7 +259,7 @@ def _end_epoch(
 def _attention_strip(encoder: Encoder, images: ImageSet, transform: EvalTransform, device: torch.device) -> Tensor:
     """Eight images, evenly spread over the set, each above its attention: (3, H, W) in 0..1."""
     chosen = [int(i) for i in torch.linspace(0, len(images) - 1, min(8, len(images)))]
-    pixels = torch.stack([transform(images.read(i)) for i in chosen])
+    pixels = torch.stack([transform(read_or_replace(images.read, i, total=len(images), seed=0, epoch=0)[0]) for i in chosen])
     shown = unnormalize(pixels, transform.mean, transform.std)
     try:
         with evaluation_mode(encoder):
@@ -253,22 +270,17 @@ def _attention_strip(encoder: Encoder, images: ImageSet, transform: EvalTransfor
     return torch.cat([strip(list(shown)), strip([overlay(image, a) for image, a in zip(shown, attention, strict=True)])], dim=1)
 
 
-def _take_means(learner: Learner, row: int) -> tuple[int, dict[str, float]]:
-    """Steps and mean METRICS over all processes since the last call for that row of the sums, which starts anew."""
-    steps, *sums = distributed.all_mean(learner.sums[row]).tolist()
-    learner.sums[row] = 0
-    return int(steps), {name: value / steps for name, value in zip(METRICS, sums, strict=True)}
-
-
-def _save(cfg: TrainConfig, learner: Learner, out: Path, facts: dict[str, Any]) -> None:
+def _save(cfg: TrainConfig, learner: Learner, out: Path, facts: dict[str, Any], feed: Feed) -> None:
     """Write last.pth with the facts of the run, unless a weight of the student is not finite: then the last good one stays."""
+    feed.bad_files.gather()
     sums = distributed.all_mean(learner.sums)  # of all processes: each goes on from the mean, and the next mean is the same
     if not torch.stack(torch._foreach_norm(list(learner.student.parameters()))).isfinite().all():  # equal in all processes
         raise NonFiniteLoss(f"a weight of the student is not finite after step {learner.step}; {out}/last.pth is from before")
     if not distributed.is_main():
         return
     versions = {"dino_simpool": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
-    save_state(out, {"config": to_dict(cfg), **facts, "versions": versions, **learner.state(), "sums": sums.cpu()})
+    facts = {**facts, "versions": versions, "bad_files": feed.bad_files.found}
+    save_state(out, {"config": to_dict(cfg), **facts, **learner.state(), "sums": sums.cpu()})
 
 
 @contextlib.contextmanager

@@ -153,18 +153,29 @@ def test_missing_class_folder_for_knn(here: Path, fails: Fails) -> None:
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_broken_image_is_named(here: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+def test_too_large_a_share_of_broken_images_is_named(here: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
     broken = here / "data" / "train" / "a" / "0.png"
     broken.write_text("not an image")
     for path in sorted((here / "data" / "train").rglob("*.png"))[4:]:
         path.unlink()  # the four that are left are all in the first step
     assert cli.main(arguments(here, "--data.workers", workers, out="new")) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        last.startswith(f"dino-simpool train: error: {broken} cannot be read as an image")
-        and len(last) < len(str(broken)) + 200
+    assert last.startswith(
+        "dino-simpool train: error: 1 of 4 images cannot be read, such as a/0.png (it is no image of a known"
     )
+    assert f"{here}/new/bad_files.txt" in last and len(last) < len(str(broken)) + 300
     assert not (here / "new" / "last.pth").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_image_ends_an_evaluation_and_is_named(here: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    broken = here / "data" / "val" / "a" / "0.png"
+    broken.write_text("not an image")
+    assert cli.main(knn(here, "--workers", workers, "--k", "[1]")) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    reason = "it is no image of a known format"
+    assert last == f"dino-simpool knn: error: {broken} cannot be read as an image ({reason}): repair or remove it"
+    assert not (here / "run" / "results" / "knn.json").exists()
 
 
 # -- options

@@ -370,7 +370,7 @@ def images(tmp_path_factory) -> data.ImageSet:
 
 
 def collect(loader) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
-    return [(views if isinstance(views, list) else [views], index) for views, index in loader]
+    return [(views if isinstance(views, list) else [views], index) for views, index, *_ in loader]
 
 
 def assert_equal_items(ours, theirs) -> None:
@@ -493,8 +493,8 @@ def test_loaders_leave_the_global_random_state_alone(images):
 def test_what_workers_get_can_be_pickled(images):
     loader = load(images)
     dataset, start = pickle.loads(pickle.dumps((loader.dataset, loader.worker_init_fn)))
-    views, index = dataset[1, 7]
-    assert index == 7 and all(torch.equal(a, b) for a, b in zip(views, loader.dataset[1, 7][0], strict=True))
+    views, index, problem = dataset[1, 7]
+    assert (index, problem) == (7, "") and all(torch.equal(a, b) for a, b in zip(views, loader.dataset[1, 7][0], strict=True))
     assert callable(start)
 
 
@@ -503,7 +503,7 @@ def test_a_broken_image_is_named(tmp_path, workers):
     write_tree(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     (tmp_path / "b.jpg").write_bytes(b"gone")
     with pytest.raises(ValueError, match=r"b\.jpg cannot be read"):
-        collect(load(find_images([str(tmp_path)]), batch_size=3, accumulate=1, workers=workers))
+        collect(index_loader(find_images([str(tmp_path)]), EVALUATE, range(3), batch_size=3, workers=workers, device=CPU))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")

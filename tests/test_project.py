@@ -28,18 +28,19 @@ SOURCES = {
 
 LEVELS: list[tuple[float, dict[str, str]]] = [
     # level, and of each module what it may import of ours: names, or all of a range of levels
-    (0, {"config": "", "simpool": "", "distributed": "", "convert": "", "pictures": "", "decode": ""}),
+    (0, {"config": "", "simpool": "", "distributed": "", "convert": "", "pictures": ""}),
+    (0.5, {"decode": "config"}),
     (1, {"loss": "distributed", "optim": "config distributed", "monitor": "distributed", "logs": "distributed"}),
     (1, {"plan": "config", "synthetic": "config", "trunk": "config", "model": "config simpool trunk"}),
     (1, {"augment": "config decode", "data": "config distributed augment decode logs"}),
-    (1.5, {"feed": "config distributed augment data"}),
     (2, {"checkpoint": "config convert distributed model", "features": "distributed data"}),
     (2.5, {"step": "config convert distributed loss model monitor optim plan"}),
-    (3, {"eval": "0-2", "train": "0-2.5 eval.knn"}),
+    (2.5, {"bad_files": "checkpoint data distributed logs", "feed": "config distributed augment data bad_files"}),
+    (3, {"eval": "0-2", "train": "0-2.5 eval.knn", "check_data": "bad_files config data decode distributed logs"}),
     (4, {"report": "0-2 eval", "cli": "config"}),
     (5, {"__main__": "cli"}),
 ]
-SAME_LEVEL = {("model", "trunk"), ("data", "augment"), ("data", "logs"), ("train", "eval.knn")}
+SAME_LEVEL = {("model", "trunk"), ("data", "augment"), ("data", "logs"), ("train", "eval.knn"), ("feed", "bad_files")}
 
 
 def level_table() -> dict[str, tuple[float, set[str]]]:

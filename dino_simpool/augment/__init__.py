@@ -28,7 +28,7 @@ from torch import Tensor
 from dino_simpool.augment import batch
 from dino_simpool.augment.draw import CROP_NUMBERS, ViewDraw, ViewKind, blur_kernel, crop_box, draw_views, uniforms
 from dino_simpool.augment.pixels import apply_colors, resized_crop
-from dino_simpool.decode import decode_jpeg, decode_other, jpeg_size
+from dino_simpool.decode import EncodedImage
 
 __all__ = ["CROP_NUMBERS", "MultiCrop", "ViewDraw", "crop_box", "to_tensor", "uniforms"]
 
@@ -61,21 +61,18 @@ class MultiCrop:
     std: tuple[float, float, float]
     on_device: bool = False
 
-    def __call__(self, file: bytes, *, seed: int, epoch: int, index: int) -> list[Tensor]:
-        """V views (S, S, 3) uint8 of the bytes of an image file, for `finish`.
+    def __call__(self, file: EncodedImage, *, seed: int, epoch: int, index: int) -> list[Tensor]:
+        """V views (S, S, 3) uint8 of an image file, for `finish`.
 
         seed, epoch and index (of the image in its set) alone decide the randomness. With `on_device` the views have no flip and
-        no colours yet, and a tensor of their parameters comes last. ValueError if the file cannot be decoded.
+        no colours yet, and a tensor of their parameters comes last. BrokenImage if the file cannot be decoded.
         """
-        size = jpeg_size(file)
-        draw = self.draw(*size, seed=seed, epoch=epoch, index=index) if size else None
-        shrink = self.shrink(draw) if draw else 1
-        pixels = decode_jpeg(file, size, shrink=shrink) if size else None
-        if pixels is None:
-            pixels, shrink = decode_other(file), 1
-        if draw is None or pixels is None:
-            draw = self.draw(*pixels.shape[:2], seed=seed, epoch=epoch, index=index)
-        return self.views(pixels, draw, shrink=shrink)
+        if file.jpeg_size is None:
+            pixels = file.pixels()
+            return self.views(pixels, self.draw(*pixels.shape[:2], seed=seed, epoch=epoch, index=index))
+        draw = self.draw(*file.jpeg_size, seed=seed, epoch=epoch, index=index)
+        shrink = self.shrink(draw)
+        return self.views(file.pixels(shrink=shrink), draw, shrink=shrink)
 
     def views(self, pixels: np.ndarray, draw: ViewDraw, *, shrink: int = 1) -> list[Tensor]:
         """The same of decoded pixels (H, W, 3) uint8, which are smaller by `shrink` than the image of the draw."""

@@ -8,9 +8,9 @@ hold it):
     crop       1 on photographs (2 on black and white noise): torch keeps 16-bit weights, Pillow 22 bits
     colours    1 each: Pillow cuts fractions off, OpenCV rounds
     hue        12, two steps of the 8-bit hue that both turn; Pillow is up to 14 from float hues, this up to 11
-    blur       3 inside: one filter with Pillow's kernel, where Pillow rounds after each of six passes. At the border more (35 on
-               edges), since Pillow lets the border pixels go on anew after every pass. A sampled Gaussian, as in torchvision's
-               tensor operation, would be another blur: at sigma 0.5 it does half as much.
+    blur       3 inside: one filter with Pillow's kernel, where Pillow rounds after each of six passes. At the border more (35),
+               since Pillow lets the border pixels go on anew after every pass. A sampled Gaussian, as in torchvision's tensor
+               operation, would be another blur: at sigma 0.5 it does half as much.
 
 S side of a view in pixels.
 """

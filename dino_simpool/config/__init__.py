@@ -6,7 +6,7 @@ learning rate, the number of steps and the like are functions of the configurati
 so that help and mistakes answer at once.
 
     train.py     the options of a training run        evaluate.py  of the evaluators and the other commands
-    parse.py     recipes + command line <-> dataclass
+    parse.py     recipes + command line <-> dataclass    tools.py     of the commands about files
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from dino_simpool.config.evaluate import (
     TableConfig,
 )
 from dino_simpool.config.parse import ConfigError, dump, from_dict, option_names, parse, to_dict
+from dino_simpool.config.tools import CheckDataConfig
 from dino_simpool.config.train import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MAX_PIXELS,
     CropsConfig,
     DataConfig,
     Duration,
@@ -41,6 +43,8 @@ from dino_simpool.config.train import (
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MAX_PIXELS",
+    "CheckDataConfig",
     "ConfigError",
     "CropsConfig",
     "DataConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dino_simpool.config.train import ModelConfig, check_device
+from dino_simpool.config.train import MAX_PIXELS, ModelConfig, check_device
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class EvalConfig:
     """Images in one forward pass of one process."""
     workers: int | None = None
     """Loader processes. null: the cores that this process may use."""
+    exif_orientation: bool = False
+    """Turn images as their EXIF tag says, as viewers do. The published numbers were made without."""
+    max_pixels: int = MAX_PIXELS
+    """An image with more pixels is not decoded but counts as broken, which ends the evaluation."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -47,6 +51,8 @@ class EvalConfig:
             raise ValueError("batch_size, subset_per_class, image_size and resize must be 1 or more")
         if self.workers is not None and self.workers < 0:
             raise ValueError("workers must be 0 or more")
+        if self.max_pixels < 1:
+            raise ValueError("max_pixels must be 1 or more")
         check_device("device", self.device)
 
 
@@ -87,6 +93,11 @@ class MasksConfig(EvalConfig):
 
     max_images: int = 1000
     """Images to measure, evenly spread over the classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exif_orientation:
+            raise ValueError("exif_orientation must be false here: masks are of the pixels as they are stored")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ Duration = int | float | str
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+MAX_PIXELS = 178_956_970
+"""Largest image that is decoded by default, in pixels: half a gigabyte as RGB, and what Pillow itself refuses to exceed."""
+
 
 def _not_divisible(name: str, size: int, patch: int) -> str:
     nearest = sorted({max(patch, size // patch * patch), -(-size // patch) * patch})
@@ -239,6 +242,12 @@ class DataConfig:
     """Use the first so many images of each class in sorted order; 260 is the paper's ImageNet-20 %."""
     workers: int | None = None
     """Loader processes of each training process; 0 loads in the process itself. null: the cores that it may use."""
+    exif_orientation: bool = False
+    """Turn images as their EXIF tag says, as viewers do. The published code does not."""
+    max_pixels: int = MAX_PIXELS
+    """An image with more pixels is not decoded but counts as broken: a small file may claim to be of any size."""
+    max_bad_share: float = 0.1
+    """Share of the images that may be broken: others take their places, bad_files.txt lists them. Above it the run stops."""
 
     augment_on: Literal["auto", "cpu", "device"] = "auto"
     """Where flips, colours and blur are made: in the loaders, or in batches on the device. auto: on a GPU if there is one."""
@@ -246,6 +255,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise ValueError("data.workers must be 0 or more")
+        if self.max_pixels < 1 or not 0 <= self.max_bad_share <= 1:
+            raise ValueError("data.max_pixels must be 1 or more, data.max_bad_share 0 to 1")
         if self.subset_per_class is not None and self.subset_per_class < 1:
             raise ValueError("data.subset_per_class must be 1 or more")
 

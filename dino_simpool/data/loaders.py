@@ -22,10 +22,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_simpool import distributed
 from dino_simpool.augment import to_tensor
+from dino_simpool.data.replace import read_or_replace
 from dino_simpool.data.sources import ImageSet
+from dino_simpool.decode import EncodedImage
 
 PREFETCH = 4
 """Batches that each loader process has ready: an image that takes long stops nobody."""
+LONGEST = 64
+"""So many times its shorter side EvalTransform keeps of an image: what is farther from the centre crop would cost gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class EvalTransform:
         """(3, S, S) float32 of an RGB image."""
         short = self.resize or self.image_size * 256 // 224
         shorter = min(image.size)
+        if max(image.size) > LONGEST * shorter:
+            sides = [min(side, LONGEST * shorter + side % 2) for side in image.size]  # even or odd as before: same centre
+            left, top = ((side - kept) // 2 for side, kept in zip(image.size, sides, strict=True))
+            image = image.crop((left, top, left + sides[0], top + sides[1]))
         image = image.resize((short * image.width // shorter, short * image.height // shorter), Image.Resampling.BICUBIC)
         left, top = round((image.width - self.image_size) / 2), round((image.height - self.image_size) / 2)
         image = image.crop((left, top, left + self.image_size, top + self.image_size))
@@ -55,9 +63,9 @@ class EvalTransform:
 
 
 class Augmentation(Protocol):
-    """The bytes of an image file to some tensors, a pure function of its arguments; augment.MultiCrop is one."""
+    """An image file to some tensors, a pure function of its arguments; augment.MultiCrop is one."""
 
-    def __call__(self, file: bytes, *, seed: int, epoch: int, index: int) -> list[Tensor]: ...
+    def __call__(self, file: EncodedImage, *, seed: int, epoch: int, index: int) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +89,26 @@ class MultiCropDataset(Dataset[tuple[list[Tensor], int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int]:
         epoch, index = key
-        return self.augment(self.images.read_bytes(index), seed=self.seed, epoch=epoch, index=index), index
+        return self.augment(self.images.encoded(index), seed=self.seed, epoch=epoch, index=index), index
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingImages(Dataset[tuple[list[Tensor], int, str]]):
+    """(tensors of the augmentation, index, "") by (epoch, index); of another image, and why, if one cannot be read."""
+
+    images: ImageSet
+    augment: Augmentation
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int, str]:
+        epoch, index = key
+
+        def read(number: int) -> list[Tensor]:
+            # Of the index asked for, whatever image there is: what is drawn for one position does not depend on the files.
+            return self.augment(self.images.encoded(number), seed=self.seed, epoch=epoch, index=index)
+
+        views, problem = read_or_replace(read, index, total=len(self.images), seed=self.seed, epoch=epoch)
+        return views, index, problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +165,16 @@ def train_loader(
 
     batch_size: images of one process in one forward pass.   start_step: steps done before; their images are not read.
     workers: loader processes, 0 for none, None for `default_workers()`; they change no bit.   device: where batches will go.
-    Each item: the tensors of the augmentation, each with the images of the batch as its first dimension, and (B,) int64 image
-    numbers.
+    Each item: the tensors of the augmentation, each with the images of the batch as its first dimension; (B,) int64 image
+    numbers; and for each of the B why it cannot be read, so that it was replaced, or "".
     """
     batches = TrainBatches(
         num_images=len(images), seed=seed, batch_size=batch_size, accumulate=accumulate, start_step=start_step,
         total_steps=total_steps, rank=rank, world_size=world_size,
     )  # fmt: skip
     return DataLoader(
-        MultiCropDataset(images, augment, seed), batch_sampler=batches, num_workers=_number(workers),
-        pin_memory=device.type == "cuda", worker_init_fn=_start_worker, generator=torch.Generator(),
+        TrainingImages(images, augment, seed), batch_sampler=batches, num_workers=_number(workers),
+        pin_memory=device.type == "cuda", worker_init_fn=start_worker, generator=torch.Generator(),
         prefetch_factor=PREFETCH if _number(workers) else None,
     )  # fmt: skip
 
@@ -163,7 +190,7 @@ def index_loader(
     order = np.asarray(indices, np.int64).tolist()
     return DataLoader(
         TransformedImages(images, transform), batch_size=batch_size, sampler=order, num_workers=_number(workers),
-        pin_memory=device.type == "cuda", worker_init_fn=_start_worker, generator=torch.Generator(),
+        pin_memory=device.type == "cuda", worker_init_fn=start_worker, generator=torch.Generator(),
     )  # fmt: skip
 
 
@@ -180,7 +207,7 @@ def _number(workers: int | None) -> int:
     return default_workers() if workers is None else workers
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """Keep to one thread, and leave to the training process the signals of schedulers and terminals, which go to all processes:
     it needs the images to finish its step. Only a SIGTERM that it sends itself ends this process."""
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""Which images there are, and one of them as RGB: folders, archives, class folders, text files of paths."""
+"""Which images there are, and one of them by its number: folders, archives, class folders, text files of paths."""
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from dino_simpool.config import MAX_PIXELS
 from dino_simpool.data.archives import (
     ARCHIVE_SUFFIXES,
     COMPRESSED_SUFFIXES,
@@ -21,6 +22,7 @@ from dino_simpool.data.archives import (
 from dino_simpool.data.cache import load_index
 from dino_simpool.data.index import Index, join
 from dino_simpool.data.scan import is_list
+from dino_simpool.decode import BrokenImage, EncodedImage
 from dino_simpool.logs import say
 
 _ENDINGS = " ".join(IMAGE_SUFFIXES)
@@ -40,6 +42,10 @@ class ImageSet:
     """Names of the class folders, sorted."""
     boxes: np.ndarray | None = None
     """(M, 4) float left, top, right, bottom in pixels: the part of each image that is read, or None for whole images."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels are refused."""
+    exif_orientation: bool = False
+    """Turn images as their EXIF tag says."""
     _archives: ArchiveReader = field(default_factory=ArchiveReader, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +70,7 @@ class ImageSet:
         return self.index[index]
 
     def read_bytes(self, index: int) -> bytes:
-        """The content of one image file, in an archive or not. ValueError names a file that cannot be read."""
+        """The content of one image file, in an archive or not. BrokenImage names a file that cannot be read."""
         try:
             member = self.index.member(index)
             if member is None:
@@ -73,12 +79,23 @@ class ImageSet:
             archive, stamp, place = member
             return self._archives.read(_below(self.root, archive), stamp, place)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.path(index)} cannot be read ({error}): repair or remove it") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise BrokenImage(self.path(index), reason) from error
+
+    def encoded(self, index: int) -> EncodedImage:
+        """One image as it is stored, ready to be decoded. BrokenImage as for `read_bytes`."""
+        return EncodedImage(
+            self.read_bytes(index), name=self.path(index), max_pixels=self.max_pixels, exif_orientation=self.exif_orientation
+        )
 
     def read(self, index: int) -> Image.Image:
-        """One image as RGB, cut to its box if there are boxes. ValueError names a file that cannot be read."""
-        image = read_rgb(self.read_bytes(index), self.path(index))
+        """One image as RGB, cut to its box if there are boxes. BrokenImage names a file that cannot be read."""
+        image = self.encoded(index).rgb()
         return image if self.boxes is None else image.crop(tuple(round(side) for side in self.boxes[index].tolist()))
+
+    def decoded(self, *, max_pixels: int, exif_orientation: bool) -> ImageSet:
+        """The same images, read with these settings of `read_rgb`."""
+        return dataclasses.replace(self, max_pixels=max_pixels, exif_orientation=exif_orientation)
 
     def digest(self) -> str:
         """SHA-256 of the names in their order: the same for a folder that was moved as a whole, or packed into one archive."""
@@ -181,32 +198,3 @@ def _subset(root: str, index: Index, count: int | None) -> Index:
 
 def _below(root: str, path: str) -> str:
     return os.path.join(root, path) if path else root
-
-
-def read_rgb(source: str | os.PathLike[str] | bytes | bytearray | memoryview, name: str = "") -> Image.Image:
-    """An image file as 8-bit RGB, whatever it holds.
-
-    source: a path, or the content of a file that messages shall call `name`.
-
-    Transparent pixels are laid on white (a plain conversion would show the colours hidden under them; opaque images are the
-    same either way). 16-bit samples keep their high byte. CMYK is converted as Pillow does, without colour profiles. Of an
-    animation the first frame is taken. The EXIF orientation is not applied, as in the published code. Raises ValueError with
-    the path if the file is missing, broken, or has 32-bit samples, which have no agreed range.
-    """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source) as image:
-            return _to_rgb(image)
-    except Exception as error:  # decoders raise what they like, from SyntaxError to struct.error
-        raise ValueError(f"{name or source!s} cannot be read as an image ({error}): repair or remove it") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        samples = np.asarray(image)
-        if samples.dtype.kind == "f" or samples.min() < 0 or samples.max() > 65535:
-            raise ValueError("it has 32-bit samples; 8 and 16 bits are known")
-        image = Image.fromarray((samples >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

@@ -109,10 +109,15 @@ def class_folders(cfg: EvalConfig) -> tuple[ImageSet, ImageSet]:
     """
     if not cfg.data:
         raise ValueError("no data is given: say --data DIR, a folder with the class folders train/ and val/")
-    train = class_folder(str(Path(cfg.data) / cfg.train), subset_per_class=cfg.subset_per_class)
-    val = class_folder(str(Path(cfg.data) / cfg.val))
+    train = decoded(class_folder(str(Path(cfg.data) / cfg.train), subset_per_class=cfg.subset_per_class), cfg)
+    val = decoded(class_folder(str(Path(cfg.data) / cfg.val)), cfg)
     classes_of(val, train)
     return train, val
+
+
+def decoded(images: ImageSet, cfg: EvalConfig) -> ImageSet:
+    """The same images, decoded as cfg says. Every image set of an evaluator goes through here."""
+    return images.decoded(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
 
 
 def classes_of(images: ImageSet, train: ImageSet) -> Tensor:

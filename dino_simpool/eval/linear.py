@@ -35,7 +35,7 @@ from dino_simpool import distributed
 from dino_simpool.augment import CROP_NUMBERS, crop_box, to_tensor, uniforms
 from dino_simpool.config import LinearConfig
 from dino_simpool.data import EvalTransform, ImageSet, MultiCropDataset, default_workers, epoch_order
-from dino_simpool.decode import decode_other
+from dino_simpool.decode import EncodedImage
 from dino_simpool.eval import chunks, class_folders, classes_of, preprocessing, run
 from dino_simpool.features import encode, evaluation_mode, extract_features
 from dino_simpool.logs import progress, say
@@ -105,9 +105,9 @@ class ProbeAugmentation:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, file: bytes, *, seed: int, epoch: int, index: int) -> list[Tensor]:
+    def __call__(self, file: EncodedImage, *, seed: int, epoch: int, index: int) -> list[Tensor]:
         """One tensor (3, S, S) of an image file; seed, epoch and index (of the image) alone decide the randomness."""
-        image = Image.fromarray(decode_other(file))
+        image = file.rgb()
         *numbers, flip = uniforms(seed, epoch, index, rows=1, columns=CROP_NUMBERS + 1)[0].tolist()
         top, left, height, width = crop_box(image.height, image.width, scale=(0.08, 1.0), numbers=numbers)
         image = image.crop((left, top, left + width, top + height))

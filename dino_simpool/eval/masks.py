@@ -22,7 +22,7 @@ from PIL import Image
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig
 from dino_simpool.data import EvalTransform, class_folder, index_loader
-from dino_simpool.eval import preprocessing, run
+from dino_simpool.eval import decoded, preprocessing, run
 from dino_simpool.features import evaluation_mode
 from dino_simpool.model import Encoder
 
@@ -44,7 +44,7 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
     if not cfg.data:
         raise ValueError("no data is given: say --data DIR, a folder with val/ and masks/val/")
     settings = preprocessing(encoder, cfg)
-    images = class_folder(str(Path(cfg.data) / cfg.val))
+    images = decoded(class_folder(str(Path(cfg.data) / cfg.val)), cfg)
     chosen = evenly(len(images), cfg.max_images)
     positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     device = next(encoder.parameters()).device

@@ -94,7 +94,7 @@ def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
         image = images.read(index)
         boxes = augment.draw(image.height, image.width, seed=cfg.run.seed, epoch=0, index=index).box
         figures = []
-        for view, pixels in enumerate(augment(images.read_bytes(index), seed=cfg.run.seed, epoch=0, index=index)):
+        for view, pixels in enumerate(augment(images.encoded(index), seed=cfg.run.seed, epoch=0, index=index)):
             layer = picture_layer(pixels.permute(2, 0, 1) / 255, f"view-{index}-{view}")
             label, width = (f"global {view + 1}", 92) if view < 2 else (f"local {view - 1}", 60)
             figures.append(figure(panel(len(pixels), layer), label, width=width))

@@ -1,0 +1,137 @@
+"""The command check-data: decode every image of a data set as a training would, and say which cannot be read.
+
+A training puts other images in the place of broken ones, an evaluation stops at the first; this finds all of them beforehand,
+with all cores, and counts what is unusual about the other images (decode.examine has the list).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset
+
+from dino_simpool import distributed
+from dino_simpool.bad_files import write_bad_files
+from dino_simpool.config import CheckDataConfig
+from dino_simpool.data import ImageSet, default_workers, find_images, start_worker
+from dino_simpool.decode import BrokenImage, Examined, examine
+from dino_simpool.logs import progress
+
+SHOWN = 20
+"""Broken images that are printed; a file has them all."""
+_BATCH = 32  # images that a worker takes at a time
+
+
+@dataclass(frozen=True, eq=False)
+class ExaminedImages(Dataset[tuple[int, Examined | str]]):
+    """The number of an image, and what it is or why it cannot be read."""
+
+    images: ImageSet
+    max_pixels: int
+
+    def __getitem__(self, index: int) -> tuple[int, Examined | str]:
+        try:
+            return index, examine(self.images.read_bytes(index), max_pixels=self.max_pixels)
+        except BrokenImage as error:
+            return index, error.reason
+
+
+@dataclass
+class Summary:
+    """What was found in a data set, or in a part of it."""
+
+    readable: int = 0
+    """Images that can be read."""
+    widths: set[int] = field(default_factory=set)
+    """The least and the largest, in pixels; empty if no image can be read."""
+    heights: set[int] = field(default_factory=set)
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Images of each unusual kind."""
+    broken: dict[int, str] = field(default_factory=dict)
+    """Why an image cannot be read, by its number."""
+
+    def add(self, index: int, found: Examined | str) -> None:
+        """Count one image."""
+        if isinstance(found, str):
+            self.broken[index] = found
+        else:
+            self.merge(Summary(1, {found.width}, {found.height}, Counter(found.kinds)))
+
+    def merge(self, other: Summary) -> None:
+        """Count all of another part."""
+        self.readable += other.readable
+        self.widths, self.heights = _ends(self.widths | other.widths), _ends(self.heights | other.heights)
+        self.kinds.update(other.kinds)
+        self.broken |= other.broken
+
+
+def main(cfg: CheckDataConfig) -> None:
+    """Print how many images there are, what is unusual about them and which are broken. ValueError if there are broken ones.
+
+    Under torchrun or SLURM each process takes a part of the images.
+    """
+    distributed.setup("cpu")
+    images = find_images(list(cfg.data) if isinstance(cfg.data, tuple) else cfg.data)
+    if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
+        raise ValueError(f"{cfg.out} cannot be written, its folder does not exist: give another --out")
+    started = time.monotonic()
+    summary = check(images, workers=default_workers() if cfg.workers is None else cfg.workers, max_pixels=cfg.max_pixels)
+    rows = [(images.name(index), reason) for index, reason in sorted(summary.broken.items())]
+    if distributed.is_main():
+        print(describe(summary, rows, seconds=time.monotonic() - started))
+        if cfg.out:
+            write_bad_files(Path(cfg.out), rows)
+    if rows:
+        where = f" ({cfg.out} lists them)" if cfg.out else ""
+        raise ValueError(f"{len(rows)} of {len(images)} images cannot be read{where}: repair or remove them")
+
+
+def check(images: ImageSet, *, workers: int, max_pixels: int) -> Summary:
+    """What is in a set of images, on every process.
+
+    workers: loader processes of this process.   ValueError if one of them dies, which no image should be able to bring about.
+    """
+    own = range(distributed.rank(), len(images), distributed.world_size())
+    loader = DataLoader(
+        ExaminedImages(images, max_pixels), sampler=own, batch_size=_BATCH, num_workers=workers, collate_fn=list,
+        worker_init_fn=start_worker,
+    )  # fmt: skip
+    part, summary, index = Summary(), Summary(), 0
+    try:
+        with progress(len(loader), 0, "check-data", images_per_step=_BATCH * distributed.world_size()) as bar:
+            for batch in loader:
+                for index, found in batch:
+                    part.add(index, found)
+                bar.update()
+    except RuntimeError as error:  # of the loader, when one of its processes is gone
+        raise ValueError(
+            f"a process died over an image not far behind {images.name(index)} (no memory left, or a fault of the decoder): "
+            "give fewer --workers"
+        ) from error
+    for each in distributed.gather_objects(part):
+        summary.merge(each)
+    return summary
+
+
+def describe(summary: Summary, broken: list[tuple[str, str]], *, seconds: float) -> str:
+    """What is printed: counts, sizes, kinds, and the first of the broken images.   broken: names and what is wrong."""
+    total = summary.readable + len(broken)
+    lines = [f"check-data: {total:,} images in {seconds:.1f} s, {total / max(seconds, 1e-9):.0f} images/s"]
+    for side, sizes in (("width", summary.widths), ("height", summary.heights)):
+        if sizes:
+            lines.append(f"  {side:<15} {min(sizes):,} to {max(sizes):,} pixels")
+    lines += [f"  {kind:<15} {count:,}" for kind, count in summary.kinds.most_common()]
+    lines.append(f"  {'broken':<15} {len(broken):,}")
+    encoding = sys.stdout.encoding or "utf-8"  # a name may hold what this output cannot show
+    lines += [f"{name}\t{reason}".encode(encoding, "backslashreplace").decode(encoding) for name, reason in broken[:SHOWN]]
+    if len(broken) > SHOWN:
+        lines.append(f"and {len(broken) - SHOWN:,} more: --out FILE lists all")
+    return "\n".join(lines)
+
+
+def _ends(sizes: set[int]) -> set[int]:
+    return {min(sizes), max(sizes)} if sizes else sizes

@@ -1,0 +1,141 @@
+"""The command check-data on folders of files that are whole, unusual and broken."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_data import write_image
+from test_distributed import group, run_processes
+
+from dino_simpool import check_data, cli
+from dino_simpool.check_data import Summary, check, describe
+from dino_simpool.config import MAX_PIXELS
+from dino_simpool.data import Examined, find_images
+
+NUM_IMAGES = 50
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifty images in two folders: one CMYK, two grey, one turned, three broken, the others plain and tiny."""
+    root = tmp_path_factory.mktemp("checked")
+    for number in range(NUM_IMAGES):
+        write_image(root / "ab"[number % 2] / f"{number:02}.jpg", seed=number)
+    Image.new("CMYK", (64, 48)).save(root / "a" / "00.jpg")
+    Image.new("L", (40, 50)).save(root / "b" / "01.jpg")
+    Image.new("L", (100, 3)).save(root / "b" / "03.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGB", (40, 40)).save(root / "b" / "05.jpg", exif=exif)
+    (root / "a" / "02.jpg").write_bytes(b"")
+    (root / "b" / "49.jpg").write_text("not an image")
+    whole = (root / "a" / "48.jpg").read_bytes()
+    (root / "a" / "48.jpg").write_bytes(whole[:-100])
+    return root
+
+
+BROKEN = ["a/02.jpg\tit is empty", "a/48.jpg\timage file is truncated", "b/49.jpg\tit is no image of a known format"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, list[str], str]:
+    """The exit status, the lines of the result, and the last line on stderr."""
+    status = cli.main(["check-data", *options])
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_broken_files_are_found_and_unusual_ones_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    bad = tmp_path / "bad.txt"
+    status, lines, last = run(capsys, str(folder), "--workers", workers, "--out", str(bad))
+    assert status == 1 and lines[0].startswith("check-data: 50 images in ")
+    assert [" ".join(line.split()) for line in lines[1:-3]] == [
+        "width 24 to 100 pixels", "height 3 to 50 pixels", "tiny 44", "grey 2", "CMYK 1", "long 1",
+        "EXIF-rotated 1", "broken 3",
+    ]  # fmt: skip
+    assert all(line.startswith(expected) for line, expected in zip(lines[-3:], BROKEN, strict=True))
+    assert bad.read_text().splitlines() == lines[-3:]
+    assert last == f"dino-simpool check-data: error: 3 of 50 images cannot be read ({bad} lists them): repair or remove them"
+
+
+def test_a_folder_without_broken_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "list.txt").write_text("".join(f"{folder}/a/{number:02}.jpg\n" for number in (0, 4, 6)))
+    bad = tmp_path / "bad.txt"
+    status, lines, last = run(capsys, "--data", str(tmp_path / "list.txt"), "--workers", "0", "--out", str(bad))
+    assert status == 0 and lines[0].startswith("check-data: 3 images") and lines[-1].split() == ["broken", "0"]
+    assert bad.read_text() == "" and "100%" in last and "3/3" not in last and "images/s" in last
+
+
+def test_several_sources_and_a_limit_of_the_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = f"[{folder}/a, {folder}/b]"
+    status, lines, last = run(capsys, "--data", sources, "--workers", "0", "--max_pixels", "2000")
+    assert status == 1 and f"{folder}/a/00.jpg\tit has more than max_pixels 2,000; raise that if the file is" in "\n".join(
+        lines
+    )
+    assert last.endswith("error: 4 of 50 images cannot be read: repair or remove them")  # 64 x 48 is more, 40 x 50 is not
+
+
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, said in (
+        (["--data", str(tmp_path / "none")], "none is no existing folder"),
+        ([], "no images are given"),
+        ([str(folder), "--out", str(tmp_path / "no" / "bad.txt")], "its folder does not exist: give another --out"),
+    ):
+        status, lines, last = run(capsys, *options)
+        assert status == 1 and lines == [] and said in last
+    for options, said in ((["--workers", "-1"], "workers 0 or more"), (["--max_pixels", "0"], "max_pixels must be 1 or more")):
+        status, lines, last = run(capsys, str(folder), *options)
+        assert status == 2 and lines == [] and said in last
+
+
+def test_two_processes_share_the_work(folder: Path, tmp_path: Path) -> None:
+    command = ["check-data", str(folder), "--workers", "0", "--out", str(tmp_path / "bad.txt")]
+    outcomes = run_processes(cli.main, command, environments=group())
+    assert [outcome.value for outcome in outcomes] == [1, 1]
+    assert all("3 of 50 images cannot be read" in outcome.stderr.splitlines()[-1] for outcome in outcomes)
+    assert [line.split("\t")[0] for line in (tmp_path / "bad.txt").read_text().splitlines()] == [
+        line.split("\t")[0] for line in BROKEN
+    ]
+
+
+def dies(source: str | bytes, *, max_pixels: int) -> Examined:
+    """A decoder that takes its process down."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return Examined(1, 1, ())
+
+
+def test_a_process_that_dies_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_data, "examine", dies)
+    with pytest.raises(ValueError, match=r"a process died over an image not far behind a/00\.jpg"):
+        check(find_images(str(folder)), workers=1, max_pixels=MAX_PIXELS)
+
+
+def test_parts_of_a_summary_add_up() -> None:
+    images: list[Examined | str] = [
+        Examined(3, 9, ("tiny",)), "it is empty", Examined(5, 2, ("grey", "tiny")), Examined(4, 4, ()), "gone",
+    ]  # fmt: skip
+    whole, parts = Summary(), [Summary(), Summary(), Summary()]
+    for number, found in enumerate(images):
+        whole.add(number, found)
+        parts[number % 2].add(number, found)
+    merged = Summary()
+    for part in parts:
+        merged.merge(part)
+    assert merged == whole
+    assert (whole.readable, whole.widths, whole.heights) == (3, {3, 5}, {2, 9})
+    assert whole.kinds == {"tiny": 2, "grey": 1} and whole.broken == {1: "it is empty", 4: "gone"}
+
+
+def test_many_broken_files_are_cut_short_and_any_name_is_shown() -> None:
+    rows = [(f"{number}.jpg", "it is empty") for number in range(22)]
+    lines = describe(Summary(broken=dict.fromkeys(range(22), "it is empty")), rows, seconds=2.0).splitlines()
+    assert lines[0] == "check-data: 22 images in 2.0 s, 11 images/s" and lines[1].split() == ["broken", "22"]
+    assert lines[2:] == [f"{number}.jpg\tit is empty" for number in range(20)] + ["and 2 more: --out FILE lists all"]
+    name = b"\xff.jpg".decode("utf-8", "surrogateescape")
+    describe(Summary(broken={0: "x"}), [(name, "x")], seconds=1.0).encode("utf-8")
