@@ -628,7 +628,9 @@ def build(root: str, folder: str) -> None:
     def scan(root: str, **options) -> Index:
         if options.get("limit") is None:
             Path(folder, f"listed-{os.getpid()}").touch()
-            while not list(Path(folder).glob("waits-*")):
+            for _ in range(3000):
+                if list(Path(folder).glob("waits-*")):
+                    break
                 time.sleep(0.01)
         return original(root, **options)
 
@@ -643,7 +645,8 @@ def build(root: str, folder: str) -> None:
 def test_one_of_two_processes_lists_and_the_other_waits(mixed, big, tmp_path):
     notes = tmp_path / "notes"
     notes.mkdir()
-    processes = [multiprocessing.get_context("fork").Process(target=build, args=(str(mixed), str(notes))) for _ in range(2)]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=build, args=(str(mixed), str(notes)), daemon=True) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -58,10 +58,10 @@ def cache_file(root: str) -> Path:
 
 def _cached(file: Path, base: str) -> tuple[Index | None, str]:
     """What the cache holds, or None if that is nothing, not readable or not up to date; and why, if there is something."""
-    if not file.exists():
-        return None, ""
     try:
         index = open_index(str(file))
+    except FileNotFoundError:
+        return None, ""
     except (OSError, ValueError) as error:
         return None, str(error)
     watched = list(index.watched.below(base) if base else index.watched)
