@@ -11,7 +11,15 @@ so that help and mistakes answer at once.
 
 from __future__ import annotations
 
-from dino_simpool.config.evaluate import EvalConfig, KnnConfig, LinearConfig, MasksConfig, ReportConfig, SyntheticConfig
+from dino_simpool.config.evaluate import (
+    EvalConfig,
+    KnnConfig,
+    LinearConfig,
+    MasksConfig,
+    ReportConfig,
+    RetrievalConfig,
+    SyntheticConfig,
+)
 from dino_simpool.config.parse import ConfigError, dump, from_dict, option_names, parse, to_dict
 from dino_simpool.config.train import (
     IMAGENET_MEAN,
@@ -45,6 +53,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ReportConfig",
+    "RetrievalConfig",
     "RunConfig",
     "SyntheticConfig",
     "TeacherConfig",
