@@ -271,7 +271,7 @@ def _parts(folder: Path, source: str, chosen: dict[str, list[tuple[str, str]]], 
             problems.append(f"{folder / source} names {twice} more than once in its {part}: it would find itself")
         missing = _missing(folder, paths)
         if missing:
-            of = f"{len(missing):,} of {len(paths):,} {part} that {source} names"
+            of = f"{part}: {len(missing):,} of {len(paths):,} images that {source} names"
             problems.append(f"{of} are missing, the first {folder / missing[0]}")
     return parts
 
