@@ -52,7 +52,7 @@ PROTOCOLS = {
 """Which images of the ground truth are positive, and which are taken out."""
 KAPPAS = (1, 5, 10)
 """Ranks at which precision is measured."""
-SCALES = (1.0, 2**-0.5, 0.5)
+SCALES = (1.0, 1 / 2**0.5, 0.5)
 """Of the multi-scale features."""
 TOP = 100
 """Ranks of each query that are saved."""
