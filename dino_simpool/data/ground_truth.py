@@ -44,8 +44,8 @@ def read_ground_truth(folder: Path, name: str) -> GroundTruth:
         try:
             content = json.load(file) if path.suffix == ".json" else load_plain_pickle(file)
         except pickle.UnpicklingError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: {reason}; get the file again, or give the same content as gnd_{name}.json") from error
+            said = " ".join(str(error).split())
+            raise ValueError(f"{path}: {said}; get the file again, or give the same content as gnd_{name}.json") from error
         except Exception as error:  # a damaged pickle raises almost anything
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): get it again") from error
     try:

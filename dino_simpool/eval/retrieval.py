@@ -184,14 +184,12 @@ class MultiScale(nn.Module):
             images = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
         try:
             return self.encoder(images)
-        except (ValueError, RuntimeError) as error:
+        except RuntimeError as error:
             # A ConvNeXt, ours or the published, cannot take a side below 32 pixels; torch says so in its own words.
-            if isinstance(error, RuntimeError) and "Kernel size" not in str(error):
+            if "Kernel size" not in str(error):
                 raise
             size = f"{images.shape[-2]} x {images.shape[-1]} pixels at scale {scale:.2g}"
-            raise ValueError(
-                f"too small for the encoder, {size} ({error}): give a larger image_size, or multi_scale false"
-            ) from error
+            raise ValueError(f"{size} are too small for the encoder: give a larger image_size, or multi_scale false") from error
 
 
 def main(cfg: RetrievalConfig) -> None:
@@ -201,9 +199,12 @@ def main(cfg: RetrievalConfig) -> None:
 
 def resolve(cfg: RetrievalConfig) -> dict[str, Any]:
     """image_size, multi_scale and query_crop: the preset's, but for those that are given."""
-    names = ("image_size", "multi_scale", "query_crop")
-    own = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
-    return dict(zip(names, PRESETS[cfg.preset][cfg.dataset], strict=True)) | own
+    image_size, multi_scale, query_crop = PRESETS[cfg.preset][cfg.dataset]
+    return {
+        "image_size": image_size if cfg.image_size is None else cfg.image_size,
+        "multi_scale": multi_scale if cfg.multi_scale is None else cfg.multi_scale,
+        "query_crop": query_crop if cfg.query_crop is None else cfg.query_crop,
+    }
 
 
 def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
