@@ -139,6 +139,9 @@ def test_ranking_in_blocks_and_of_duplicates(monkeypatch: pytest.MonkeyPatch) ->
         assert row == sorted(range(90), key=lambda j: (-values[j], j))
     monkeypatch.setattr("dino_simpool.eval.retrieval.chunks", lambda count, _: (slice(i, i + 1) for i in range(count)))
     assert torch.equal(rank(queries, database), expected)
+    angle = 0.5 + torch.tensor([2e-12, 1e-12, 0, 1e-6], dtype=torch.float64)  # a tie but for rounding, and none
+    near = torch.stack([angle.cos(), angle.sin()], 1)
+    assert rank(torch.tensor([[1.0, 0.0]]), near).tolist() == [[0, 1, 2, 3]]
     assert rank(queries[:1], database[:1]).tolist() == [[0]] and rank(queries, database[:0]).shape == (7, 0)
 
 
@@ -374,6 +377,8 @@ def test_impossible_extras_are_refused_before_any_image_is_read(data: Path, enco
         evaluate(encoder, options(data, whitening_data=other))
     with pytest.raises(ValueError, match="whitening_dim is 17"):
         evaluate(encoder, options(data, whitening_data=other, whitening_dim=17))
+    with pytest.raises(ValueError, match="whitening_dim is 8"):  # as many as images: one direction would be noise
+        evaluate(encoder, options(data, whitening_data=other, whitening_dim=8))
     with pytest.raises(ValueError, match="no data is given"):
         evaluate(encoder, RetrievalConfig())
 
