@@ -19,6 +19,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     ),
     "knn": (config.KnnConfig, "dino_simpool.eval.knn:main", "weighted k-NN classification with a frozen encoder"),
     "linear": (config.LinearConfig, "dino_simpool.eval.linear:main", "linear classification on a frozen encoder"),
+    "retrieval": (
+        config.RetrievalConfig,
+        "dino_simpool.eval.retrieval:main",
+        "find landmarks of ROxford or RParis with frozen features",
+    ),
     "masks": (
         config.MasksConfig,
         "dino_simpool.eval.masks:main",

@@ -76,8 +76,11 @@ def extract_features(
     done = 0
     loader = index_loader(images, transform, indices.tolist(), batch_size=batch_size, workers=workers, device=device)
     with evaluation_mode(encoder), _progress(total, description) as bar:
-        for batch, _ in loader:
-            rows[done : done + len(batch)] = encode(encoder, batch, device=device, precision=precision).cpu()
+        for batch, numbers in loader:
+            try:
+                rows[done : done + len(batch)] = encode(encoder, batch, device=device, precision=precision).cpu()
+            except ValueError as error:  # a size that the encoder cannot take
+                raise ValueError(f"{images.name(int(numbers[0]))}: {error}") from error
             done += len(batch)
             bar.update(min(world * len(batch), total - bar.n))
     assert done == len(indices), f"the loader gave {done} of {len(indices)} images"

@@ -64,6 +64,8 @@ class Encoder(nn.Module):
     """
 
     trunk: Any  # of one of timm's classes
+    least_map: int = 2
+    """Smallest side of a CNN's map that is taken, in positions. Retrieval, whose images come as they are, sets it to 1."""
 
     def __init__(self, trunk: nn.Module, pool: nn.Module, *, norm: nn.Module, config: ModelConfig) -> None:
         super().__init__()
@@ -107,7 +109,7 @@ class Encoder(nn.Module):
         if not hasattr(self.trunk, "patch_embed"):
             x = self.trunk.forward_features(images)
             grid = tuple(x.shape[-2:])
-            if min(grid) < 2:
+            if min(grid) < self.least_map:
                 raise ValueError(
                     f"{self.config.arch} turns images of {images.shape[-2]} x {images.shape[-1]} pixels into a {grid[0]} x "
                     f"{grid[1]} map, 2 x 2 is the least: set model.stem small, fewer stages in model.depth, or larger images"

@@ -18,6 +18,7 @@ from dino_simpool.config.evaluate import (
     MasksConfig,
     ReportConfig,
     ResourcesConfig,
+    RetrievalConfig,
     SyntheticConfig,
     TableConfig,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "OptimConfig",
     "ReportConfig",
     "ResourcesConfig",
+    "RetrievalConfig",
     "RunConfig",
     "SyntheticConfig",
     "TableConfig",

@@ -88,6 +88,44 @@ class LinearConfig(EvalConfig):
 
 
 @dataclass(frozen=True)
+class RetrievalConfig(EvalConfig):
+    """Retrieval of landmarks: ROxford and RParis with their three protocols, mAP and mP@1, 5, 10."""
+
+    data: str = ""
+    """Folder that holds roxford5k/ or rparis6k/, with jpg/ and gnd_<name>.pkl (or .json) in it."""
+    dataset: Literal["roxford5k", "rparis6k"] = "roxford5k"
+    """The data set."""
+    preset: Literal["dino_default", "dino_readme", "ibot", "strict"] = "dino_default"
+    """How images are prepared, where the paper is silent. dino_default: 224 pixels; dino_readme: for RParis 512 and three
+    scales; ibot: 512 and three scales; strict: the same with queries cut to their landmark, as the data sets' authors demand.
+    The next three options change one of its settings."""
+    image_size: int | None = None
+    """Longest side in pixels; smaller images are never enlarged. null: the preset's."""
+    multi_scale: bool | None = None
+    """Mean of the features at the scales 1, 0.71 and 0.5. null: the preset's."""
+    query_crop: bool | None = None
+    """Only the landmark's box of a query is seen. null: the preset's."""
+    whitening_data: str = ""
+    """Folder, or text file of paths, of other images from which a whitening of the features is learned, for ROxford usually
+    rparis6k/jpg. Empty: none, as in the paper."""
+    whitening_dim: int | None = None
+    """Dimensions that the whitening keeps. null: 256, or the width of the features if that is less."""
+    distractors: str = ""
+    """A .npy file of features (images, width), of this encoder and preset, that are added to the database as negatives."""
+    batch_size: int = 1
+    """Always 1, since each image has its own size."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size != 1:
+            raise ValueError(f"batch_size is {self.batch_size}: retrieval takes 1, since each image has its own size")
+        if self.subset_per_class is not None or self.resize is not None:
+            raise ValueError("retrieval has no subset_per_class and no resize: image_size is the longest side of its images")
+        if self.whitening_dim is not None and (self.whitening_dim < 1 or not self.whitening_data):
+            raise ValueError(f"whitening_dim is {self.whitening_dim}: give 1 or more, and whitening_data to learn from")
+
+
+@dataclass(frozen=True)
 class MasksConfig(EvalConfig):
     """Share of the attention that falls on the object, on images with masks (the embedded data set has them)."""
 

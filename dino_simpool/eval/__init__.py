@@ -1,7 +1,8 @@
 """Evaluators: frozen encoder in, results.json out. `run` is what each command calls; the rest is what evaluators share.
 
 An evaluator is a function evaluate(encoder, cfg) -> dict. Numbers in it are metrics, in % but for a `ratio`; tensors are
-saved beside the results; anything else (counts, what a choice was made on, curves) is written into the record as it is.
+saved beside the results; anything else (counts, what a choice was made on, curves) is written into the record as it is, also
+in place of a general entry (dataset, split, preprocessing) that does not fit.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, EvalConfig, to_dict
 from dino_simpool.data import ImageSet, class_folder
 from dino_simpool.model import Encoder
 
+NAMED_OPTIONS = ("dataset", "preset")
+"""Options whose values are part of the name of a results file."""
 MAX_BYTES = 2**28
 """Size of each working array of an evaluator."""
 
@@ -58,9 +61,9 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
     metrics = {key: value for key, value in result.items() if isinstance(value, (int, float))}
     record: dict[str, Any] = {
         "evaluator": evaluator, "dataset": cfg.data, "split": cfg.val, "metrics": metrics, "units": "%",
-        **{key: value for key, value in result.items() if key not in metrics and key not in tensors},
         "config": to_dict(cfg), "preprocessing": settings, "model": model, "versions": versions(),
         "device": _device_name(device), "processes": distributed.world_size(), "dtype": cfg.precision, "seed": cfg.seed,
+        **{key: value for key, value in result.items() if key not in metrics and key not in tensors},
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
     if distributed.is_main():
@@ -81,6 +84,7 @@ def result_name(evaluator: str, cfg: EvalConfig) -> str:
     """
     if getattr(cfg, "features", None) == "pixels":
         return f"{evaluator}_pixels"
+    evaluator = "_".join([evaluator, *filter(None, (getattr(cfg, name, "") for name in NAMED_OPTIONS))])
     if cfg.which == "untrained":
         return f"{evaluator}_untrained"
     parts = [evaluator] if cfg.which == "teacher" else [evaluator, cfg.which]

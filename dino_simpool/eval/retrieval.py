@@ -1,0 +1,292 @@
+"""Retrieval of landmarks, ROxford and RParis: mAP and mP@1, 5, 10 in the Easy, Medium and Hard protocols.
+
+Metric: filipradenovic/revisitop, evaluate.py. For a query, images of the protocol's positives are to come first; its junk
+images are taken out of the ranking; all others are negatives:
+
+    easy    positive: easy          junk: junk, hard
+    medium  positive: easy, hard    junk: junk
+    hard    positive: hard          junk: junk, easy
+
+Images: the paper does not say how they are prepared, so there are presets after public scripts (`PRESETS`). All shrink an
+image to a longest side as Pillow's thumbnail does (Lanczos, never larger) and see one image at a time, as the published
+eval_image_retrieval.py. Multi-scale is the mean of the vectors, not normalised, of three scales; then each is normalised by
+itself (the published code divides by the length of the whole batch, which is the same for one image).
+
+What the published code leaves open: equal similarities are ranked by image number, similarities being float64 rounded to
+2**-30 so that duplicates tie; an image named twice among the positives counts once; without a positive in a truncated ranking
+AP and precision are 0. A CNN takes thin images, whose map has one row, too.
+
+Q queries, M database images, D width of a feature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dino_simpool.augment import to_tensor
+from dino_simpool.config import RetrievalConfig
+from dino_simpool.data import ImageSet
+from dino_simpool.data.layouts import differing_counts, landmarks, part_counts
+from dino_simpool.eval import chunks, run
+from dino_simpool.eval.knn import UNIT
+from dino_simpool.eval.whitening import Whitening, unit, whitening_set
+from dino_simpool.features import extract_features
+from dino_simpool.logs import say
+from dino_simpool.model import Encoder
+
+PROTOCOLS = {
+    "easy": (("easy",), ("junk", "hard")),
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("junk", "easy")),
+}
+"""Which images of the ground truth are positive, and which are taken out."""
+KAPPAS = (1, 5, 10)
+"""Ranks at which precision is measured."""
+SCALES = (1.0, 1 / 2**0.5, 0.5)
+"""Of the multi-scale features."""
+TOP = 100
+"""Ranks of each query that are saved."""
+PRESETS = {
+    "dino_default": {"roxford5k": (224, False, False), "rparis6k": (224, False, False)},
+    "dino_readme": {"roxford5k": (224, False, False), "rparis6k": (512, True, False)},
+    "ibot": {"roxford5k": (512, True, False), "rparis6k": (512, True, False)},
+    "strict": {"roxford5k": (512, True, True), "rparis6k": (512, True, True)},
+}
+"""image_size, multi_scale and query_crop: defaults of dino's eval_image_retrieval.py, commands of its README, iBOT's run.sh,
+and the protocol of revisitop."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Of one protocol, as fractions of 1."""
+
+    map: float
+    """Mean average precision over the queries that have positives; NaN if none has."""
+    ap: np.ndarray
+    """(Q,) average precision of each query; NaN for one without positives."""
+    mp: np.ndarray
+    """(K,) mean precision at each of the K kappas, over the same queries."""
+    precision: np.ndarray
+    """(Q, K) precision of each query at the kappas; NaN as above."""
+
+
+def average_precision(ranks: Sequence[int] | np.ndarray, num_positives: int) -> float:
+    """Area below the precision-recall curve by trapezoids, 0 to 1.
+
+    ranks: of the positives that were found, from 0, ascending, after junk was taken out. num_positives: how many there are to
+    be found, at least 1. Source: compute_ap of revisitop: the mean over the positives of the precisions just before and just
+    after each.
+    """
+    if num_positives < max(1, len(ranks)):
+        raise ValueError(f"{num_positives} positives cannot give an average precision at {len(ranks)} ranks")
+    r = np.asarray(ranks, np.float64)
+    j = np.arange(len(r))
+    before = np.divide(j, r, out=np.ones_like(r), where=r > 0)
+    return float(((before + (j + 1) / (r + 1)) / (2 * num_positives)).sum())
+
+
+def evaluate_ranks(
+    ranks: np.ndarray | Tensor, gnd: Sequence[Mapping[str, Any]], *, kappas: Sequence[int] = KAPPAS
+) -> dict[str, Scores]:
+    """The scores of rankings in each of the PROTOCOLS.
+
+    ranks: (kept, Q) numbers of database images, one column a query, best first, as revisitop has them; kept may be less than
+    the database has, then the positives beyond count as not found. gnd: for each query its "easy", "hard" and "junk" images.
+    Precision at kappa stops at the last positive that was found, if it comes before. ValueError if the numbers of queries
+    differ.
+    """
+    order = np.asarray(ranks)
+    if order.ndim != 2 or order.shape[1] != len(gnd):
+        raise ValueError(f"ranks have the shape {order.shape} for {len(gnd)} queries: give (images, queries), a column a query")
+    if not kappas or min(kappas) < 1:
+        raise ValueError(f"kappas are {tuple(kappas)}: give one or more ranks, each 1 or more")
+    scores = {}
+    for protocol, kinds in PROTOCOLS.items():
+        rows = []
+        for column, entry in zip(order.T, gnd, strict=True):
+            positive, junk = (np.unique(np.concatenate([np.asarray(entry[k], np.int64) for k in kind])) for kind in kinds)
+            rows.append(_score(column, positive, junk, kappas))
+        table = np.array(rows, np.float64).reshape(len(rows), 1 + len(kappas))
+        counted = table[~np.isnan(table[:, 0])]
+        mean = counted.mean(0) if len(counted) else np.full(1 + len(kappas), math.nan)
+        scores[protocol] = Scores(float(mean[0]), table[:, 0], mean[1:], table[:, 1:])
+    return scores
+
+
+def _score(ranking: np.ndarray, positive: np.ndarray, junk: np.ndarray, kappas: Sequence[int]) -> list[float]:
+    """Average precision and the precisions of one query."""
+    if not len(positive):
+        return [math.nan] * (1 + len(kappas))
+    found = np.flatnonzero(np.isin(ranking, positive))
+    found -= np.searchsorted(np.flatnonzero(np.isin(ranking, junk)), found)  # less the junk above each
+    stops = [min(int(found[-1]) + 1, kappa) if len(found) else kappa for kappa in kappas]
+    return [average_precision(found, len(positive)), *(float((found < stop).sum()) / stop for stop in stops)]
+
+
+def rank(queries: Tensor, database: Tensor) -> Tensor:
+    """The numbers (Q, M) int32 of the database images in descending cosine similarity to each query; ties by number.
+
+    queries: (Q, D), database: (M, D), of any length: they are normalised here, in float64.
+    """
+    order = torch.empty(len(queries), len(database), dtype=torch.int32)
+    for rows in chunks(len(queries), 32 * len(database)):
+        query = unit(queries[rows])
+        similarity = torch.empty(len(query), len(database), dtype=torch.int64)
+        for block in chunks(len(database), 16 * database.shape[1]):
+            similarity[:, block] = (query @ unit(database[block]).T * UNIT).round().long()
+        order[rows] = similarity.argsort(dim=1, descending=True, stable=True).int()
+    return order
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """The longest side shrunk to `image_size` with Lanczos (Image.thumbnail), then normalised."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(3, H, W) float32 of an RGB image, which is not enlarged."""
+        image = image.copy()
+        image.thumbnail((self.image_size, self.image_size), Image.Resampling.LANCZOS)
+        return to_tensor([image], mean=self.mean, std=self.std)[0]
+
+
+class MultiScale(nn.Module):
+    """The mean of an encoder's features of an image at several scales.
+
+    Source: multi_scale in utils.py of dino and simpool, without its normalisation.
+    """
+
+    def __init__(self, encoder: nn.Module, scales: Sequence[float]):
+        super().__init__()
+        self.encoder, self.scales = encoder, tuple(scales)
+        self.embed_dim: int = encoder.embed_dim  # type: ignore[assignment]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, D) of images (B, 3, H, W)."""
+        features = [self._at(images, scale) for scale in self.scales]
+        return torch.stack(features).sum(0) / len(features)
+
+    def _at(self, images: Tensor, scale: float) -> Tensor:
+        if scale != 1:
+            images = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
+        try:
+            return self.encoder(images)
+        except RuntimeError as error:
+            # A ConvNeXt, ours or the published, cannot take a side below 32 pixels; torch says so in its own words.
+            if "Kernel size" not in str(error):
+                raise
+            size = f"{images.shape[-2]} x {images.shape[-1]} pixels at scale {scale:.2g}"
+            raise ValueError(f"{size} are too small for the encoder: give a larger image_size, or multi_scale false") from error
+
+
+def main(cfg: RetrievalConfig) -> None:
+    """The command retrieval."""
+    run("retrieval", evaluate, cfg)
+
+
+def resolve(cfg: RetrievalConfig) -> dict[str, Any]:
+    """image_size, multi_scale and query_crop: the preset's, but for those that are given."""
+    image_size, multi_scale, query_crop = PRESETS[cfg.preset][cfg.dataset]
+    return {
+        "image_size": image_size if cfg.image_size is None else cfg.image_size,
+        "multi_scale": multi_scale if cfg.multi_scale is None else cfg.multi_scale,
+        "query_crop": query_crop if cfg.query_crop is None else cfg.query_crop,
+    }
+
+
+def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
+    """map_<protocol> and mp1_, mp5_, mp10_<protocol> in %, counts and the settings behind them.
+
+    Tensors: `ranks` (Q, 100) int32, numbers of database images (from their number on: distractors), and `ap_<protocol>` (Q,)
+    float64 in %, NaN for queries without positives. A protocol for which no query has positives has no metric.
+    """
+    if not cfg.data:
+        raise ValueError("no data is given: say --data DIR, the folder that holds roxford5k/ or rparis6k/")
+    settings = resolve(cfg)
+    database_set, query_set, truth = landmarks(cfg.dataset, cfg.data)
+    counts = part_counts({"database": database_set, "queries": query_set})
+    for line in (warnings := differing_counts(cfg.dataset, counts)):
+        say(f"warning: {line}")
+    if not settings["query_crop"]:
+        query_set = dataclasses.replace(query_set, boxes=None)
+    distractors = _distractors(cfg.distractors, encoder.embed_dim)
+    others, dim = whitening_set(cfg.whitening_data, encoder.embed_dim, dim=cfg.whitening_dim)
+
+    scales = SCALES if settings["multi_scale"] else SCALES[:1]
+    transform = Thumbnail(settings["image_size"], encoder.config.mean, encoder.config.std)
+    sets = {"database": database_set, "queries": query_set} | ({} if others is None else {"whitening": others})
+    features = _features(encoder, sets, scales=scales, transform=transform, cfg=cfg)
+    database, queries = torch.cat([features["database"], distractors]), features["queries"]
+    if others is not None:
+        whitening = Whitening.learn(features["whitening"], dim)
+        database, queries = whitening(database), whitening(queries)
+
+    preparation = {"preset": cfg.preset, **settings, "scales": scales, "resize": "longest side, Lanczos, never enlarged"}
+    return _scored(rank(queries, database), truth) | {
+        "dataset": cfg.dataset,
+        "split": "test",
+        "counts": {name: len(images) for name, images in sets.items()} | {"distractors": len(distractors)},
+        "count_warnings": warnings,
+        "preprocessing": preparation | {"mean": transform.mean, "std": transform.std},
+        "whitening_dim": None if others is None else dim,
+    }
+
+
+def _features(
+    encoder: Encoder, sets: dict[str, ImageSet], *, scales: Sequence[float], transform: Thumbnail, cfg: RetrievalConfig
+) -> dict[str, Tensor]:
+    """The features of each set, one image at a time. Published CNNs take images of any shape, so meanwhile this one does."""
+    device, least = next(encoder.parameters()).device, encoder.least_map
+    encoder.least_map = 1
+    try:
+        return {
+            name: extract_features(
+                MultiScale(encoder, scales), images, transform=transform, batch_size=cfg.batch_size, workers=cfg.workers,
+                device=device, precision=cfg.precision, description=name,
+            )
+            for name, images in sets.items()
+        }  # fmt: skip
+    finally:
+        encoder.least_map = least
+
+
+def _scored(order: Tensor, truth: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """What the results hold of rankings (Q, M)."""
+    result: dict[str, Any] = {"ranks": order[:, :TOP].contiguous(), "kappas": KAPPAS, "queries_with_positives": {}}
+    for protocol, scores in evaluate_ranks(order.T, truth).items():
+        result["queries_with_positives"][protocol] = int((~np.isnan(scores.ap)).sum())
+        result[f"ap_{protocol}"] = torch.from_numpy(100 * scores.ap)
+        if not math.isnan(scores.map):
+            result[f"map_{protocol}"] = 100 * scores.map
+            result |= {f"mp{kappa}_{protocol}": 100 * float(value) for kappa, value in zip(KAPPAS, scores.mp, strict=True)}
+    return result
+
+
+def _distractors(file: str, width: int) -> Tensor:
+    """The features (images, width) float32 of a .npy file; none without a file."""
+    if not file:
+        return torch.empty(0, width)
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is no array of features ({error}): give a .npy file of numbers") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != width or array.dtype.kind != "f":
+        found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        raise ValueError(f"{file} holds {found}: distractors are features (images, {width}) of this encoder, in one .npy file")
+    features = torch.from_numpy(np.array(array, np.float32))
+    if not features.sum(1).isfinite().all():
+        raise ValueError(f"{file} holds features that are not finite: extract them again")
+    return features
