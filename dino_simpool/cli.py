@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "dino_simpool.eval.retrieval:main",
         "find landmarks of ROxford or RParis with frozen features",
     ),
+    "recall": (config.RecallConfig, "dino_simpool.eval.recall:main", "fine-grained retrieval, Recall@k, with frozen features"),
     "masks": (
         config.MasksConfig,
         "dino_simpool.eval.masks:main",
