@@ -29,6 +29,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "how much of the attention is on the object, on images with masks",
     ),
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
+    "bench knn": (
+        config.BenchKnnConfig,
+        "dino_simpool.bench.knn:main",
+        "time and memory of k-NN and Recall@k, beside the published way",
+    ),
     "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as an image tree"),
 }
 """Name of a command, in one word or two: its options, the function that takes them, and what it does."""

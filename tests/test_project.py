@@ -35,7 +35,7 @@ LEVELS: list[tuple[float, dict[str, str]]] = [
     (2, {"checkpoint": "config convert distributed model", "features": "distributed data"}),
     (2.5, {"step": "config convert distributed loss model monitor optim plan"}),
     (3, {"eval": "0-2", "train": "0-2.5 eval.knn"}),
-    (4, {"report": "0-2 eval", "cli": "config"}),
+    (4, {"report": "0-2 eval", "bench": "0-2 eval", "cli": "config"}),
     (5, {"__main__": "cli"}),
 ]
 SAME_LEVEL = {("model", "trunk"), ("data", "augment"), ("train", "eval.knn")}

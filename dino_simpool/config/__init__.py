@@ -6,11 +6,12 @@ learning rate, the number of steps and the like are functions of the configurati
 so that help and mistakes answer at once.
 
     train.py     the options of a training run        evaluate.py  of the evaluators and the other commands
-    parse.py     recipes + command line <-> dataclass
+    bench.py     of the benchmarks                    parse.py     recipes + command line <-> dataclass
 """
 
 from __future__ import annotations
 
+from dino_simpool.config.bench import BenchKnnConfig
 from dino_simpool.config.evaluate import (
     EvalConfig,
     KnnConfig,
@@ -41,6 +42,7 @@ from dino_simpool.config.train import (
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "BenchKnnConfig",
     "ConfigError",
     "CropsConfig",
     "DataConfig",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dino_simpool.eval import MAX_BYTES, chunks
-from dino_simpool.eval.search import UNIT, full_precision, keys_of, margin
+from dino_simpool.eval.search import UNIT, full_precision, keys_of, lengths_of, margin
 
 TILE = 1024
 """Side of a tile on a CPU: two of them stay in its cache."""
@@ -29,52 +29,52 @@ NOTHING = -(2**62)
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Features with labels, on the device where they are compared."""
+    """Features in the order of their labels, so that images of one class are neighbours, on the device of the features."""
 
-    rows: Tensor  # (M, D), as given
+    rows: Tensor  # (M, D), of any length
     lengths: Tensor  # (M,) float64
-    labels: Tensor  # (M,) int64
+    labels: Tensor  # (M,) int64, ascending
+    number: Tensor  # (M,) int64, the place of each where it came from
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor) -> Labelled:
+        """Features (M, D) and labels (M,) in any order. ValueError if a feature is not finite."""
+        labels, order = labels.to(features.device).long().sort(stable=True)
+        rows = features[order]
+        return cls(rows, lengths_of(rows), labels, order)
 
     def exact(self, index: Tensor | slice) -> Tensor:
-        """Rows of unit length in float64."""
+        """Some rows, of unit length in float64."""
         return self.rows[index].double() / self.lengths[index, None]
 
     def unit(self) -> Tensor:
-        """All of them in float32, (M, D)."""
-        return torch.cat([self.exact(part).float() for part in chunks(len(self.rows), 16 * self.rows.shape[1])])
+        """All rows, of unit length in float32, (M, D)."""
+        unit = torch.empty(self.rows.shape, device=self.rows.device)
+        for part in chunks(len(unit), 16 * unit.shape[1]):
+            unit[part] = self.exact(part)
+        return unit
 
 
 def best_positive(queries: Labelled, gallery: Labelled, *, own: bool) -> Tensor:
-    """The key (search.py) of the nearest positive of each query, (Q,) int64; NOTHING if it has none.
+    """The key (search.py) of the nearest positive of each query, (Q,) int64, with its `number`; NOTHING if there is none.
 
-    In the order of labels a few queries and the gallery images of their classes are two slices.
+    own: queries and gallery are the same, and nobody is positive to himself.
     """
     best = torch.full_like(queries.labels, NOTHING)
-    order, gallery_order = queries.labels.argsort(stable=True), gallery.labels.argsort(stable=True)
-    labels, gallery_labels = queries.labels[order], gallery.labels[gallery_order]
-    start = torch.searchsorted(gallery_labels, labels).tolist()
-    stop = torch.searchsorted(gallery_labels, labels, right=True).tolist()
-    first = 0
-    while first < len(order):
-        last = min(first + 64, len(order))
-        rows = order[first:last]
-        for columns in chunks(stop[last - 1] - start[first], 8 * (queries.rows.shape[1] + 4 * len(rows)), max_bytes=MAX_BYTES):
-            index = gallery_order[start[first] + columns.start : start[first] + columns.stop]
-            key = keys_of(queries.exact(rows) @ gallery.exact(index).T, index)
-            positive = queries.labels[rows, None] == gallery.labels[index]
+    start = torch.searchsorted(gallery.labels, queries.labels).tolist()
+    stop = torch.searchsorted(gallery.labels, queries.labels, right=True).tolist()
+    for first in range(0, len(best), 64):
+        rows = slice(first, min(first + 64, len(best)))
+        exact = queries.exact(rows)
+        begin, end = start[rows.start], stop[rows.stop - 1]  # all gallery images of these classes, and of those between
+        for part in chunks(end - begin, 8 * (exact.shape[1] + 4 * len(exact))):
+            columns = slice(begin + part.start, begin + part.stop)
+            key = keys_of(exact @ gallery.exact(columns).T, gallery.number[columns])
+            positive = queries.labels[rows, None] == gallery.labels[columns]
             if own:
-                positive &= rows[:, None] != index
-            found = torch.where(positive, key, NOTHING).amax(1)
-            best[rows] = torch.maximum(best[rows], found)
-        first = last
+                positive &= queries.number[rows, None] != gallery.number[columns]
+            best[rows] = torch.maximum(best[rows], torch.where(positive, key, NOTHING).amax(1))
     return best
-
-
-def _tiles(queries: int, gallery: int, side: int, *, own: bool) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the tiles that cover all pairs; if both are the same images, of the upper triangle."""
-    for i in range(0, queries, side):
-        for j in range(i if own else 0, gallery, side):
-            yield slice(i, min(i + side, queries)), slice(j, min(j + side, gallery))
 
 
 def count_nearer(
@@ -82,17 +82,18 @@ def count_nearer(
 ) -> Tensor:
     """How many gallery images are nearer than the best positive, (Q, 2) int64: by the stable order, and more similar than it.
 
-    part: (i, n) counts every n-th tile from the i-th on only.
+    Arguments as of, and from, `best_positive`. tile: side of a tile, None as fits the device. part: (i, n) counts every n-th
+    tile from the i-th on only.
     """
-    device, width = queries.rows.device, queries.rows.shape[1]
+    device = queries.rows.device
     side = tile or (TILE if device.type == "cpu" else DEVICE_TILE)
     unit = queries.unit()
     gallery_unit = unit if own else gallery.unit()
-    counter = _Counter(queries, gallery, best, margin(width), torch.zeros(len(best), 2, dtype=torch.int64, device=device))
+    counter = _Counter.of(queries, gallery, best)
     product, mask = (torch.empty(side * side, device=device) for _ in range(2))
     with full_precision():
-        for number, (rows, columns) in enumerate(_tiles(len(unit), len(gallery_unit), side, own=own)):
-            if number % part[1] != part[0]:
+        for turn, (rows, columns) in enumerate(_tiles(len(unit), len(gallery_unit), side, own=own)):
+            if turn % part[1] != part[0]:
                 continue
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             similarity, space = (memory[: shape[0] * shape[1]].view(shape) for memory in (product, mask))
@@ -105,36 +106,49 @@ def count_nearer(
     return counter.nearer
 
 
+def _tiles(queries: int, gallery: int, side: int, *, own: bool) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the tiles that cover all pairs; if both are the same images, of the upper triangle."""
+    for i in range(0, queries, side):
+        for j in range(i if own else 0, gallery, side):
+            yield slice(i, min(i + side, queries)), slice(j, min(j + side, gallery))
+
+
 @dataclass(frozen=True, eq=False)
 class _Counter:
     queries: Labelled
     gallery: Labelled
     best: Tensor  # (Q,) keys
-    margin: float
+    low: Tensor  # (Q, 1) float32: what is below is certainly not nearer
+    high: Tensor  # (Q, 1) float32: what is above is certainly nearer
     nearer: Tensor  # (Q, 2) int64, the counts so far
+
+    @classmethod
+    def of(cls, queries: Labelled, gallery: Labelled, best: Tensor) -> _Counter:
+        level = torch.where(best > NOTHING, (best >> 32).double() / UNIT, torch.inf)[:, None]
+        error = margin(queries.rows.shape[1])
+        low, high = (level - error).float(), (level + error).float()
+        return cls(queries, gallery, best, low, high, torch.zeros(len(best), 2, dtype=torch.int64, device=best.device))
 
     def add(self, similarity: Tensor, rows: slice, columns: slice, space: Tensor) -> None:
         """Count a tile (b, c) of float32 similarities. space: memory of its shape and strides."""
-        best = self.best[rows]
-        level = torch.where(best > NOTHING, (best >> 32).double() / UNIT, torch.inf)[:, None]
-        low, high = (level - self.margin).float(), (level + self.margin).float()
+        low, high = self.low[rows], self.high[rows]
         # A comparison into float32, and the sum of that (exact up to 2**24), are faster than with booleans.
         certain = torch.gt(similarity, high, out=space).sum(1)
         unsure = (torch.ge(similarity, low, out=space).sum(1) - certain).nonzero()[:, 0]
         self.nearer[rows] += certain.long()[:, None]
-        if len(unsure):
+        if len(unsure):  # in few tiles: positives, which are as near as they are, lie on the diagonal or beside it
             near = similarity[unsure]
             self._settle((near >= low[unsure]) & (near <= high[unsure]), rows.start + unsure, columns)
 
     def _settle(self, near: Tensor, rows: Tensor, columns: slice) -> None:
         """Count what of the marked pairs (rows, columns) is nearer in float64."""
         row, column = near.nonzero(as_tuple=True)
-        query, index = rows[row], columns.start + column
+        query, other = rows[row], columns.start + column
         if 8 * len(row) > near.numel():  # so many near-ties that the product of all is cheaper
             similarity = (self.queries.exact(rows) @ self.gallery.exact(columns).T)[near]
         else:
             # Parts that fit in the processor's cache.
             parts = chunks(len(row), 16 * self.queries.rows.shape[1], max_bytes=MAX_BYTES // 64)
-            similarity = torch.cat([(self.queries.exact(query[p]) * self.gallery.exact(index[p])).sum(1) for p in parts])
-        key, best = keys_of(similarity, index), self.best[query]
+            similarity = torch.cat([(self.queries.exact(query[p]) * self.gallery.exact(other[p])).sum(1) for p in parts])
+        key, best = keys_of(similarity, self.gallery.number[other]), self.best[query]
         self.nearer.index_add_(0, query, torch.stack([key > best, key >> 32 > best >> 32], 1).long())

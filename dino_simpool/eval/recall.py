@@ -32,7 +32,7 @@ from dino_simpool.data import EvalTransform, ImageSet
 from dino_simpool.data.layouts import differing_counts, fine_grained, part_counts
 from dino_simpool.eval import chunks, preprocessing, run
 from dino_simpool.eval.ranking import NOTHING, Labelled, best_positive, count_nearer
-from dino_simpool.eval.search import lengths_of, neighbors
+from dino_simpool.eval.search import neighbors
 from dino_simpool.features import extract_features
 from dino_simpool.logs import say
 from dino_simpool.model import Encoder
@@ -91,16 +91,23 @@ def first_positive(
     Arguments as in `recall_at_k`; it is computed where the features are. tile: side of the blocks of the product, by default
     as fits the device. shared: called by all processes together, with the same arguments, of which each does its share.
     """
-    queries, gallery, own = _pair(features, labels, gallery_features, gallery_labels)
+    _check(features, labels, gallery_features, gallery_labels)
+    own = gallery_features is None
     ties = ties or default_ties(own)
     if ties not in ("stable", "optimistic"):
         raise ValueError(f"ties is {ties}: give stable or optimistic")
+    features = features.cpu() if features.device.type == "mps" else features  # which has no float64
+    queries = Labelled.of(features, labels)
+    gallery = queries
+    if gallery_features is not None and gallery_labels is not None:
+        gallery = Labelled.of(gallery_features.to(features.device), gallery_labels)
     best = best_positive(queries, gallery, own=own)
     part = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
     nearer = count_nearer(queries, gallery, best, own=own, tile=tile, part=part).cpu()
     if shared:
         nearer = torch.stack(distributed.gather_objects(nearer)).sum(0)
-    return torch.where(best.cpu() > NOTHING, 1 + nearer[:, ("stable", "optimistic").index(ties)], 0).int()
+    ranks = torch.where(best.cpu() > NOTHING, 1 + nearer[:, ("stable", "optimistic").index(ties)], 0).int()
+    return torch.empty_like(ranks).index_copy_(0, queries.number.cpu(), ranks)
 
 
 def default_ties(own: bool) -> Ties:
@@ -120,22 +127,23 @@ def precision_at_r(
 
     Arguments and errors as in `first_positive`.
     """
-    queries, gallery, own = _pair(features, labels, gallery_features, gallery_labels)
-    query_labels, gallery_labels = queries.labels.cpu(), gallery.labels.cpu()
-    positives = count_positives(query_labels, None if own else gallery_labels)
+    _check(features, labels, gallery_features, gallery_labels)
+    own = gallery_features is None
+    positives = count_positives(labels.cpu(), None if gallery_labels is None else gallery_labels.cpu())
+    bank = (features if gallery_features is None else gallery_features).cpu()
+    labels, bank_labels = labels.cpu(), (labels if gallery_labels is None else gallery_labels).cpu()
     most = int(positives.max())
     mine = (
         torch.arange(distributed.rank(), len(positives), distributed.world_size()) if shared else torch.arange(len(positives))
     )
     found = torch.zeros(len(mine), 2, dtype=torch.float64)
-    bank = gallery.rows.cpu()
     for part in chunks(len(mine), 40 * (most + 1)) if most else ():
         rows = mine[part]
-        _, index = neighbors(bank, queries.rows[rows], k=min(most + int(own), len(bank)))
+        _, index = neighbors(bank, features[rows], k=min(most + int(own), len(bank)))
         if own:  # each query to the end of its list; the others keep their order
             index = index.gather(1, (index == rows[:, None]).to(torch.uint8).argsort(dim=1, stable=True))[:, :most]
         wanted, ranks = positives[rows, None], torch.arange(1, index.shape[1] + 1)
-        hits = ((gallery_labels[index] == query_labels[rows, None]) & (ranks <= wanted)).double()
+        hits = ((bank_labels[index] == labels[rows, None]) & (ranks <= wanted)).double()
         sums = torch.stack([hits.sum(1), (hits * hits.cumsum(1) / ranks).sum(1)], 1)
         found[part] = sums / wanted.clamp_min(1)
     found = distributed.gather_by_index(found, mine, len(positives)) if shared else found
@@ -149,27 +157,17 @@ def count_positives(labels: Tensor, gallery_labels: Tensor | None = None) -> Ten
     return found - int(gallery_labels is None)
 
 
-def _pair(
-    features: Tensor, labels: Tensor, gallery_features: Tensor | None, gallery_labels: Tensor | None
-) -> tuple[Labelled, Labelled, bool]:
-    """Queries and gallery, and whether they are the same images."""
+def _check(features: Tensor, labels: Tensor, gallery_features: Tensor | None, gallery_labels: Tensor | None) -> None:
+    """ValueError unless features and labels fit each other, and a gallery has both."""
     if (gallery_features is None) != (gallery_labels is None):
         raise ValueError("a gallery has features and labels: give both, or neither if the queries are their own gallery")
-    queries = _labelled("query", features, labels)
-    if gallery_features is None or gallery_labels is None:
-        return queries, queries, True
-    if gallery_features.shape[-1] != features.shape[-1]:
-        widths = f"{features.shape[-1]} and {gallery_features.shape[-1]}"
+    for name, rows, its in (("query", features, labels), ("gallery", gallery_features, gallery_labels)):
+        if rows is not None and its is not None and (rows.ndim != 2 or not len(its) == len(rows) > 0):
+            given = f"{name} features {tuple(rows.shape)} and {len(its)} labels"
+            raise ValueError(f"{given}: give features (images, width) and one label for each, at least one")
+    if gallery_features is not None and gallery_features.shape[1] != features.shape[1]:
+        widths = f"{features.shape[1]} and {gallery_features.shape[1]}"
         raise ValueError(f"query and gallery features have {widths} dimensions: take both from one encoder")
-    return queries, _labelled("gallery", gallery_features.to(features.device), gallery_labels), False
-
-
-def _labelled(name: str, features: Tensor, labels: Tensor) -> Labelled:
-    if features.ndim != 2 or not len(labels) == len(features) > 0:
-        given = f"features {tuple(features.shape)} and {len(labels)} labels"
-        raise ValueError(f"{name} {given}: give features (images, width) and one label for each, at least one")
-    features = features.cpu() if features.device.type == "mps" else features  # which has no float64
-    return Labelled(features, lengths_of(features), labels.to(features.device).long())
 
 
 def main(cfg: RecallConfig) -> None:
