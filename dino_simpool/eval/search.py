@@ -73,12 +73,9 @@ class _Bank:
 
     def settle(self, queries: Tensor, index: Tensor, k: int) -> Tensor:
         """The keys (b, k) of the best of the candidates (b, count), from float64 products."""
-        keys = []
-        # A part that fits in the processor's cache is twice as fast.
-        for part in chunks(len(index), 12 * index.shape[1] * queries.shape[1], max_bytes=self.max_bytes // 32):
-            found = self.rows[index[part]].double() @ queries[part, :, None]
-            keys.append(keys_of(found[..., 0] / self.lengths[index[part]], index[part]).topk(k).values)
-        return torch.cat(keys)
+        # Query by query: what is gathered stays in the processor's cache, and index_select is faster than indexing.
+        found = [self.rows.index_select(0, row).double() @ query for row, query in zip(index, queries, strict=True)]
+        return keys_of(torch.stack(found) / self.lengths[index], index).topk(k).values
 
     def search_all(self, queries: Tensor, k: int) -> Tensor:
         """The keys (b, k) of the best of all rows, from float64 products."""
@@ -128,8 +125,7 @@ def keys_of(similarity: Tensor, index: Tensor) -> Tensor:
 
 def lengths_of(features: Tensor) -> Tensor:
     """Euclidean lengths (M,) in float64, 1e-12 at least, so that a zero vector is similar to nothing."""
-    parts = [features[rows].double().norm(dim=1) for rows in chunks(len(features), 8 * features.shape[1])]
-    lengths = torch.cat(parts) if parts else features.new_empty(0, dtype=torch.float64)
+    lengths = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
     if not lengths.isfinite().all():
         raise ValueError(
             f"feature {int((~lengths.isfinite()).nonzero()[0])} is not finite, as it must be here: check the encoder"
