@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "dino_simpool.eval.retrieval:main",
         "find landmarks of ROxford or RParis with frozen features",
     ),
+    "recall": (config.RecallConfig, "dino_simpool.eval.recall:main", "fine-grained retrieval, Recall@k, with frozen features"),
     "masks": (
         config.MasksConfig,
         "dino_simpool.eval.masks:main",
@@ -41,6 +42,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "decode all images of a folder: which cannot be read, what is unusual",
     ),
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
+    "bench knn": (
+        config.BenchKnnConfig,
+        "dino_simpool.bench.knn:main",
+        "time and memory of k-NN and Recall@k, beside the published way",
+    ),
     "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as an image tree"),
 }
 """Name of a command, in one word or two: its options, the function that takes them, and what it does."""

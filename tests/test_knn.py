@@ -17,8 +17,9 @@ from dino_simpool import eval as evaluation
 from dino_simpool.checkpoint import export_encoder, file_sha256
 from dino_simpool.config import EvalConfig, KnnConfig, LinearConfig, ModelConfig
 from dino_simpool.data import class_folder
-from dino_simpool.eval import knn, run
-from dino_simpool.eval.knn import knn_accuracy, knn_rank, neighbors, vote_each_k
+from dino_simpool.eval import knn, run, search
+from dino_simpool.eval.knn import knn_accuracy, knn_rank, vote_each_k
+from dino_simpool.eval.search import neighbors
 from dino_simpool.model import build_encoder
 
 
@@ -120,8 +121,8 @@ def test_blocks_change_nothing(max_bytes: int, monkeypatch: pytest.MonkeyPatch):
     train, test = torch.randn(150, 24, generator=generator), torch.randn(9, 24, generator=generator)
     train[60:120] = train[:1]  # ties that need the search in float64
     expected = neighbors(train, test, k=20)
-    for search in (knn._search_faiss, knn._search_blocked):
-        monkeypatch.setattr(knn, "_search_faiss", search)
+    for found_by in (search._search_faiss, search._search_blocked):
+        monkeypatch.setattr(search, "_search_faiss", found_by)
         found = neighbors(train, test, k=20, max_bytes=max_bytes)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
@@ -131,18 +132,18 @@ def test_working_arrays_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
     max_bytes, sizes = 2**19, {"search": 0, "keys": 0}
     train = torch.randn(40_000, 96, generator=torch.Generator().manual_seed(0))
     train[100:] = train[:1]  # so many ties that all three searches run
-    search, keys = knn._search_faiss, knn._keys
+    plain_search, plain_keys = search._search_faiss, search.keys_of
 
     def watched_search(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
         sizes["search"] = max(sizes["search"], queries.nbytes, unit.nbytes)
-        return search(queries, unit, count)
+        return plain_search(queries, unit, count)
 
     def watched_keys(similarity: Tensor, index: Tensor) -> Tensor:
         sizes["keys"] = max(sizes["keys"], similarity.nbytes)
-        return keys(similarity, index)
+        return plain_keys(similarity, index)
 
-    monkeypatch.setattr(knn, "_search_faiss", watched_search)
-    monkeypatch.setattr(knn, "_keys", watched_keys)
+    monkeypatch.setattr(search, "_search_faiss", watched_search)
+    monkeypatch.setattr(search, "keys_of", watched_keys)
     _, index = neighbors(train, train[:40] + 0.1, k=10, max_bytes=max_bytes)
     assert 0 < sizes["search"] <= max_bytes < train.nbytes / 25
     assert 0 < sizes["keys"] <= max_bytes

@@ -37,7 +37,7 @@ LEVELS: list[tuple[float, dict[str, str]]] = [
     (2.5, {"step": "config convert distributed loss model monitor optim plan"}),
     (2.5, {"bad_files": "checkpoint data distributed logs", "feed": "config distributed augment data bad_files"}),
     (3, {"eval": "0-2", "train": "0-2.5 eval.knn", "check_data": "bad_files config data decode distributed logs"}),
-    (4, {"report": "0-2 eval", "cli": "config"}),
+    (4, {"report": "0-2 eval", "bench": "0-2 eval", "cli": "config"}),
     (5, {"__main__": "cli"}),
 ]
 SAME_LEVEL = {("model", "trunk"), ("data", "augment"), ("data", "logs"), ("train", "eval.knn"), ("feed", "bad_files")}

@@ -6,16 +6,18 @@ learning rate, the number of steps and the like are functions of the configurati
 so that help and mistakes answer at once.
 
     train.py     the options of a training run        evaluate.py  of the evaluators and the other commands
-    parse.py     recipes + command line <-> dataclass    tools.py     of the commands about files
+    parse.py     recipes + command line <-> dataclass    tools.py     of the commands about files    bench.py  of the benchmarks
 """
 
 from __future__ import annotations
 
+from dino_simpool.config.bench import BenchKnnConfig
 from dino_simpool.config.evaluate import (
     EvalConfig,
     KnnConfig,
     LinearConfig,
     MasksConfig,
+    RecallConfig,
     ReportConfig,
     ResourcesConfig,
     RetrievalConfig,
@@ -45,6 +47,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MAX_PIXELS",
+    "BenchKnnConfig",
     "CheckDataConfig",
     "ConfigError",
     "CropsConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "MasksConfig",
     "ModelConfig",
     "OptimConfig",
+    "RecallConfig",
     "ReportConfig",
     "ResourcesConfig",
     "RetrievalConfig",

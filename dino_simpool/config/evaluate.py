@@ -126,6 +126,37 @@ class RetrievalConfig(EvalConfig):
 
 
 @dataclass(frozen=True)
+class RecallConfig(EvalConfig):
+    """Fine-grained retrieval, Recall@k, on the test images of a metric-learning data set."""
+
+    data: str = ""
+    """Folder that holds the data set's own folder (CUB_200_2011, cars196, Stanford_Online_Products, Inshop_Clothes), or with
+    the layout folder the class folders."""
+    layout: Literal["cub200", "cars196", "sop", "inshop", "folder"] = "folder"
+    """The data set, or folder: CLASS/IMAGE, all of it test."""
+    preset: Literal["dino_eval", "dml_eval"] = "dino_eval"
+    """How images are resized, where the paper is silent. dino_eval: bicubic, as for k-NN; dml_eval: bilinear, as the
+    metric-learning code of the paper's authors."""
+    k: tuple[int, ...] = ()
+    """Numbers of neighbours. Empty: the columns of the paper's table, 1 2 4 (cub200, cars196, folder), 1 10 100 (sop) or
+    1 10 20 (inshop)."""
+    ties: Literal["published", "stable", "optimistic"] = "published"
+    """Which of equally similar images is nearer. stable: the lower index; optimistic: one of the query's class; published:
+    optimistic for inshop, stable for the others."""
+    map_at_r: bool = True
+    """Also R-precision and MAP@R, by a second search. It takes long where classes have thousands of images."""
+    tile: int | None = None
+    """Side of the blocks of similarities, in images; no result depends on it. null: 1024 on a CPU, else 8192."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.subset_per_class is not None:
+            raise ValueError("recall has no subset_per_class: every test image is a query")
+        if self.tile is not None and self.tile < 1:
+            raise ValueError(f"tile is {self.tile}: give 1 or more")
+
+
+@dataclass(frozen=True)
 class MasksConfig(EvalConfig):
     """Share of the attention that falls on the object, on images with masks (the embedded data set has them)."""
 

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ LONGEST = 64
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The published evaluation transform: shorter side to `resize` (bicubic, Pillow), centre crop, normalise."""
+    """The published evaluation transform: shorter side to `resize` (bicubic by default, Pillow), centre crop, normalise."""
 
     image_size: int
     """Side S of the square that comes out, in pixels."""
@@ -43,6 +43,7 @@ class EvalTransform:
     """Shorter side before the crop. None: image_size * 256 / 224, as published."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < self.image_size:
@@ -56,7 +57,8 @@ class EvalTransform:
             sides = [min(side, LONGEST * shorter + side % 2) for side in image.size]  # even or odd as before: same centre
             left, top = ((side - kept) // 2 for side, kept in zip(image.size, sides, strict=True))
             image = image.crop((left, top, left + sides[0], top + sides[1]))
-        image = image.resize((short * image.width // shorter, short * image.height // shorter), Image.Resampling.BICUBIC)
+        method = Image.Resampling[self.interpolation.upper()]
+        image = image.resize((short * image.width // shorter, short * image.height // shorter), method)
         left, top = round((image.width - self.image_size) / 2), round((image.height - self.image_size) / 2)
         image = image.crop((left, top, left + self.image_size, top + self.image_size))
         return to_tensor([image], mean=self.mean, std=self.std)[0]

@@ -30,7 +30,7 @@ from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, EvalConfig, to_dict
 from dino_simpool.data import ImageSet, class_folder
 from dino_simpool.model import Encoder
 
-NAMED_OPTIONS = ("dataset", "preset")
+NAMED_OPTIONS = ("dataset", "layout", "preset")
 """Options whose values are part of the name of a results file."""
 MAX_BYTES = 2**28
 """Size of each working array of an evaluator."""

@@ -6,22 +6,17 @@ here: of equal similarities the lower training index is nearer, of equal votes t
 for its class (classes without one are in no order); any number of images and classes works, and k above the bank means all of
 it.
 
-One search in float32 (faiss on the CPU, a blocked product elsewhere) finds the candidates, somewhat more than k. Their
-cosines are then computed in float64 and rounded to 2**-30, so that duplicates tie and the result is exact, whatever the
-blocks, batches and processes. A test image for which rounding could have hidden a neighbour (more than 32 near-ties) is
-searched in float64 instead.
+The search is exact (search.py), whatever the blocks, batches and processes.
 
-M training images (the bank), T test images, b of them at a time, D width, C classes.
+M training images (the bank), T test images, D width, C classes.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -29,19 +24,14 @@ from torch import Tensor, nn
 from dino_simpool import distributed
 from dino_simpool.config import KnnConfig
 from dino_simpool.data import EvalTransform, ImageSet
-from dino_simpool.eval import MAX_BYTES, chunks, class_folders, classes_of, preprocessing, run
+from dino_simpool.eval import chunks, class_folders, classes_of, preprocessing, run
+from dino_simpool.eval.search import neighbors
 from dino_simpool.features import extract_features
 from dino_simpool.logs import say
 from dino_simpool.model import Encoder
 
 KS = (10, 20, 100, 200)
 """The numbers of neighbours of the published evaluation; the paper reports 10."""
-SPARE = 32
-"""Candidates beyond k, so that near-ties at the k-th place are settled among candidates."""
-UNIT = 2**30
-"""A similarity of 1 in the fixed-point numbers that are compared."""
-INDEX = 2**32
-"""A key is similarity * INDEX + (INDEX - 1 - training index): larger is better, no two are equal."""
 
 
 def knn_rank(
@@ -104,103 +94,6 @@ def _vote(similarity: Tensor, labels: Tensor, *, temperature: float, num_classes
         ordered, order = sums.sort(dim=1, descending=True, stable=True)
         classes[rows], votes[rows] = order[:, :top], ordered[:, :top]
     return classes, votes
-
-
-def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
-    """The k training rows of highest cosine: similarities (T, k) float64, descending, and indices (T, k), on the CPU.
-
-    train: (M, D), on the CPU; test: (T, D), where the search shall run; k <= M. Equal similarities: lower index first.
-    max_bytes: size of each working array. ValueError if a feature is not finite.
-    """
-    test = test.cpu() if test.device.type == "mps" else test  # which has no float64
-    bank = _Bank(train.cpu(), _lengths(train.cpu()), max_bytes)
-    lengths = _lengths(test)
-    count = min(k + SPARE, len(train))
-    keys = torch.empty(len(test), k, dtype=torch.int64)
-    for rows in chunks(len(test), 4 * test.shape[1] + 32 * count, max_bytes=max_bytes, most=4096):
-        queries = test[rows].double() / lengths[rows, None]
-        lowest, index = bank.candidates(queries.float(), count)
-        found = bank.settle(queries.cpu(), index, k)
-        # Float32 products of unit vectors err by less: the rounding of both vectors, and four sigma of that of D additions.
-        unsure = (found[:, -1] >> 32).double() / UNIT - lowest <= 2**-22 * (2 + test.shape[1] ** 0.5)
-        if count < len(train) and unsure.any():
-            found[unsure] = bank.search_all(queries.cpu()[unsure], k)
-        keys[rows] = found
-    return (keys >> 32).double() / UNIT, INDEX - 1 - (keys & (INDEX - 1))
-
-
-@dataclass(frozen=True)
-class _Bank:
-    """The training features and the three searches in them. Queries are (b, D) of unit length, keys as in INDEX."""
-
-    rows: Tensor  # (M, D)
-    lengths: Tensor  # (M,) float64
-    max_bytes: int
-
-    def candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Float32 search for `count` rows: the lowest similarity among them (b,) and their indices (b, count), on the CPU."""
-        value = queries.new_empty(len(queries), 0)
-        index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        for block in chunks(len(self.rows), 4 * (len(queries) + 2 * queries.shape[1]), max_bytes=self.max_bytes):
-            unit = (self.rows[block].float() / self.lengths[block, None].float()).to(queries.device)
-            search = _search_faiss if queries.device.type == "cpu" else _search_blocked
-            similarity, place = search(queries, unit, min(count, len(unit)))
-            value, index = torch.cat([value, similarity], 1), torch.cat([index, place + block.start], 1)
-            value, kept = value.topk(min(count, value.shape[1]))
-            index = index.gather(1, kept)
-        return value[:, -1].double().cpu(), index.cpu()
-
-    def settle(self, queries: Tensor, index: Tensor, k: int) -> Tensor:
-        """The keys (b, k) of the best of the candidates (b, count), from float64 products."""
-        keys = []
-        # A part that fits in the processor's cache is twice as fast.
-        for part in chunks(len(index), 12 * index.shape[1] * queries.shape[1], max_bytes=self.max_bytes // 32):
-            found = self.rows[index[part]].double() @ queries[part, :, None]
-            keys.append(_keys(found[..., 0] / self.lengths[index[part]], index[part]).topk(k).values)
-        return torch.cat(keys)
-
-    def search_all(self, queries: Tensor, k: int) -> Tensor:
-        """The keys (b, k) of the best of all rows, from float64 products."""
-        found = []
-        for part in queries.split(256):
-            keys = torch.empty(len(part), 0, dtype=torch.int64)
-            for block in chunks(len(self.rows), 16 * (len(part) + queries.shape[1]), max_bytes=self.max_bytes // 32):
-                similarity = (part @ self.rows[block].double().T) / self.lengths[block]
-                keys = torch.cat([keys, _keys(similarity, torch.arange(block.start, block.stop))], 1)
-                keys = keys.topk(min(k, keys.shape[1])).values
-            found.append(keys)
-        return torch.cat(found)
-
-
-def _search_faiss(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Inner-product search of faiss (that of IndexFlatIP, without an index's copy of the bank)."""
-    similarity, place = faiss.knn(queries.numpy(), unit.numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
-    return torch.from_numpy(similarity), torch.from_numpy(place)
-
-
-def _search_blocked(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same on any device. Reduced-precision products (TF32) would err by more than the search allows for."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        return (queries @ unit.T).topk(count)
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-def _keys(similarity: Tensor, index: Tensor) -> Tensor:
-    return (similarity * UNIT).round().long() * INDEX + (INDEX - 1 - index)
-
-
-def _lengths(features: Tensor) -> Tensor:
-    """Euclidean lengths (M,) in float64, 1e-12 at least, so that a zero vector is similar to nothing."""
-    parts = [features[rows].double().norm(dim=1) for rows in chunks(len(features), 8 * features.shape[1])]
-    lengths = torch.cat(parts) if parts else features.new_empty(0, dtype=torch.float64)
-    if not lengths.isfinite().all():
-        raise ValueError(
-            f"feature {int((~lengths.isfinite()).nonzero()[0])} is not finite, which k-NN needs: check the encoder"
-        )
-    return lengths.clamp_min(1e-12)
 
 
 def knn_accuracy(

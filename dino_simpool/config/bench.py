@@ -1,0 +1,49 @@
+"""The options of the benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dino_simpool.config.train import check_device
+
+
+@dataclass(frozen=True)
+class BenchKnnConfig:
+    """Time and memory of k-NN and Recall@k, side by side with the published way and with bare matrix products."""
+
+    out: str = "bench"
+    """Folder; knn.json is written there."""
+    width: int = 384
+    """Dimensions of the features (384: ViT-S)."""
+    images: int = 60_502
+    """Queries of Recall@k, which are their own gallery (60,502: Stanford Online Products)."""
+    products: int = 11_316
+    """Classes of these images, of about equal size."""
+    bank: int = 128_000
+    """Training images of k-NN."""
+    queries: int = 5_000
+    """Test images of k-NN."""
+    classes: int = 1_000
+    """Classes of k-NN."""
+    k: tuple[int, ...] = (20, 200)
+    """Numbers of neighbours, each measured by itself and then all of them in one evaluation."""
+    published_chunks: tuple[int, ...] = (100, 500)
+    """Parts into which the published way cuts the queries: 100 in facebookresearch/dino, 500 in billpsomas/simpool."""
+    noise: float = 3.0
+    """Standard deviation of the features around the centre of their class, whose own is 1: how hard the classes are."""
+    repetitions: int = 3
+    """Rounds; in each one every way runs once. Medians are compared."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
+    seed: int = 0
+    """Of the features."""
+
+    def __post_init__(self) -> None:
+        counts = (self.width, self.images, self.products, self.bank, self.queries, self.classes, self.repetitions)
+        if min((*counts, *self.k, *self.published_chunks)) < 1 or not self.k or not self.published_chunks:
+            raise ValueError("sizes, k, published_chunks and repetitions must be 1 or more")
+        if max(self.k) > self.bank:
+            raise ValueError(
+                f"k is {max(self.k)}: the published way needs a bank of at least as many images, it is {self.bank}"
+            )
+        check_device("device", self.device)

@@ -1,0 +1,227 @@
+"""Fine-grained retrieval: Recall@k, R-precision and MAP@R of frozen features, with classes that training has not seen.
+
+A query is a hit at k if one of its k nearest gallery images, by cosine, is of its class: Recall@k is the share of hits, and
+it follows for every k from the rank of the first positive. Of the R gallery images of the query's class (itself not counted),
+R-precision is the share of positives among the R nearest, and MAP@R = 1/R * sum over ranks i <= R of [i is positive] *
+(positives up to i) / i (Musgrave et al., "A Metric Learning Reality Check", arXiv 2003.08505).
+
+Queries that are their own gallery (CUB, Cars, SOP) never find themselves: they are left out by their index, while the published
+code drops whatever comes first, which with a duplicate is another image. In-Shop has a gallery of its own. A query without a
+positive, such as an image alone in its class, is a miss and counts in the denominator, as in the published code (which stops at
+one if there is a gallery); R-precision and MAP@R are 0 for it. Equal similarities, `ties`:
+
+    stable       the lower index is nearer; the default if queries are their own gallery
+    optimistic   a positive is nearer than negatives as similar as it; the default with a gallery, as published for In-Shop
+
+R-precision and MAP@R are of the stable order always.
+
+Q queries, M gallery images, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dino_simpool import distributed
+from dino_simpool.config import RecallConfig
+from dino_simpool.data import EvalTransform, ImageSet
+from dino_simpool.data.layouts import differing_counts, fine_grained, part_counts
+from dino_simpool.eval import chunks, preprocessing, run
+from dino_simpool.eval.ranking import NOTHING, Labelled, best_positive, count_nearer
+from dino_simpool.eval.search import neighbors
+from dino_simpool.features import extract_features
+from dino_simpool.logs import say
+from dino_simpool.model import Encoder
+
+Ties = Literal["stable", "optimistic"]
+
+KS = {"cub200": (1, 2, 4), "cars196": (1, 2, 4), "sop": (1, 10, 100), "inshop": (1, 10, 20), "folder": (1, 2, 4)}
+"""The columns of the paper's table C5; a folder is measured as CUB is."""
+INTERPOLATIONS: dict[str, Literal["bicubic", "bilinear"]] = {"dino_eval": "bicubic", "dml_eval": "bilinear"}
+"""How the presets enlarge or shrink: DINO's evaluation, and the metric-learning code of the paper's authors."""
+
+
+def recall_at_k(
+    features: Tensor,
+    labels: Tensor,
+    ks: Sequence[int],
+    *,
+    gallery_features: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    ties: Ties | None = None,
+) -> dict[int, float]:
+    """Recall@k in % for each k, over all queries.
+
+    features: (Q, D) of any length (they are normalised here), labels: (Q,) integers. gallery_features: (M, D), gallery_labels:
+    (M,); without them the queries are their own gallery, each without itself. ties: see the module. k above the gallery means
+    all of it. ValueError if there is no query or gallery image, a k is below 1, or a feature is not finite.
+    """
+    check_ks(ks)
+    ranks = first_positive(features, labels, gallery_features=gallery_features, gallery_labels=gallery_labels, ties=ties)
+    return recall_of(ranks, ks)
+
+
+def recall_of(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
+    """Recall@k in % for each k, from the ranks (Q,) of `first_positive`."""
+    return {k: 100 * ((ranks > 0) & (ranks <= k)).double().mean().item() for k in ks}
+
+
+def check_ks(ks: Sequence[int]) -> None:
+    """ValueError unless there is a k and every k is 1 or more."""
+    if not ks or min(ks) < 1:
+        raise ValueError(f"k is {', '.join(map(str, ks)) or 'empty'}: give one or more numbers of neighbours, each 1 or more")
+
+
+def first_positive(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    gallery_features: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    ties: Ties | None = None,
+    tile: int | None = None,
+    shared: bool = False,
+) -> Tensor:
+    """The rank of the nearest gallery image of each query's class, (Q,) int32 on the CPU: 1 is the best, 0 means there is none.
+
+    Arguments as in `recall_at_k`; it is computed where the features are. tile: side of the blocks of the product, by default
+    as fits the device. shared: called by all processes together, with the same arguments, of which each does its share.
+    """
+    _check(features, labels, gallery_features, gallery_labels)
+    own = gallery_features is None
+    ties = ties or default_ties(own)
+    if ties not in ("stable", "optimistic"):
+        raise ValueError(f"ties is {ties}: give stable or optimistic")
+    features = features.cpu() if features.device.type == "mps" else features  # which has no float64
+    queries = Labelled.of(features, labels)
+    gallery = queries
+    if gallery_features is not None and gallery_labels is not None:
+        gallery = Labelled.of(gallery_features.to(features.device), gallery_labels)
+    best = best_positive(queries, gallery, own=own)
+    part = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
+    nearer = count_nearer(queries, gallery, best, own=own, tile=tile, part=part).cpu()
+    if shared:
+        nearer = torch.stack(distributed.gather_objects(nearer)).sum(0)
+    ranks = torch.where(best.cpu() > NOTHING, 1 + nearer[:, ("stable", "optimistic").index(ties)], 0).int()
+    return torch.empty_like(ranks).index_copy_(0, queries.number.cpu(), ranks)
+
+
+def default_ties(own: bool) -> Ties:
+    """The rule for equal similarities if none is chosen: own says that queries are their own gallery."""
+    return "stable" if own else "optimistic"
+
+
+def precision_at_r(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    gallery_features: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    shared: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """R-precision and MAP@R of each query, (Q,) float64 in 0..1, on the CPU; 0 for a query without positives.
+
+    Arguments and errors as in `first_positive`.
+    """
+    _check(features, labels, gallery_features, gallery_labels)
+    own = gallery_features is None
+    positives = count_positives(labels.cpu(), None if gallery_labels is None else gallery_labels.cpu())
+    bank = (features if gallery_features is None else gallery_features).cpu()
+    labels, bank_labels = labels.cpu(), (labels if gallery_labels is None else gallery_labels).cpu()
+    most = int(positives.max())
+    mine = (
+        torch.arange(distributed.rank(), len(positives), distributed.world_size()) if shared else torch.arange(len(positives))
+    )
+    found = torch.zeros(len(mine), 2, dtype=torch.float64)
+    for part in chunks(len(mine), 40 * (most + 1)) if most else ():
+        rows = mine[part]
+        _, index = neighbors(bank, features[rows], k=min(most + int(own), len(bank)))
+        if own:  # each query to the end of its list; the others keep their order
+            index = index.gather(1, (index == rows[:, None]).to(torch.uint8).argsort(dim=1, stable=True))[:, :most]
+        wanted, ranks = positives[rows, None], torch.arange(1, index.shape[1] + 1)
+        hits = ((bank_labels[index] == labels[rows, None]) & (ranks <= wanted)).double()
+        sums = torch.stack([hits.sum(1), (hits * hits.cumsum(1) / ranks).sum(1)], 1)
+        found[part] = sums / wanted.clamp_min(1)
+    found = distributed.gather_by_index(found, mine, len(positives)) if shared else found
+    return found[:, 0], found[:, 1]
+
+
+def count_positives(labels: Tensor, gallery_labels: Tensor | None = None) -> Tensor:
+    """How many gallery images are of each query's class, itself not counted, (Q,) int64. Without a gallery: of the others."""
+    ordered = (labels if gallery_labels is None else gallery_labels).sort().values
+    found = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
+    return found - int(gallery_labels is None)
+
+
+def _check(features: Tensor, labels: Tensor, gallery_features: Tensor | None, gallery_labels: Tensor | None) -> None:
+    """ValueError unless features and labels fit each other, and a gallery has both."""
+    if (gallery_features is None) != (gallery_labels is None):
+        raise ValueError("a gallery has features and labels: give both, or neither if the queries are their own gallery")
+    for name, rows, its in (("query", features, labels), ("gallery", gallery_features, gallery_labels)):
+        if rows is not None and its is not None and (rows.ndim != 2 or not len(its) == len(rows) > 0):
+            given = f"{name} features {tuple(rows.shape)} and {len(its)} labels"
+            raise ValueError(f"{given}: give features (images, width) and one label for each, at least one")
+    if gallery_features is not None and gallery_features.shape[1] != features.shape[1]:
+        widths = f"{features.shape[1]} and {gallery_features.shape[1]}"
+        raise ValueError(f"query and gallery features have {widths} dimensions: take both from one encoder")
+
+
+def main(cfg: RecallConfig) -> None:
+    """The command recall."""
+    run("recall", evaluate, cfg)
+
+
+def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
+    """recall_<k>, r_precision and map_at_r in %, counts, and what was decided where the paper is silent.
+
+    Tensor: `first_positive` (Q,) int32, the rank of the nearest image of each query's class, 0 if there is none.
+    """
+    if not cfg.data:
+        raise ValueError(f"no data is given: say --data DIR, the folder that holds {cfg.layout} (layout folder: CLASS/IMAGE)")
+    ks = cfg.k or KS[cfg.layout]
+    check_ks(ks)
+    query_set, gallery_set = fine_grained(cfg.layout, cfg.data)
+    sets = {"queries": query_set} | ({} if gallery_set is None else {"gallery": gallery_set})
+    counts = part_counts(sets)
+    for line in (warnings := differing_counts(cfg.layout, counts)):
+        say(f"warning: {line}")
+    settings = preprocessing(encoder, cfg) | {"interpolation": INTERPOLATIONS[cfg.preset]}
+    features, labels = _features(encoder, query_set, "queries", settings=settings, cfg=cfg)
+    other, other_labels = (
+        (None, None) if gallery_set is None else _features(encoder, gallery_set, "gallery", settings=settings, cfg=cfg)
+    )
+    ties = default_ties(gallery_set is None) if cfg.ties == "published" else cfg.ties
+    ranks = first_positive(
+        features, labels, gallery_features=other, gallery_labels=other_labels, ties=ties, tile=cfg.tile, shared=True
+    )
+    metrics = {f"recall_{k}": value for k, value in recall_of(ranks, ks).items()}
+    if cfg.map_at_r:
+        both = precision_at_r(features, labels, gallery_features=other, gallery_labels=other_labels, shared=True)
+        metrics |= {name: 100 * each.mean().item() for name, each in zip(("r_precision", "map_at_r"), both, strict=True)}
+    return metrics | {
+        "dataset": cfg.layout,
+        "split": "test",
+        "counts": counts | {"queries_without_positive": int((ranks == 0).sum())},
+        "count_warnings": warnings,
+        "k": list(ks),
+        "ties": ties,
+        "preprocessing": {"preset": cfg.preset, **settings},
+        "first_positive": ranks,
+    }
+
+
+def _features(
+    encoder: Encoder, images: ImageSet, name: str, *, settings: dict[str, Any], cfg: RecallConfig
+) -> tuple[Tensor, Tensor]:
+    """Features, on the device of the encoder, and labels."""
+    assert images.labels is not None, "these layouts have classes"
+    device = next(encoder.parameters()).device
+    features = extract_features(
+        encoder, images, transform=EvalTransform(**settings), batch_size=cfg.batch_size, workers=cfg.workers,
+        device=device, precision=cfg.precision, description=name,
+    )  # fmt: skip
+    return features.to(device), torch.from_numpy(images.labels)

@@ -1,0 +1,109 @@
+"""The benchmarks on tiny sizes: that the ways compared do the same, and what is written. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_knn import plain_rank
+
+from dino_simpool import bench, cli
+from dino_simpool.bench import knn
+from dino_simpool.config import BenchKnnConfig, to_dict
+from dino_simpool.eval.recall import recall_at_k
+
+TINY = BenchKnnConfig(
+    width=24, images=90, products=20, bank=300, queries=37, classes=8, k=(3, 20), published_chunks=(4, 100), repetitions=2,
+    device="cpu",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [1, 4, 37, 100])
+def test_the_published_way_is_k_nn(parts: int):
+    """All its classes, but for those without votes, against a loop in float64."""
+    bank, labels = knn.make_features(TINY.bank, TINY.classes, cfg=TINY, seed=2)
+    queries, _ = knn.make_features(TINY.queries, TINY.classes, cfg=TINY, seed=3)
+    found = knn.published_knn(bank, labels, queries, k=20, num_classes=TINY.classes, parts=parts).numpy()
+    ranks, nearest = plain_rank(bank.numpy(), labels.numpy(), queries.numpy(), ks=(20,), num_classes=TINY.classes)[20]
+    assert found.shape == ranks.shape
+    for ours, theirs, voters in zip(ranks, found, nearest, strict=True):
+        voted = len(set(labels.numpy()[voters]))
+        assert np.array_equal(ours[:voted], theirs[:voted])
+
+
+def test_features_share_their_centers():
+    """A nearest centre found on one set classifies another; other seeds are other noise."""
+    easy = BenchKnnConfig(width=24, classes=8, noise=0.3)
+    (x, y), (other, its) = (knn.make_features(200, 8, cfg=easy, seed=seed) for seed in (2, 3))
+    assert torch.allclose(x.norm(dim=1), torch.ones(200), atol=1e-6) and not torch.equal(x, other)
+    centers = torch.stack([x[y == label].mean(0) for label in range(8)])
+    assert ((other @ centers.T).argmax(1) == its).double().mean() > 0.95
+
+
+def test_ways_take_turns(capsys: pytest.CaptureFixture[str]):
+    calls: list[str] = []
+    ways = {name: (lambda name=name: calls.append(name) or len(calls)) for name in "ab"}
+    seconds, results = bench.interleave(ways, repetitions=3, device=torch.device("cpu"))
+    assert calls == list("ababab") and results == {"a": 5, "b": 6}
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert bench.medians({"a": [3.0, 1.0, 2.0], "b": [4.0, 1.0]}) == {"a": 2.0, "b": 2.5}
+    assert "round 3 of 3: b" in capsys.readouterr().err
+
+
+def test_table_and_file(tmp_path: Path):
+    assert bench.table([["way", "s"], ["longer", "10.0"]]) == "way     s\n------------\nlonger  10.0"
+    path = bench.write(str(tmp_path / "a/b"), "knn", {"x": 1})
+    assert json.loads(path.read_text()) == {"x": 1} and path == tmp_path / "a/b/knn.json"
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write to .*file.*give another --out"):
+        bench.write(str(tmp_path / "file"), "knn", {})
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(knn, "peak_memory", lambda cfg: 1.25)  # its process is for the next test
+    options = {**to_dict(TINY), "out": str(tmp_path)}
+    line = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    assert cli.main(["bench", "knn", *line]) == 0
+    record, printed = json.loads((tmp_path / "knn.json").read_text()), capsys.readouterr().out
+    assert record["benchmark"] == "knn" and record["config"] == json.loads(json.dumps(options))
+    assert {"device", "cores", "threads", "load", "environment", "versions"} == set(record["machine"])
+    comparisons = record["knn"]["comparisons"]
+    assert list(comparisons) == [f"{n} chunks, {k}" for n in (4, 100) for k in ("k = 3", "k = 20", "all k")]
+    for name, found in comparisons.items():
+        assert found["differing_predictions"] == 0 and found["times_as_fast"] > 0 and name in printed
+    assert printed.count("identical") == 6 and "peak memory of Recall@k: 1.25 GB" in printed
+    assert all(len(times) == 2 and min(times) > 0 for part in ("knn", "recall") for times in record[part]["seconds"].values())
+    x, y = knn.make_features(TINY.images, TINY.products, cfg=TINY, seed=1)
+    assert record["recall"]["recall"] == {str(k): value for k, value in recall_at_k(x, y, (1, 10, 100)).items()}
+    assert record["recall"]["times_the_products"]["bare products"] == 1
+
+
+def test_differing_predictions_are_counted(monkeypatch: pytest.MonkeyPatch):
+    """A published way that is wrong for three queries is found out."""
+    published = knn.published_knn
+
+    def wrong(*arguments, **options):
+        classes = published(*arguments, **options)
+        classes[:3] = classes[:3].roll(1, 1)
+        return classes
+
+    monkeypatch.setattr(knn, "published_knn", wrong)
+    comparisons = knn.measure_knn(TINY, torch.device("cpu"))["comparisons"]
+    assert [found["differing_predictions"] for found in comparisons.values()] == [3, 3, 6] * 2
+
+
+def test_peak_memory_is_that_of_a_process_with_torch_in_it():
+    assert 0.1 < knn.peak_memory(TINY) < 4
+
+
+def test_impossible_options():
+    for options, message in (
+        ({"bank": 10, "k": (20,)}, "k is 20: the published way needs a bank of at least as many"),
+        ({"k": ()}, "k, published_chunks and repetitions must be 1 or more"),
+        ({"repetitions": 0}, "repetitions must be 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BenchKnnConfig(**options)
