@@ -22,6 +22,12 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "dino_simpool.eval.masks:main",
         "how much of the attention is on the object, on images with masks",
     ),
+    "extract": (config.ExtractConfig, "dino_simpool.eval.extract:main", "write the features of any images to a folder"),
+    "search": (
+        config.SearchConfig,
+        "dino_simpool.eval.search:main",
+        "find the images of an extracted set that are like others",
+    ),
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
     "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as an image tree"),
 }

@@ -6,12 +6,13 @@ learning rate, the number of steps and the like are functions of the configurati
 so that help and mistakes answer at once.
 
     train.py     the options of a training run        evaluate.py  of the evaluators and the other commands
-    parse.py     recipes + command line <-> dataclass
+    features.py  of extract and search                parse.py     recipes + command line <-> dataclass
 """
 
 from __future__ import annotations
 
 from dino_simpool.config.evaluate import EvalConfig, KnnConfig, LinearConfig, MasksConfig, ReportConfig, SyntheticConfig
+from dino_simpool.config.features import ExtractConfig, SearchConfig
 from dino_simpool.config.parse import ConfigError, dump, from_dict, option_names, parse, to_dict
 from dino_simpool.config.train import (
     IMAGENET_MEAN,
@@ -37,6 +38,7 @@ __all__ = [
     "DataConfig",
     "Duration",
     "EvalConfig",
+    "ExtractConfig",
     "HeadConfig",
     "KnnConfig",
     "LinearConfig",
@@ -46,6 +48,7 @@ __all__ = [
     "OptimConfig",
     "ReportConfig",
     "RunConfig",
+    "SearchConfig",
     "SyntheticConfig",
     "TeacherConfig",
     "TrainConfig",
