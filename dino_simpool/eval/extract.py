@@ -227,7 +227,9 @@ def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[st
             # Last: before it is there, nothing of the above is believed.
             meta = {"hash": settings_hash(settings), "shape": rows.shape, "settings": settings, "source": source}
             write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=2) + "\n"))
-        elif not (rows.finished or rows.partial.exists()):
+        elif rows.finished:
+            rows.forget()
+        elif not rows.partial.exists():
             rows.create()
     distributed.barrier()
 

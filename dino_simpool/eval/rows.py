@@ -53,7 +53,7 @@ class RowFile:
 
     def create(self) -> None:
         """Start anew, with no row written. By one process, before any opens the file."""
-        self._forget()
+        self.forget()
         write_atomically(self.partial, lambda path: np.lib.format.open_memmap(path, "w+", np.float32, self.shape).flush())
 
     def remaining(self) -> np.ndarray:
@@ -99,7 +99,12 @@ class RowFile:
             os.fsync(folder)
         finally:
             os.close(folder)
-        self._forget()
+        self.forget()
+
+    def forget(self) -> None:
+        """Remove the records, and what a killed process left half written. By one process, while none has the file open."""
+        for old in [*self._records(), *self.path.parent.glob(f".{self.path.stem}.*.tmp")]:
+            old.unlink()
 
     def __enter__(self) -> RowFile:
         try:
@@ -121,7 +126,3 @@ class RowFile:
 
     def _records(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self.path.stem}.progress_*.json"))
-
-    def _forget(self) -> None:
-        for record in self._records():
-            record.unlink()
