@@ -18,7 +18,7 @@ class Tile:
 
     image: Image.Image
     caption: tuple[str, ...] = ()
-    """Lines below the picture, the first one dark and the others grey; too long ones lose their middle."""
+    """Lines below the picture, the first one dark and the others grey; too long ones lose their beginning."""
     frame: tuple[int, int, int] | None = None
     """Colour of a frame around the picture, None for none."""
 
@@ -59,16 +59,12 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], *, size: int = 160, lead: int 
 
 
 def shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, or its two ends with dots between them, as much as fits into `width` pixels."""
+    """The text, or dots and as much of its end as fits into `width` pixels: the end tells files apart."""
     text = text.encode("utf-8", "replace").decode()  # a file name need not be text
     if font.getlength(text) <= width:
         return text
-    for kept in range(len(text) - 1, 0, -1):
-        head = kept // 3  # the end tells files apart
-        short = f"{text[:head]}...{text[len(text) - (kept - head) :]}"
-        if font.getlength(short) <= width:
-            return short
-    return "..."
+    starts = (start for start in range(1, len(text)) if font.getlength(f"...{text[start:]}") <= width)
+    return f"...{text[next(starts, len(text)) :]}"
 
 
 def _fitted(image: Image.Image, size: int) -> Image.Image:
