@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dino_simpool import __version__, distributed
 from dino_simpool.checkpoint import file_sha256, load_encoder, write_atomically
-from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, EvalConfig, ExtractConfig, to_dict
+from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, EvalConfig, to_dict
 from dino_simpool.data import ImageSet, class_folder
 from dino_simpool.model import Encoder
 
@@ -87,7 +87,7 @@ def result_name(evaluator: str, cfg: EvalConfig) -> str:
     return "_".join(parts if cfg.out or checkpoint in ("last", "backbone") else [*parts, checkpoint])
 
 
-def preprocessing(encoder: Encoder | None, cfg: EvalConfig | ExtractConfig) -> dict[str, Any]:
+def preprocessing(encoder: Encoder | None, cfg: EvalConfig) -> dict[str, Any]:
     """The settings of the evaluation transform, as its arguments: image_size, resize, mean, std.
 
     Size and normalisation belong to the encoder; cfg may ask for another size. resize: by default image_size * 256 / 224, cut

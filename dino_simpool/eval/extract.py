@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from dino_simpool import distributed
 from dino_simpool.augment import to_tensor
 from dino_simpool.checkpoint import file_sha256, load_encoder, write_atomically
-from dino_simpool.config import ExtractConfig
+from dino_simpool.config import EvalConfig, ExtractConfig
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.eval import chunks, preprocessing, versions
 from dino_simpool.eval.rows import RowFile
@@ -78,8 +78,9 @@ def main(cfg: ExtractConfig) -> None:
     if cfg.labels and len(sources) > 1:
         raise ValueError(f"labels need one folder of class folders, given {len(sources)} sources: leave labels out")
     images = class_folder(sources[0]) if cfg.labels else find_images(sources)
+    sources = [images.root] if cfg.labels else sources
     encoder = load_encoder(cfg.checkpoint, which=cfg.which).to(device)
-    view = {"view": cfg.view, **preprocessing(encoder, cfg)}
+    view = {"view": cfg.view, **preprocessing(encoder, EvalConfig(image_size=cfg.image_size, resize=cfg.resize))}
     if cfg.view == "whole":
         del view["resize"]
     checkpoint = os.path.abspath(cfg.checkpoint)
@@ -116,7 +117,7 @@ def extract(
     features are not finite.
     """
     folder, device = Path(out), next(encoder.parameters()).device
-    view = view or {"view": "crop", **_published_view(encoder)}
+    view = view or {"view": "crop", **preprocessing(encoder, EvalConfig())}
     compute = level_of(encoder, level)
     with evaluation_mode(encoder):
         blank = torch.zeros(1, 3, view["image_size"], view["image_size"])
@@ -204,10 +205,6 @@ def weights_sha256(encoder: Encoder) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _published_view(encoder: Encoder) -> dict[str, Any]:
-    return preprocessing(encoder, ExtractConfig())
 
 
 def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[str, Any], source: dict[str, Any]) -> None:
