@@ -80,11 +80,11 @@ def test_nearest_is_brute_force(k: int) -> None:
 
 def test_many_near_ties_hide_no_neighbour() -> None:
     """More of them than candidates: the lower rows are found all the same. And k above all rows is all of them."""
-    noise = np.random.default_rng(1)
-    features = np.ones((200, 4), np.float32) + 1e-8 * noise.normal(size=(200, 4)).astype(np.float32)
-    similarity, rows = nearest(features, build_index(features), features[150], k=3)
+    angle = 9e-4 * (1 - np.arange(200) / 200)  # cosines of 1 - 4e-7 to 1, which all are 1.000000; the last rows are nearest
+    features, query = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32), np.array([5, 0], np.float32)
+    similarity, rows = nearest(features, build_index(features), query, k=3)
     assert rows.tolist() == [0, 1, 2] and similarity.tolist() == [1, 1, 1]
-    similarity, rows = nearest(features[:2], build_index(features[:2]), features[150], k=10)
+    similarity, rows = nearest(features[:2], build_index(features[:2]), query, k=10)
     assert rows.tolist() == [0, 1]
 
 
