@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -42,14 +43,32 @@ def try_sizes(encoder: nn.Module, sizes: Sequence[int], *, device: torch.device)
             encoder(torch.zeros(1, 3, size, size, device=device))
 
 
-def encode(encoder: nn.Module, images: Tensor, *, device: torch.device, precision: str) -> Tensor:
-    """Features (B, D) in float32 on `device`, without gradient, of images (B, 3, S, S).
+def encode(encoder: Callable[[Tensor], Tensor], images: Tensor, *, device: torch.device, precision: str) -> Tensor:
+    """What the encoder makes of images (B, 3, S, S), such as features (B, D): float32 on `device`, without gradient.
 
-    precision: fp32, or bf16 for the matrix products of the encoder.
+    encoder: itself, or one of its methods (tokens, attention). precision: fp32, or bf16 for its matrix products.
     """
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         features = encoder(images.to(device, non_blocking=True))
     return features.to(torch.float32, copy=True)  # a copy made out here is an ordinary tensor, that training may keep
+
+
+def feature_batches(
+    encoder: Callable[[Tensor], Tensor], images: ImageSet, indices: Sequence[int] | np.ndarray, *,
+    transform: Callable[[Image.Image], Tensor], batch_size: int, workers: int | None, device: torch.device, precision: str,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """What the encoder makes of the images `indices`, in this order: (B, ...) float32 on the CPU, and (B,) int64 their indices.
+
+    The i-th batch holds indices[i * batch_size : (i + 1) * batch_size]. encoder, precision: as in `encode`; its mode is left as
+    it is. workers: as in `index_loader`.
+    """
+    loader = index_loader(images, transform, indices, batch_size=batch_size, workers=workers, device=device)
+    for batch, index in loader:
+        try:
+            features = encode(encoder, batch, device=device, precision=precision).cpu()
+        except ValueError as error:  # a size that the encoder cannot take
+            raise ValueError(f"{images.name(int(index[0]))}: {error}") from error
+        yield features, index
 
 
 def extract_features(
@@ -74,15 +93,15 @@ def extract_features(
     indices = torch.arange(distributed.rank(), total, world)
     rows = torch.empty(len(indices), width)
     done = 0
-    loader = index_loader(images, transform, indices.tolist(), batch_size=batch_size, workers=workers, device=device)
-    with evaluation_mode(encoder), _progress(total, description) as bar:
-        for batch, numbers in loader:
-            try:
-                rows[done : done + len(batch)] = encode(encoder, batch, device=device, precision=precision).cpu()
-            except ValueError as error:  # a size that the encoder cannot take
-                raise ValueError(f"{images.name(int(numbers[0]))}: {error}") from error
-            done += len(batch)
-            bar.update(min(world * len(batch), total - bar.n))
+    batches = feature_batches(
+        encoder, images, indices.numpy(), transform=transform, batch_size=batch_size, workers=workers, device=device,
+        precision=precision,
+    )  # fmt: skip
+    with evaluation_mode(encoder), progress_bar(total, description) as bar:
+        for features, _ in batches:
+            rows[done : done + len(features)] = features
+            done += len(features)
+            bar.update(min(world * len(features), total - bar.n))
     assert done == len(indices), f"the loader gave {done} of {len(indices)} images"
     features = distributed.gather_by_index(rows, indices, total)
     damaged = torch.nonzero(~features.sum(1).isfinite())
@@ -94,10 +113,13 @@ def extract_features(
     return features
 
 
-def _progress(total: int, description: str) -> tqdm[Any]:
-    """A bar in images of all processes on the main one; in a file, a line every half minute and none before."""
+def progress_bar(total: int, description: str, *, initial: int = 0) -> tqdm[Any]:
+    """A bar in images of all processes on the main one; in a file, a line every half minute and none before.
+
+    initial: images that were done before and do not count for the speed.
+    """
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(
-        total=total, desc=description, unit=" images", disable=not distributed.is_main(), delay=interval, mininterval=interval,
-        maxinterval=interval, leave=False,
+        total=total, initial=initial, desc=description, unit=" images", disable=not distributed.is_main(), delay=interval,
+        mininterval=interval, maxinterval=interval, leave=False,
     )  # fmt: skip

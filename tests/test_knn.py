@@ -19,7 +19,7 @@ from dino_simpool.config import EvalConfig, KnnConfig, LinearConfig, ModelConfig
 from dino_simpool.data import class_folder
 from dino_simpool.eval import knn, run, search
 from dino_simpool.eval.knn import knn_accuracy, knn_rank, vote_each_k
-from dino_simpool.eval.search import neighbors
+from dino_simpool.eval.neighbors import neighbors
 from dino_simpool.model import build_encoder
 
 

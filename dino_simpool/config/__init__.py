@@ -6,7 +6,8 @@ learning rate, the number of steps and the like are functions of the configurati
 so that help and mistakes answer at once.
 
     train.py     the options of a training run        evaluate.py  of the evaluators and the other commands
-    parse.py     recipes + command line <-> dataclass    tools.py     of the commands about files    bench.py  of the benchmarks
+    parse.py     recipes + command line <-> dataclass    features.py  of extract and search
+    tools.py     of the commands about files             bench.py     of the benchmarks
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dino_simpool.config.evaluate import (
     SyntheticConfig,
     TableConfig,
 )
+from dino_simpool.config.features import ExtractConfig, SearchConfig
 from dino_simpool.config.parse import ConfigError, dump, from_dict, option_names, parse, to_dict
 from dino_simpool.config.tools import CheckDataConfig
 from dino_simpool.config.train import (
@@ -54,6 +56,7 @@ __all__ = [
     "DataConfig",
     "Duration",
     "EvalConfig",
+    "ExtractConfig",
     "HeadConfig",
     "KnnConfig",
     "LinearConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "ResourcesConfig",
     "RetrievalConfig",
     "RunConfig",
+    "SearchConfig",
     "SyntheticConfig",
     "TableConfig",
     "TeacherConfig",

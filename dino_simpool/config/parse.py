@@ -84,6 +84,9 @@ def _parser(config: type, program: str, description: str | None = None) -> Any:
         help="A recipe: a file, or a name such as vit_small_simpool. Give it first; several are merged.",
     )
     parser.add_class_arguments(config)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # `--index` alone says `--index true`
+            action.nargs, action.const = "?", True
     return parser
 
 

@@ -6,7 +6,7 @@ here: of equal similarities the lower training index is nearer, of equal votes t
 for its class (classes without one are in no order); any number of images and classes works, and k above the bank means all of
 it.
 
-The search is exact (search.py), whatever the blocks, batches and processes.
+The search is exact (neighbors.py), whatever the blocks, batches and processes.
 
 M training images (the bank), T test images, D width, C classes.
 """
@@ -25,7 +25,7 @@ from dino_simpool import distributed
 from dino_simpool.config import KnnConfig
 from dino_simpool.data import EvalTransform, ImageSet
 from dino_simpool.eval import chunks, class_folders, classes_of, preprocessing, run
-from dino_simpool.eval.search import neighbors
+from dino_simpool.eval.neighbors import neighbors
 from dino_simpool.features import extract_features
 from dino_simpool.logs import say
 from dino_simpool.model import Encoder

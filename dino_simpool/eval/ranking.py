@@ -1,7 +1,7 @@
 """How many gallery images are nearer to a query than the best one of its class: a count, so nothing is sorted.
 
 The best positive is known from float64 products within each class. Float32 products of all pairs, a tile at a time, then count
-what is nearer; what comes as near to it as float32 errs is counted by float64 products rounded to 2**-30, as in search.py. So
+what is nearer; what comes as near to it as float32 errs is counted by float64 products rounded to 2**-30, as in neighbors.py. So
 the result is exact, whatever the tiles and processes. If the queries are their own gallery, a tile serves its columns as well
 as its rows, hence half of the products are enough.
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dino_simpool.eval import MAX_BYTES, chunks
-from dino_simpool.eval.search import UNIT, full_precision, keys_of, lengths_of, margin
+from dino_simpool.eval.neighbors import UNIT, full_precision, keys_of, lengths_of, margin
 
 TILE = 1024
 """Side of a tile on a CPU: two of them stay in its cache."""
@@ -56,7 +56,7 @@ class Labelled:
 
 
 def best_positive(queries: Labelled, gallery: Labelled, *, own: bool) -> Tensor:
-    """The key (search.py) of the nearest positive of each query, (Q,) int64, with its `number`; NOTHING if there is none.
+    """The key (neighbors.py) of the nearest positive of each query, (Q,) int64, with its `number`; NOTHING if there is none.
 
     own: queries and gallery are the same, and nobody is positive to himself.
     """

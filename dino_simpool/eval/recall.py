@@ -31,8 +31,8 @@ from dino_simpool.config import RecallConfig
 from dino_simpool.data import EvalTransform, ImageSet
 from dino_simpool.data.layouts import differing_counts, fine_grained, part_counts
 from dino_simpool.eval import chunks, preprocessing, run
+from dino_simpool.eval.neighbors import neighbors
 from dino_simpool.eval.ranking import NOTHING, Labelled, best_positive, count_nearer
-from dino_simpool.eval.search import neighbors
 from dino_simpool.features import extract_features
 from dino_simpool.logs import say
 from dino_simpool.model import Encoder

@@ -38,7 +38,7 @@ from dino_simpool.config import RetrievalConfig
 from dino_simpool.data import ImageSet
 from dino_simpool.data.layouts import differing_counts, landmarks, part_counts
 from dino_simpool.eval import chunks, run
-from dino_simpool.eval.search import UNIT
+from dino_simpool.eval.neighbors import UNIT
 from dino_simpool.eval.whitening import Whitening, unit, whitening_set
 from dino_simpool.features import extract_features
 from dino_simpool.logs import say

@@ -1,133 +1,193 @@
-"""Exact nearest neighbours by cosine, at the speed of float32: what k-NN and fine-grained recall search with.
+"""Which images of an extracted set are like these? The rows of highest cosine similarity, from the index of `extract --index`.
 
-One search in float32 (faiss on the CPU, a blocked product elsewhere) finds the candidates, somewhat more than k. Their
-cosines are then computed in float64 and rounded to 2**-30, so that duplicates tie and the result is exact, whatever the
-blocks, batches and processes. A test image for which rounding could have hidden a neighbour (more than 32 near-ties) is
-searched in float64 instead.
+The index finds candidates in float32. Their cosines are then computed in float64 and rounded to 1e-6, which is what features
+in float32 are exact to; of equal ones the lower row is nearer. If rounding could have hidden a neighbour (many near-ties), all
+rows are compared instead. The weights must be those of the index, and the queries are prepared as its images were.
 
-M training images (the bank), T test images, b of them at a time, D width.
+M images of the index, Q queries, D width of a feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import json
+import os
+from pathlib import Path
+from typing import Any
 
 import faiss
-import torch
-from torch import Tensor
+import numpy as np
 
-from dino_simpool.eval import MAX_BYTES, chunks
+from dino_simpool import distributed
+from dino_simpool.checkpoint import file_sha256, load_encoder, write_atomically
+from dino_simpool.config import SearchConfig, to_dict
+from dino_simpool.contact_sheet import Tile, contact_sheet
+from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, find_images
+from dino_simpool.eval import chunks, versions
+from dino_simpool.eval.extract import make_transform, read_meta
+from dino_simpool.features import extract_features
+from dino_simpool.model import Encoder
 
 SPARE = 32
-"""Candidates beyond k, so that near-ties at the k-th place are settled among candidates."""
-UNIT = 2**30
-"""A similarity of 1 in the fixed-point numbers that are compared."""
-INDEX = 2**32
-"""A key is similarity * INDEX + (INDEX - 1 - training index): larger is better, no two are equal."""
+"""Candidates beyond k."""
+NEAR = 1e-5
+"""Similarities of the index that differ by more than this are in their true order."""
+BLUE, GOLD = (31, 119, 180), (230, 159, 0)
 
 
-def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
-    """The k training rows of highest cosine: similarities (T, k) float64, descending, and indices (T, k), on the CPU.
+def main(cfg: SearchConfig) -> None:
+    """The command `dino-simpool search`."""
+    device = distributed.setup(cfg.device)
+    for name, value in (("index", cfg.index), ("query", cfg.query), ("out", cfg.out)):
+        if not value:
+            raise ValueError(f"no {name} is given: say --index DIR --query IMAGE --out OUT, DIR as `extract --index` wrote it")
+    meta, features, index = open_index(cfg.index)
+    images, queries = images_of(cfg, meta), query_images(cfg.query)
+    encoder, settings = encoder_of(cfg, meta).to(device), meta["settings"]
+    vectors = extract_features(
+        encoder, queries, transform=make_transform(settings["preprocessing"]), batch_size=settings["batch_size"],
+        workers=cfg.workers, device=device, precision=settings["precision"], description="queries",
+    )  # fmt: skip
+    if not distributed.is_main():
+        return
+    found = [neighbors_of(cfg, i, vector, queries, images, features, index) for i, vector in enumerate(vectors.numpy())]
+    source = {name: meta["source"][name] for name in ("checkpoint", "sha256", "which")}
+    record = {
+        "evaluator": "search", "dataset": meta["source"]["data"], "counts": {"images": len(images), "queries": len(queries)},
+        "queries": found, "config": to_dict(cfg), "preprocessing": settings["preprocessing"],
+        "model": settings["model"] | source, "extraction": meta["hash"], "versions": versions(), "device": device.type,
+        "processes": distributed.world_size(), "dtype": settings["precision"],
+    }  # fmt: skip
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
+    rows = [tiles(queries, i, result, images) for i, result in enumerate(found[: cfg.sheet_rows])]
+    write_atomically(out / "contact_sheet.png", lambda path: contact_sheet(rows, lead=1).save(path, format="PNG"))
+    print(describe(found, out))
 
-    train: (M, D), on the CPU; test: (T, D), where the search shall run; k <= M. Equal similarities: lower index first.
-    max_bytes: size of each working array. ValueError if a feature is not finite.
+
+def nearest(features: np.ndarray, index: faiss.Index, query: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k rows of highest cosine to a query: similarities float64 in steps of 1e-6, descending, and row numbers.
+
+    features: (M, D), what the index was built of. query: (D,), of any length. k above M counts as M. Equal similarities: lower
+    row first.
     """
-    test = test.cpu() if test.device.type == "mps" else test  # which has no float64
-    bank = _Bank(train.cpu(), lengths_of(train.cpu()), max_bytes)
-    lengths = lengths_of(test)
-    count = min(k + SPARE, len(train))
-    keys = torch.empty(len(test), k, dtype=torch.int64)
-    for rows in chunks(len(test), 4 * test.shape[1] + 32 * count, max_bytes=max_bytes, most=4096):
-        queries = test[rows].double() / lengths[rows, None]
-        lowest, index = bank.candidates(queries.float(), count)
-        found = bank.settle(queries.cpu(), index, k)
-        unsure = (found[:, -1] >> 32).double() / UNIT - lowest <= margin(test.shape[1])
-        if count < len(train) and unsure.any():
-            found[unsure] = bank.search_all(queries.cpu()[unsure], k)
-        keys[rows] = found
-    return (keys >> 32).double() / UNIT, INDEX - 1 - (keys & (INDEX - 1))
+    query = query.astype(np.float64)
+    unit = query / max(float(np.linalg.norm(query)), 1e-12)
+    k, count = min(k, len(features)), min(k + SPARE, len(features))
+    similarity, found = index.search(unit.astype(np.float32)[None], count)
+    rows = np.sort(found[0])
+    if count < len(features) and similarity[0, k - 1] - similarity[0, -1] < NEAR:
+        rows = np.arange(len(features))
+    cosines = np.empty(len(rows))
+    for part in chunks(len(rows), 16 * features.shape[1]):
+        block = features[rows[part]].astype(np.float64)
+        cosines[part] = block @ unit / np.maximum(np.linalg.norm(block, axis=1), 1e-12)
+    cosines = cosines.round(6)
+    best = np.argsort(-cosines, kind="stable")[:k]
+    return cosines[best], rows[best]
 
 
-@dataclass(frozen=True)
-class _Bank:
-    """The training features and the three searches in them. Queries are (b, D) of unit length, keys as in INDEX."""
-
-    rows: Tensor  # (M, D)
-    lengths: Tensor  # (M,) float64
-    max_bytes: int
-
-    def candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Float32 search for `count` rows: the lowest similarity among them (b,) and their indices (b, count), on the CPU."""
-        value = queries.new_empty(len(queries), 0)
-        index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        for block in chunks(len(self.rows), 4 * (len(queries) + 2 * queries.shape[1]), max_bytes=self.max_bytes):
-            unit = (self.rows[block].float() / self.lengths[block, None].float()).to(queries.device)
-            search = _search_faiss if queries.device.type == "cpu" else _search_blocked
-            similarity, place = search(queries, unit, min(count, len(unit)))
-            value, index = torch.cat([value, similarity], 1), torch.cat([index, place + block.start], 1)
-            value, kept = value.topk(min(count, value.shape[1]))
-            index = index.gather(1, kept)
-        return value[:, -1].double().cpu(), index.cpu()
-
-    def settle(self, queries: Tensor, index: Tensor, k: int) -> Tensor:
-        """The keys (b, k) of the best of the candidates (b, count), from float64 products."""
-        # Query by query: what is gathered stays in the processor's cache, and index_select is faster than indexing.
-        found = [self.rows.index_select(0, row).double() @ query for row, query in zip(index, queries, strict=True)]
-        return keys_of(torch.stack(found) / self.lengths[index], index).topk(k).values
-
-    def search_all(self, queries: Tensor, k: int) -> Tensor:
-        """The keys (b, k) of the best of all rows, from float64 products."""
-        found = []
-        for part in queries.split(256):
-            keys = torch.empty(len(part), 0, dtype=torch.int64)
-            for block in chunks(len(self.rows), 16 * (len(part) + queries.shape[1]), max_bytes=self.max_bytes // 32):
-                similarity = (part @ self.rows[block].double().T) / self.lengths[block]
-                keys = torch.cat([keys, keys_of(similarity, torch.arange(block.start, block.stop))], 1)
-                keys = keys.topk(min(k, keys.shape[1])).values
-            found.append(keys)
-        return torch.cat(found)
-
-
-def _search_faiss(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Inner-product search of faiss (that of IndexFlatIP, without an index's copy of the bank)."""
-    similarity, place = faiss.knn(queries.numpy(), unit.numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
-    return torch.from_numpy(similarity), torch.from_numpy(place)
-
-
-def _search_blocked(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same on any device."""
-    with full_precision():
-        return (queries @ unit.T).topk(count)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products without the reduced precision (TF32) that would err by more than `margin`."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+def open_index(folder: str) -> tuple[dict[str, Any], np.ndarray, faiss.Index]:
+    """meta.json, the features (M, D) and the index of a folder. ValueError if one is missing or does not fit the others."""
+    meta, path = read_meta(folder), Path(folder) / "index.faiss"
+    missing = [name for name in ("features.npy", "index.faiss") if not (Path(folder) / name).is_file()]
+    if meta is None or missing:
+        raise ValueError(f"{folder} has no {(['meta.json'] if meta is None else missing)[0]}: write it with `extract --index`")
+    if not meta["source"]:
+        raise ValueError(f"{folder}/meta.json does not say which checkpoint made it: write it with `dino-simpool extract`")
+    features = np.load(Path(folder) / "features.npy", mmap_mode="r")
     try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-def margin(width: int) -> float:
-    """What a float32 product of unit vectors errs by at most: the rounding of both, and four sigma of that of D additions."""
-    return 2**-22 * (2 + width**0.5)
-
-
-def keys_of(similarity: Tensor, index: Tensor) -> Tensor:
-    """The keys (as in INDEX) of float64 similarities and the numbers of what is similar, int64 of the same shape."""
-    return (similarity * UNIT).round().long() * INDEX + (INDEX - 1 - index)
-
-
-def lengths_of(features: Tensor) -> Tensor:
-    """Euclidean lengths (M,) in float64, 1e-12 at least, so that a zero vector is similar to nothing."""
-    lengths = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
-    if not lengths.isfinite().all():
+        index = faiss.read_index(str(path))
+    except RuntimeError as error:
         raise ValueError(
-            f"feature {int((~lengths.isfinite()).nonzero()[0])} is not finite, as it must be here: check the encoder"
+            f"{path} cannot be read (truncated, or not an index): write it again with `extract --index`"
+        ) from error
+    if features.shape != (index.ntotal, index.d):
+        raise ValueError(f"{path} holds {index.ntotal} x {index.d} numbers, features.npy {features.shape}: write it again")
+    return meta, features, index
+
+
+def encoder_of(cfg: SearchConfig, meta: dict[str, Any]) -> Encoder:
+    """The encoder that made an index. ValueError or FileNotFoundError if its checkpoint is not there or is another one now."""
+    source = meta["source"]
+    path = cfg.checkpoint or source["checkpoint"]
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"the checkpoint of the index, {path}, is not there: say --checkpoint where it is now")
+    if (now := file_sha256(path)) != source["sha256"]:
+        raise ValueError(
+            f"{path} is not the checkpoint that made the index (SHA-256 {now[:12]}, the index has {source['sha256'][:12]}): "
+            "extract again, or give the one that made it with --checkpoint"
         )
-    return lengths.clamp_min(1e-12)
+    return load_encoder(path, which=source["which"], **meta["settings"]["model"])
+
+
+def images_of(cfg: SearchConfig, meta: dict[str, Any]) -> ImageSet:
+    """The images of an index, to be shown. ValueError or FileNotFoundError if they are not there or have other names now."""
+    sources = [cfg.data] if isinstance(cfg.data, str) and cfg.data else list(cfg.data) or meta["source"]["data"]
+    try:
+        images = find_images([os.path.abspath(source) for source in sources])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the images of the index: {error}; say --data where they are now") from error
+    if images.digest() != meta["settings"]["images"]["names"]:
+        count = meta["settings"]["images"]["count"]
+        raise ValueError(
+            f"{', '.join(sources)} has {len(images)} images and not the {count} of the index, or other names: extract again, "
+            "or say --data where those are now"
+        )
+    return images
+
+
+def query_images(query: str | tuple[str, ...]) -> ImageSet:
+    """The queries: image files as they are named, or the images of a folder or of a text file of paths."""
+    paths = [query] if isinstance(query, str) else list(query)
+    files = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES) and not os.path.isdir(path)]
+    if not files:
+        return find_images(paths)
+    if len(files) < len(paths):
+        raise ValueError(
+            f"query mixes images such as {files[0]} with other sources: give only images, or only folders and lists"
+        )
+    if missing := [path for path in files if not os.path.isfile(path)]:
+        raise FileNotFoundError(f"query {missing[0]} does not exist: give an image, a folder of images or a text file of paths")
+    return ImageSet("", np.array(files))
+
+
+def neighbors_of(
+    cfg: SearchConfig, number: int, vector: np.ndarray, queries: ImageSet, images: ImageSet, features: np.ndarray,
+    index: faiss.Index,
+) -> dict[str, Any]:  # fmt: skip
+    """What results.json says of one query: its name and its neighbours, nearest first."""
+    own = os.path.realpath(queries.path(number))
+    similarities, rows = nearest(features, index, vector, k=cfg.k + cfg.exclude_self)
+    neighbors = [
+        {
+            "name": images.name(row),
+            "row": row,
+            "similarity": similarity,
+            "query_itself": os.path.realpath(images.path(row)) == own,
+        }
+        for similarity, row in zip(similarities.tolist(), rows.tolist(), strict=True)
+    ]
+    kept = [neighbor for neighbor in neighbors if not (cfg.exclude_self and neighbor["query_itself"])][: cfg.k]
+    return {"query": queries.name(number), "neighbors": [{"rank": i, **neighbor} for i, neighbor in enumerate(kept, 1)]}
+
+
+def tiles(queries: ImageSet, number: int, result: dict[str, Any], images: ImageSet) -> list[Tile]:
+    """A row of the contact sheet: the query in blue, then its neighbours, the query itself among them in gold."""
+    row = [Tile(queries.read(number), ("query", os.path.basename(result["query"])), BLUE)]
+    for neighbor in result["neighbors"]:
+        itself = neighbor["query_itself"]
+        caption = f"{neighbor['rank']}.  {neighbor['similarity']:.4f}" + ("  (itself)" if itself else "")
+        row.append(Tile(images.read(neighbor["row"]), (caption, neighbor["name"]), GOLD if itself else None))
+    return row
+
+
+def describe(found: list[dict[str, Any]], out: Path) -> str:
+    """What is printed: of each query the rank, the similarity and the name of its neighbours."""
+    lines = []
+    for result in found:
+        lines.append(result["query"])
+        for neighbor in result["neighbors"]:
+            itself = "  (the query itself)" if neighbor["query_itself"] else ""
+            lines.append(f"  {neighbor['rank']:>3}  {neighbor['similarity']:.4f}  {neighbor['name']}{itself}")
+    return "\n".join([*lines, f"written to {out / 'results.json'} and {out / 'contact_sheet.png'}"])
