@@ -22,6 +22,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "dino_simpool.eval.masks:main",
         "how much of the attention is on the object, on images with masks",
     ),
+    "attention": (
+        config.AttentionConfig,
+        "dino_simpool.eval.attention:main",
+        "where the encoder looks: maps, overlays, masks and boxes of any images",
+    ),
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
     "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as an image tree"),
 }

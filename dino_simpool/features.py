@@ -75,7 +75,7 @@ def extract_features(
     rows = torch.empty(len(indices), width)
     done = 0
     loader = index_loader(images, transform, indices.tolist(), batch_size=batch_size, workers=workers, device=device)
-    with evaluation_mode(encoder), _progress(total, description) as bar:
+    with evaluation_mode(encoder), progress(total, description) as bar:
         for batch, _ in loader:
             rows[done : done + len(batch)] = encode(encoder, batch, device=device, precision=precision).cpu()
             done += len(batch)
@@ -91,7 +91,7 @@ def extract_features(
     return features
 
 
-def _progress(total: int, description: str) -> tqdm[Any]:
+def progress(total: int, description: str) -> tqdm[Any]:
     """A bar in images of all processes on the main one; in a file, a line every half minute and none before."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(

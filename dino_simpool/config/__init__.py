@@ -6,11 +6,12 @@ learning rate, the number of steps and the like are functions of the configurati
 so that help and mistakes answer at once.
 
     train.py     the options of a training run        evaluate.py  of the evaluators and the other commands
-    parse.py     recipes + command line <-> dataclass
+    attention.py of the attention maps     parse.py     recipes + command line <-> dataclass
 """
 
 from __future__ import annotations
 
+from dino_simpool.config.attention import AttentionConfig
 from dino_simpool.config.evaluate import EvalConfig, KnnConfig, LinearConfig, MasksConfig, ReportConfig, SyntheticConfig
 from dino_simpool.config.parse import ConfigError, dump, from_dict, option_names, parse, to_dict
 from dino_simpool.config.train import (
@@ -32,6 +33,7 @@ from dino_simpool.config.train import (
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AttentionConfig",
     "ConfigError",
     "CropsConfig",
     "DataConfig",

@@ -48,7 +48,7 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
         encoder = load_encoder(cfg.checkpoint, which=cfg.which).to(device)
     elif getattr(cfg, "features", None) != "pixels":
         raise ValueError("no checkpoint is given: say --checkpoint RUN/last.pth (or backbone.safetensors)")
-    folder = _results_folder(cfg)
+    folder = results_folder(cfg)
     # Both before the evaluation: a training run may replace the file meanwhile.
     model, settings = _model(encoder, cfg), preprocessing(encoder, cfg)
     torch.manual_seed(cfg.seed)
@@ -58,7 +58,7 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
     record: dict[str, Any] = {
         "evaluator": evaluator, "dataset": cfg.data, "split": cfg.val, "metrics": metrics, "units": "%",
         **{key: value for key, value in result.items() if key not in metrics and key not in tensors},
-        "config": to_dict(cfg), "preprocessing": settings, "model": model, "versions": versions(),
+        "config": to_dict(cfg), "preprocessing": result.get("preprocessing", settings), "model": model, "versions": versions(),
         "device": _device_name(device), "processes": distributed.world_size(), "dtype": cfg.precision, "seed": cfg.seed,
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
@@ -150,7 +150,7 @@ def versions() -> dict[str, str]:
     return {"dino_simpool": __version__, "python": platform.python_version(), **packages}
 
 
-def _results_folder(cfg: EvalConfig) -> Path:
+def results_folder(cfg: EvalConfig) -> Path:
     """The folder for the results, made and tried by the main process before hours are spent."""
     if not cfg.out and not cfg.checkpoint:
         raise ValueError("without a checkpoint there is no place for the results: give --out DIR")
