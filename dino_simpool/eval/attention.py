@@ -116,7 +116,12 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
 
 def _maps(encoder: Encoder, pixels: Tensor, cfg: AttentionConfig, *, name: str) -> np.ndarray:
     """Maps (B, heads, h, w) float32 of images (B, 3, H, W); name: what an error calls the first of them."""
-    device = pixels.device
+    device, (height, width) = pixels.device, pixels.shape[2:]
+    if not (seen_size(encoder, height) and seen_size(encoder, width)):
+        raise ValueError(
+            f"{name} has {height} x {width} pixels for {encoder.config.arch}, less than one cell: give larger images, or a fit "
+            "that resizes them"
+        )
     try:
         with evaluation_mode(encoder), torch.inference_mode():
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
