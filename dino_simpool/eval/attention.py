@@ -89,7 +89,8 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
     size = cfg.image_size or 4 * encoder.config.image_size
     transform = FitTransform(cfg.fit, size, encoder.config.mean, encoder.config.std)
     folder = results_folder(cfg) / result_name("attention", cfg)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    on_sheet = chosen[evenly(len(chosen), cfg.sheet_images)]
     device = next(encoder.parameters()).device
     batch_size = cfg.batch_size if cfg.fit == "square" else 1
     loader = index_loader(images, transform, chosen[positions], batch_size=batch_size, workers=cfg.workers, device=device)
@@ -97,39 +98,40 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
     rows: dict[int, list[np.ndarray]] = {}
     with progress(len(chosen), "attention") as bar:
         for (pixels, sizes), indices in loader:
-            maps = _maps(encoder, pixels.to(device), cfg, name=images.name(int(indices[0])))
+            maps = _maps(encoder, pixels.to(device), cfg, names=[images.name(index) for index in indices.tolist()])
             shown = unnormalize(pixels, transform.mean, transform.std)
             for picture, own, original, index in zip(shown, maps, sizes.tolist(), indices.tolist(), strict=True):
                 stem = f"{index:0{len(str(len(images) - 1))}d}_{_file_name(images.name(index))}"
                 seen = seen_size(encoder, picture.shape[1]), seen_size(encoder, picture.shape[2])
                 record, tiles = write_image(folder / stem, picture, own, original=original, seen=seen, cfg=cfg)
                 records[index] = {"name": images.name(index), "files": stem, **record}
-                if index in chosen[: cfg.sheet_images]:
+                if index in on_sheet:
                     rows[index] = tiles
             bar.update(min(distributed.world_size() * len(indices), len(chosen) - bar.n))
     everyone = [each for part in distributed.gather_objects(records) for each in part.items()]
     all_rows = [each for part in distributed.gather_objects(rows) for each in part.items()]
     if distributed.is_main():
-        save_png(folder.with_suffix(".png"), contact_sheet([tiles for _, tiles in sorted(all_rows)]))
+        save_png(f"{folder}.png", contact_sheet([tiles for _, tiles in sorted(all_rows)]))
     return _result(encoder, transform, [record for _, record in sorted(everyone)], cfg)
 
 
-def _maps(encoder: Encoder, pixels: Tensor, cfg: AttentionConfig, *, name: str) -> np.ndarray:
-    """Maps (B, heads, h, w) float32 of images (B, 3, H, W); name: what an error calls the first of them."""
+def _maps(encoder: Encoder, pixels: Tensor, cfg: AttentionConfig, *, names: list[str]) -> np.ndarray:
+    """Maps (B, heads, h, w) float32 of images (B, 3, H, W); names: what errors call them."""
     device, (height, width) = pixels.device, pixels.shape[2:]
     if not (seen_size(encoder, height) and seen_size(encoder, width)):
         raise ValueError(
-            f"{name} has {height} x {width} pixels for {encoder.config.arch}, less than one cell: give larger images, or a fit "
-            "that resizes them"
+            f"{names[0]} has {height} x {width} pixels for {encoder.config.arch}, less than one cell: give larger images, or "
+            "a fit that resizes them"
         )
     try:
         with evaluation_mode(encoder), torch.inference_mode():
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                 maps = encoder.attention(pixels, per_head=cfg.heads == "each")
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if not maps.isfinite().all():
-        raise ValueError(f"the attention of {name} is not finite: check the weights and that image, and use precision fp32")
+        raise ValueError(f"{names[0]}: {error}") from error
+    for name, own in zip(names, maps, strict=True):
+        if not own.isfinite().all():
+            raise ValueError(f"the attention of {name} is not finite: check the weights and that image, and use precision fp32")
     return (maps if maps.ndim == 4 else maps[:, None]).float().cpu().numpy()
 
 
@@ -172,7 +174,9 @@ def write_image(
     height, width = original
     box = (0.0, 0.0, seen[1] * width / picture.shape[2], seen[0] * height / picture.shape[1])
     small = fit_in(picture, TILE)
-    small_seen = round(seen[0] * small.shape[1] / picture.shape[1]), round(seen[1] * small.shape[2] / picture.shape[2])
+    small_seen = (
+        max(1, round(seen[0] * small.shape[1] / picture.shape[1])), max(1, round(seen[1] * small.shape[2] / picture.shape[2]))
+    )  # fmt: skip
     said, tiles = [], [small]
     for head, attention in enumerate(maps):
         file = f"{path}_head{head}" if cfg.heads == "each" else str(path)
