@@ -30,6 +30,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "dino_simpool.eval.masks:main",
         "how much of the attention is on the object, on images with masks",
     ),
+    "attention": (
+        config.AttentionConfig,
+        "dino_simpool.eval.attention:main",
+        "where the encoder looks: maps, overlays, masks and boxes of any images",
+    ),
     "resources": (
         config.ResourcesConfig,
         "dino_simpool.eval.resources:main",

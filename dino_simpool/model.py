@@ -82,19 +82,24 @@ class Encoder(nn.Module):
         x, _ = self._pooled_input(images)
         return x[:, self._prefix :] if isinstance(self.pool, ClsPool) else as_tokens(x)
 
-    def attention(self, images: Tensor) -> Tensor:
-        """Attention maps (B, h, w), each with the sum 1.
+    def attention(self, images: Tensor, *, per_head: bool = False) -> Tensor:
+        """Attention maps (B, h, w), each with the sum 1; per_head: (B, heads, h, w), each head with the sum 1.
 
-        SimPool: its own attention. Class token: its self-attention in the last block, mean over the heads, patches only. Global
-        average: uniform, as this pooling weighs them.
+        SimPool: its own attention, mean over its heads. Class token: its self-attention in the last block, mean over the heads,
+        patches only. Global average: uniform, as this pooling weighs them; it counts as one head.
         """
         if not isinstance(self.pool, ClsPool):
             x, grid = self._pooled_input(images)
-            return self.pool(x, return_attention=True)[1].reshape(-1, *grid)
+            if per_head and isinstance(self.pool, SimPool):
+                return self.pool.attention(x).unflatten(2, grid)
+            maps = self.pool(x, return_attention=True)[1].reshape(-1, *grid)
+            return maps[:, None] if per_head else maps
         tokens, grid = self._embed(images)
         for block in self.trunk.blocks[:-1]:
             tokens = block(tokens)
-        return class_attention(self.trunk.blocks[-1], tokens, num_prefix=self._prefix).unflatten(1, grid)
+        weights = class_attention(self.trunk.blocks[-1], tokens, num_prefix=self._prefix)
+        weights = weights if per_head else weights.mean(1)
+        return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, grid)
 
     @property
     def _norm_first(self) -> bool:
@@ -152,7 +157,7 @@ class Encoder(nn.Module):
 
 
 def class_attention(block: Any, tokens: Tensor, *, num_prefix: int) -> Tensor:
-    """Attention (B, N) of the first token to the patches in a ViT block, mean over its heads, scaled to the sum 1.
+    """Attention (B, heads, N) of the first token to the patches in a ViT block; what a head gives to prefix tokens is left out.
 
     tokens: (B, num_prefix + N, D) before the block. It is computed here because the fused kernels do not return it.
     """
@@ -161,8 +166,7 @@ def class_attention(block: Any, tokens: Tensor, *, num_prefix: int) -> Tensor:
         raise ValueError(f"{type(block).__name__} has no plain self-attention to show: use pool simpool, or a standard ViT")
     query, key, _ = layer.qkv(block.norm1(tokens)).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
     scores = layer.q_norm(query[:, :, :1]) * layer.scale @ layer.k_norm(key).transpose(-2, -1)
-    weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)[:, :, 0, num_prefix:].mean(1)
-    return weights / weights.sum(1, keepdim=True)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)[:, :, 0, num_prefix:]
 
 
 def build_encoder(cfg: ModelConfig) -> Encoder:

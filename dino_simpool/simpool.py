@@ -93,6 +93,12 @@ class SimPool(nn.Module):
             values = self._normalise(as_tokens(x).to(self._precision()))
             return F.linear(values, self.k.weight.to(values.dtype)).to(self.k.weight.dtype)
 
+    def attention(self, x: Tensor) -> Tensor:
+        """Attention (B, H, N) of every head, of tokens (B, N, D) or maps (B, D, h, w); sums to 1 over the positions."""
+        with without_autocast(x):
+            tokens = as_tokens(x).to(self._precision())
+            return self._attention(tokens, self._normalise(tokens)).to(self.norm.weight.dtype)
+
     def _precision(self) -> torch.dtype:
         # A softmax, a power and a root: 1e-6^1.25 is already the smallest number of float16.
         return torch.float64 if self.norm.weight.dtype == torch.float64 else torch.float32

@@ -7,11 +7,13 @@ so that help and mistakes answer at once.
 
     train.py     the options of a training run        evaluate.py  of the evaluators and the other commands
     parse.py     recipes + command line <-> dataclass    features.py  of extract and search
-    tools.py     of the commands about files             bench.py     of the benchmarks
+    attention.py of the attention maps                   tools.py     of the commands about files
+  bench.py     of the benchmarks
 """
 
 from __future__ import annotations
 
+from dino_simpool.config.attention import AttentionConfig
 from dino_simpool.config.bench import BenchKnnConfig
 from dino_simpool.config.evaluate import (
     EvalConfig,
@@ -49,6 +51,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MAX_PIXELS",
+    "AttentionConfig",
     "BenchKnnConfig",
     "CheckDataConfig",
     "ConfigError",

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -71,13 +71,13 @@ class Augmentation(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class TransformedImages(Dataset[tuple[Tensor, int]]):
+class TransformedImages(Dataset[tuple[Any, int]]):
     """(transformed image, index) by index."""
 
     images: ImageSet
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Image.Image], Any]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(self.images.read(index)), index
 
 
@@ -182,12 +182,13 @@ def train_loader(
 
 
 def index_loader(
-    images: ImageSet, transform: Callable[[Image.Image], Tensor], indices: Sequence[int] | np.ndarray, *, batch_size: int,
+    images: ImageSet, transform: Callable[[Image.Image], Any], indices: Sequence[int] | np.ndarray, *, batch_size: int,
     workers: int | None, device: torch.device,
 ) -> DataLoader:  # fmt: skip
     """The images `indices`, transformed, in this order, the last batch smaller.
 
-    workers, device: as for `train_loader`.   Each item: (B, 3, S, S) float32 and (B,) int64 image numbers.
+    workers, device: as for `train_loader`.   Each item: (B, 3, S, S) float32 and (B,) int64 image numbers; what a
+    transform returns beside the image comes beside the batch.
     """
     order = np.asarray(indices, np.int64).tolist()
     return DataLoader(

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from timm.models.convnext import ConvNeXt
+from torch import nn
 
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig
@@ -98,13 +100,33 @@ def read_mask(path: Path, image: str | Path, content: bytes | None = None) -> np
         return np.asarray(mask.convert("L")) > 0
 
 
+def seen_size(encoder: Encoder, size: int) -> int:
+    """Of `size` pixels down or across an input, those that its map covers, from the first on.
+
+    A ViT drops what is left beyond its last whole patch, and so does a ConvNeXt, which shrinks its maps without padding. A
+    ResNet pads and sees everything.
+    """
+    trunk = encoder.trunk
+    if hasattr(trunk, "patch_embed"):
+        return size // encoder.config.patch_size * encoder.config.patch_size
+    if not isinstance(trunk, ConvNeXt):
+        return size
+    cells, stride = size, 1
+    for layer in trunk.stem:
+        if isinstance(layer, nn.Conv2d):
+            assert not isinstance(layer.padding, str)
+            cells = (cells + 2 * layer.padding[0] - layer.kernel_size[0]) // layer.stride[0] + 1
+            stride *= layer.stride[0]
+    halvings = len(trunk.stages) - 1
+    return min(size, (cells >> halvings) * (stride << halvings))
+
+
 def seen_box(encoder: Encoder, shape: tuple[int, int], *, resize: int, crop: int) -> Box:
     """The part of an image that the encoder sees after data.EvalTransform(crop, resize=resize), in pixels of the image.
 
-    shape: (H, W) of the image. A ViT drops what is left beyond its last whole patch, at the right and at the bottom.
+    shape: (H, W) of the image. What is dropped (see `seen_size`) lies at the right and at the bottom.
     """
-    patch = encoder.config.patch_size if hasattr(encoder.trunk, "patch_embed") else 1
-    seen = crop // patch * patch
+    seen = seen_size(encoder, crop)
     ends = []
     for side in (shape[1], shape[0]):
         resized = resize * side // min(shape)

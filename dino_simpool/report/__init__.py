@@ -210,7 +210,8 @@ def _attention(out: Path, data: str, num_images: int, device: torch.device, *, t
     return (
         '<p class="soft">What the pooling of the encoder weighs: the image, the attention before training, and after it. '
         f'Colour: 0× <span class="scale" style="background:{ramp_css()}"></span> {top:.1f}× uniform attention. Where the data '
-        "have masks, the white line is the true object, the number the density of attention on it (uniform: 1×).</p>" + cards
+        "have masks, the white line is the true object, the number the density of attention on it (uniform: 1×); elsewhere the "
+        "line is around 60 % of the attention.</p>" + cards
     )
 
 

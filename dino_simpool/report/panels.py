@@ -1,10 +1,11 @@
 """The pictures of the page: attention over held-out images, before and after training, and crops.
 
 A panel is an SVG in pixels of the picture that the encoder saw: the picture in grey, the attention as colour above it, the
-outline of the true mask. Colour stands for attention relative to uniform attention, on one scale for all panels, so that before
-and after can be compared; a scale of its own for each image would show structure in noise.
+outline of the true mask, or without one that of the cells with 60 % of the attention. Colour stands for attention relative to
+uniform attention, on one scale for all panels, so that before and after can be compared; a scale of its own for each image
+would show structure in noise.
 
-h, w: cells of the attention; S: side of the picture.
+h, w: cells of the attention; S: side of the picture; seen: pixels of that side which the cells cover.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -25,11 +25,12 @@ from dino_simpool.augment import MultiCrop
 from dino_simpool.config import EvalConfig, TrainConfig
 from dino_simpool.data import EvalTransform, find_images, folder_or_archive
 from dino_simpool.eval import preprocessing
-from dino_simpool.eval.masks import Box, cell_coverage, evenly, mask_path, read_mask, seen_box, shares
+from dino_simpool.eval.attention import mass_mask
+from dino_simpool.eval.masks import Box, cell_coverage, evenly, mask_path, read_mask, seen_box, seen_size, shares
 from dino_simpool.model import Encoder
-from dino_simpool.pictures import unnormalize
+from dino_simpool.pictures import enlarge, paint, to_bytes, unnormalize
 
-RAMP = np.array([[255, 221, 87, 0], [252, 141, 50, 150], [214, 40, 57, 215], [140, 12, 74, 240]], np.float64)
+RAMP = [(255, 221, 87, 0), (252, 141, 50, 150), (214, 40, 57, 215), (140, 12, 74, 240)]
 """Colour and opacity (RGBA) from no attention to the top of the scale."""
 OUTLINE_CELLS = 64
 """A mask is drawn on a grid of this many cells a side at most."""
@@ -46,6 +47,7 @@ def attention_cards(
     one = next(iter(encoders.values()))
     settings = preprocessing(one, EvalConfig())
     side = settings["image_size"]
+    seen = seen_size(one, side)
     held_out = folder_or_archive(str(Path(data) / split))
     images = find_images(held_out if Path(held_out).exists() else data)
     chosen = evenly(len(images), num_images).tolist()
@@ -66,19 +68,19 @@ def attention_cards(
             truth = mask, seen_box(one, mask.shape, resize=settings["resize"], crop=side)
         figures = [figure(panel(side, picture_layer(shown[row], name)), path.parent.name or path.name)]
         for label, attention in relative.items():
-            lines, said = _compare(attention[row].numpy(), truth, side)
+            lines, said = _compare(attention[row].numpy(), truth, seen)
             grey = f'<use href="#{name}" style="filter:grayscale(1)"/>'
-            figures.append(figure(panel(side, grey, heat_layer(attention[row] / top, side), lines), f"{label} {said}"))
+            figures.append(figure(panel(side, grey, heat_layer(attention[row] / top, seen), lines), f"{label} {said}"))
         cards.append(f'<div class="card panels">{"".join(figures)}</div>')
     return f'<div class="cards">{"".join(cards)}</div>', top
 
 
-def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, side: int) -> tuple[str, str]:
-    """The outline of the true mask, and the density of the attention (h, w) inside it; both empty without a mask."""
+def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: int) -> tuple[str, str]:
+    """The outline of the true mask, and the density of the attention (h, w) inside it; without one that of most attention."""
     if truth is None:
-        return "", ""
-    cells = min(OUTLINE_CELLS, side)
-    lines = outline(cell_coverage(*truth, grid=(cells, cells)) >= 0.5, side)
+        return outline(mass_mask(attention), seen), ""
+    cells = min(OUTLINE_CELLS, seen)
+    lines = outline(cell_coverage(*truth, grid=(cells, cells)) >= 0.5, seen)
     height, width = attention.shape
     inside, area = shares(attention, cell_coverage(*truth, grid=(height, width)))
     return lines, f"{inside / area:.2f}×" if area else "(object cropped away)"
@@ -130,21 +132,16 @@ def figure(content: str, caption: str, *, width: int | None = None) -> str:
 
 def picture_layer(image: Tensor, name: str) -> str:
     """A picture (3, S, S) in 0..1, to be used again by its name on the page."""
-    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    pixels = to_bytes(image)
     side = pixels.shape[0]
     return f'<image id="{name}" href="{data_uri(pixels)}" width="{side}" height="{side}"{_sharp(side)}/>'
 
 
-def heat_layer(strength: Tensor, side: int) -> str:
+def heat_layer(strength: Tensor, seen: int) -> str:
     """Attention (h, w) as colour: 0 is transparent, 1 (and above) the end of the ramp; smooth between the centres of cells."""
     height, width = strength.shape
-    smooth = F.interpolate(strength[None, None], (6 * height, 6 * width), mode="bilinear", align_corners=False)[0, 0]
-    place = smooth.clamp(0, 1).double().numpy() * (len(RAMP) - 1)
-    low = np.floor(place).astype(int).clip(max=len(RAMP) - 2)
-    rgba = RAMP[low] + (place - low)[..., None] * (RAMP[low + 1] - RAMP[low])
-    return (
-        f'<image href="{data_uri(rgba.round().astype(np.uint8))}" width="{side}" height="{side}" preserveAspectRatio="none"/>'
-    )
+    rgba = paint(enlarge(strength, (6 * height, 6 * width), smooth=True), RAMP)
+    return f'<image href="{data_uri(to_bytes(rgba))}" width="{seen}" height="{seen}" preserveAspectRatio="none"/>'
 
 
 def ramp_css() -> str:
@@ -153,10 +150,10 @@ def ramp_css() -> str:
     return f"linear-gradient(90deg, {colours})"
 
 
-def outline(mask: np.ndarray, side: int) -> str:
-    """The border of a mask (n, n) bool along the edges of its cells, in a panel of side x side units."""
+def outline(mask: np.ndarray, seen: int) -> str:
+    """The border of a mask (n, n) bool along the edges of its cells, which cover seen x seen units of a panel."""
     padded = np.pad(mask, 1)
-    unit = side / len(mask)
+    unit = seen / len(mask)
     across = [f"M{x * unit:g} {y * unit:g}h{unit:g}" for y, x in np.argwhere(padded[1:] != padded[:-1]) - (0, 1)]
     down = [f"M{x * unit:g} {y * unit:g}v{unit:g}" for y, x in np.argwhere(padded[:, 1:] != padded[:, :-1]) - (1, 0)]
     path = f'<path d="{"".join(across + down)}" fill="none" vector-effect="non-scaling-stroke" stroke-linecap="square"'
