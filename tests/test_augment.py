@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -17,9 +18,10 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import functional as reference
 
-from dino_simpool import augment
-from dino_simpool.augment import MultiCrop, ViewDraw, apply_view, crop_boxes, to_tensor, uniforms
+from dino_simpool.augment import CROP_NUMBERS, MultiCrop, ViewDraw, crop_box, pixels, shrunk, to_tensor, uniforms
+from dino_simpool.augment.draw import NUM_UNIFORMS, blur_kernel
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
+from dino_simpool.decode import BrokenImage, EncodedImage
 
 NUM_DRAWS = 10_000
 SMALL = CropsConfig(global_size=32, local_size=20)
@@ -44,8 +46,16 @@ def one_view(**changes) -> ViewDraw:
     return ViewDraw(**{name: np.array([value]) for name, value in (nothing | changes).items()})
 
 
-def same(ours: Image.Image, theirs: Image.Image) -> None:
-    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+def stored(image: Image.Image, kind: str = "PNG", **options) -> EncodedImage:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return EncodedImage(file.getvalue(), name="x")
+
+
+def assert_near(ours: np.ndarray, theirs: np.ndarray | Image.Image, levels: float, *, mean: float = math.inf) -> None:
+    """At most so many of 255 levels apart, and so many in the mean."""
+    distance = np.abs(np.asarray(ours).astype(float) - np.asarray(theirs).astype(float))
+    assert distance.max() <= levels and distance.mean() <= mean, (distance.max(), distance.mean())
 
 
 # -- random numbers
@@ -85,7 +95,7 @@ def test_seed_epoch_and_index_each_change_everything(change):
 
 
 def test_columns_views_images_and_epochs_are_uncorrelated():
-    images = np.stack([uniforms(0, 0, i, rows=2, columns=augment.NUM_UNIFORMS).ravel() for i in range(NUM_DRAWS)])
+    images = np.stack([uniforms(0, 0, i, rows=2, columns=NUM_UNIFORMS).ravel() for i in range(NUM_DRAWS)])
     epochs = np.stack([uniforms(0, e, 0, rows=1, columns=5).ravel() for e in range(NUM_DRAWS)])
     seeds = np.stack([uniforms(s, 0, 0, rows=1, columns=5).ravel() for s in range(NUM_DRAWS)])
     table = np.concatenate([images, np.roll(images[:, :5], 1, 0), epochs, seeds], 1)
@@ -150,9 +160,8 @@ def test_boxes_are_distributed_as_published(draws, view, scale):
     (32, 32, (0.25, 1.0)), (32, 32, (0.05, 0.25)), (100, 28, (0.25, 1.0)), (60, 400, (0.14, 1.0)), (7, 9, (0.05, 0.14)),
 ])  # fmt: skip
 def test_boxes_of_small_and_long_images_are_distributed_as_published(height, width, scale):
-    numbers = uniforms(5, 0, 0, rows=NUM_DRAWS, columns=22)
-    low, high = (np.full(NUM_DRAWS, share) for share in scale)
-    ours = crop_boxes(height, width, low=low, high=high, numbers=numbers)
+    numbers = uniforms(5, 0, 0, rows=NUM_DRAWS, columns=CROP_NUMBERS).tolist()
+    ours = np.array([crop_box(height, width, scale=scale, numbers=row) for row in numbers])
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all() and (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
     assert_same_boxes(ours, published_boxes(height, width, scale), height, width)
 
@@ -162,15 +171,17 @@ def test_boxes_of_small_and_long_images_are_distributed_as_published(height, wid
 ])  # fmt: skip
 def test_after_ten_failures_the_largest_centre_crop_is_taken(size, box):
     # Twice the image's area never fits.
-    found = crop_boxes(*size, low=np.array([2.0]), high=np.array([2.0]), numbers=uniforms(0, 0, 0, rows=1, columns=22))
-    assert found.tolist() == [box]
+    numbers = uniforms(0, 0, 0, rows=1, columns=CROP_NUMBERS)[0].tolist()
+    assert crop_box(*size, scale=(2.0, 2.0), numbers=numbers) == tuple(box)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (2, 3)])
 def test_tiny_images_give_views(size):
     for index in range(20):
-        views = recipe(SMALL)(picture(*size), seed=0, epoch=0, index=index)
-        assert all(torch.isfinite(view).all() for view in views)
+        for on_device in (False, True):
+            crop = dataclasses.replace(recipe(SMALL), on_device=on_device)
+            views = crop.finish([part[None] for part in crop(stored(picture(*size)), seed=0, epoch=0, index=index)])
+            assert [view.shape[-1] for view in views] == [32] * 2 + [20] * 6 and all(v.isfinite().all() for v in views)
 
 
 def test_rates_are_the_published_ones(draws):
@@ -203,70 +214,83 @@ def test_probabilities_follow_the_options():
     assert (draw.flip & draw.jitter & draw.grayscale & draw.solarize & (draw.sigma > 0)).all()
 
 
-# -- pixels
+# -- pixels, against Pillow and torchvision's operations on its images (bounds: see pixels.py)
+
+THEIRS = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue)
+LEVELS = (1, 1, 2, 12)
+"""How far each operation of the jitter may be from Pillow's."""
 
 
 def test_golden_operations():
     with np.load(Path(__file__).parent / "golden" / "open_aug.npz") as arrays:
         golden = {name.removeprefix("aug/"): arrays[name] for name in arrays.files}
     meta = json.loads(str(golden["meta"]))
-    image = Image.fromarray(golden["in/img"])
-
-    for name, function in zip(("brightness", "contrast", "saturation", "hue"), augment.JITTER, strict=True):
+    image = golden["in/img"]
+    for name, function, levels in zip(("brightness", "contrast", "saturation", "hue"), pixels.ADJUST, LEVELS, strict=True):
         for factor in meta[name]:
-            np.testing.assert_array_equal(np.asarray(function(image, factor)), golden[f"out/{name}_{factor}"])
+            assert_near(function(image.copy(), factor), golden[f"out/{name}_{factor}"], levels, mean=1)
     for number, (*box, size) in enumerate(meta["crops"]):
-        view = np.asarray(apply_view(image, one_view(box=box), 0, size=size))
-        assert np.abs(view.astype(int) - golden[f"out/crop{number}"]).max() <= 1
-
-    # Views are square and this image is 40 x 48: its left part is compared, away from the cut as far as the blur reaches.
-    def left(**change) -> np.ndarray:
-        return np.asarray(apply_view(image, one_view(box=[0, 0, 40, 40], **change), 0, size=40))
-
-    np.testing.assert_array_equal(left(grayscale=True), golden["out/grayscale"][:, :40])
-    np.testing.assert_array_equal(left(solarize=True), golden["out/solarize"][:, :40])
-    np.testing.assert_array_equal(left(flip=True), golden["out/hflip"][:, 8:])
+        assert_near(pixels.resized_crop(image, tuple(box), size), golden[f"out/crop{number}"], 1)
+    assert_near(pixels.adjust_saturation(image, 0.0), golden["out/grayscale"], 1)
+    assert_near(pixels.solarize(image), golden["out/solarize"], 0)
     for sigma in meta["blur_radii"]:
-        np.testing.assert_array_equal(left(sigma=sigma)[:, :30], golden[f"out/blur_{sigma}"][:, :30])
-    ours = to_tensor([image], mean=meta["mean"], std=meta["std"])[0].numpy()
+        inside = np.s_[6:-6, 6:-6]
+        assert_near(pixels.gaussian_blur(image, sigma)[inside], golden[f"out/blur_{sigma}"][inside], 3)
+    ours = to_tensor([Image.fromarray(image)], mean=meta["mean"], std=meta["std"])[0].numpy()
     np.testing.assert_allclose(ours, golden["out/to_tensor_normalize"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(24, 24), (1, 1), (3, 17), (224, 224)])
-def test_jitter_equals_torchvision_on_pil_images(size):
+def test_jitter_is_near_torchvision_on_pil_images(size):
     image, random = picture(*size), np.random.default_rng(0)
-    theirs = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue)
-    for ours, published, spread in zip(augment.JITTER, theirs, (1.0, 1.0, 1.0, 0.5), strict=True):
+    for ours, published, spread, levels in zip(pixels.ADJUST, THEIRS, (1.0, 1.0, 1.0, 0.5), LEVELS, strict=True):
         for shift in (-spread, 0.0, spread, *random.uniform(-spread, spread, 5)):
             factor = float(shift) if published is reference.adjust_hue else 1 + float(shift)
-            same(ours(image, factor), published(image, factor))
+            assert_near(ours(np.array(image), factor), published(image, factor), levels, mean=1.5)
 
 
-def test_jitter_of_flat_images_equals_torchvision():
+def test_jitter_of_flat_images_is_near_torchvision():
     for color in ((0, 0, 0), (255, 255, 255), (255, 0, 0), (1, 2, 3)):
         image = Image.new("RGB", (5, 4), color)
-        same(augment.adjust_contrast(image, 0.6), reference.adjust_contrast(image, 0.6))
-        same(augment.adjust_hue(image, -0.1), reference.adjust_hue(image, -0.1))
+        assert_near(pixels.adjust_contrast(np.array(image), 0.6), reference.adjust_contrast(image, 0.6), 1)
+        assert_near(pixels.adjust_hue(np.array(image), -0.1), reference.adjust_hue(image, -0.1), 6)
 
 
 def test_crop_equals_torchvision():
+    """Also where Pillow goes down first and then across, which shows at the edges of an image like this."""
     image, random = picture(90, 120), np.random.default_rng(0)
+    down_first = 0
     for size in (20, 32, 96):
-        for _ in range(10):
-            height, width = random.integers(1, 90), random.integers(1, 120)
-            box = [int(random.integers(0, 91 - height)), int(random.integers(0, 121 - width)), int(height), int(width)]
-            ours = apply_view(image, one_view(box=box), 0, size=size)
-            same(ours, reference.resized_crop(image, *box, [size, size], transforms.InterpolationMode.BICUBIC))
+        for _ in range(30):
+            height, width = int(random.integers(1, 91)), int(random.integers(1, 121))
+            box = (int(random.integers(0, 91 - height)), int(random.integers(0, 121 - width)), height, width)
+            down_first += height > size and height - size > 2 * (width - size)
+            theirs = reference.resized_crop(image, *box, [size, size], transforms.InterpolationMode.BICUBIC)
+            assert_near(pixels.resized_crop(np.asarray(image), box, size), theirs, 1)
+    assert down_first > 10
+
+
+def test_crop_of_black_and_white_noise_is_within_two_levels():
+    noise = np.random.default_rng(0).integers(0, 2, (300, 200, 3), np.uint8) * 255
+    for height, width, size in ((300, 200, 96), (200, 200, 224), (97, 95, 96), (150, 121, 96), (150, 123, 96), (60, 200, 96)):
+        theirs = reference.resized_crop(
+            Image.fromarray(noise), 0, 0, height, width, [size] * 2, transforms.InterpolationMode.BICUBIC
+        )
+        assert_near(pixels.resized_crop(noise, (0, 0, height, width), size), theirs, 2)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_jitter_is_applied_in_the_drawn_order(order):
     image, factors = picture(24, 24), [1.4, 0.6, 1.2, 0.1]
-    expected = image
-    theirs = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue)
+    expected, others = image, image
     for operation in order:
-        expected = theirs[operation](expected, factors[operation])
-    same(apply_view(image, one_view(jitter=True, factors=factors, order=order), 0, size=24), expected)
+        expected = THEIRS[operation](expected, factors[operation])
+    for operation in order[::-1]:
+        others = THEIRS[operation](others, factors[operation])
+    ours = pixels.apply_colors(np.array(image), one_view(jitter=True, factors=factors, order=order), 0)
+    assert_near(ours, expected, 16, mean=2)
+    distance = [np.abs(ours.astype(int) - np.asarray(other)).mean() for other in (expected, others)]
+    assert distance[0] < 0.7 * distance[1], "the reverse order is another image"
 
 
 def test_operations_follow_each_other_as_published():
@@ -278,19 +302,33 @@ def test_operations_follow_each_other_as_published():
     expected = reference.adjust_brightness(reference.adjust_contrast(expected, 1.3), 0.7)
     expected = reference.rgb_to_grayscale(reference.adjust_saturation(expected, 0.9), num_output_channels=3)
     expected = reference.solarize(expected.filter(ImageFilter.GaussianBlur(radius=1.3)), 128)
-    same(apply_view(image, draw, 0, size=24), expected)
+    ours = pixels.apply_colors(pixels.resized_crop(np.asarray(image), (10, 5, 40, 30), 24), draw, 0)
+    assert_near(ours[3:-3, 3:-3], np.asarray(expected)[3:-3, 3:-3], 6, mean=1.5)
 
 
-@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
-def test_sigma_is_the_standard_deviation_of_the_blur(sigma):
-    image = Image.fromarray(np.where(np.arange(24) == 12, 255, 0).astype(np.uint8)[None].repeat(24, 0)).convert("RGB")
-    line = np.asarray(apply_view(image, one_view(sigma=sigma), 0, size=24))[12, :, 0].astype(np.float64)
-    measured = math.sqrt((line * (np.arange(24) - 12) ** 2).sum() / line.sum())
-    assert measured == pytest.approx(sigma, rel=0.08)  # three box blurs, in 8 bits
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.7, 2.0])
+def test_blur_is_that_of_pillow(sigma):
+    image = picture(64, 48)
+    ours, theirs = pixels.gaussian_blur(np.asarray(image), sigma), image.filter(ImageFilter.GaussianBlur(sigma))
+    assert_near(ours[6:-6, 6:-6], np.asarray(theirs)[6:-6, 6:-6], 3, mean=1)
+    assert_near(ours, theirs, 40)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 1.0, 1.5, 2.0, 5.0])
+def test_the_blur_has_the_variance_that_is_asked_for(sigma):
+    kernel = blur_kernel(sigma)
+    place = np.arange(len(kernel)) - len(kernel) // 2
+    assert kernel.sum() == pytest.approx(1) and np.allclose(kernel, kernel[::-1]) and (kernel >= 0).all()
+    assert (kernel * place**2).sum() == pytest.approx(sigma**2)
+
+
+def test_solarize_inverts_from_128_on():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, 2)
+    np.testing.assert_array_equal(pixels.solarize(levels), np.where(levels >= 128, 255 - levels, levels))
 
 
 def test_to_tensor_equals_torchvision():
-    images = [picture(17, 13, seed=seed) for seed in range(3)]
+    images = [picture(20, 30, seed=seed) for seed in range(3)]
     theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
     ours = to_tensor(images, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     assert ours.dtype == torch.float32 and ours.is_contiguous()
@@ -302,30 +340,125 @@ def test_to_tensor_equals_torchvision():
 
 def test_views_are_the_drawn_ones_in_order():
     image, crop = picture(60, 50), recipe(SMALL)
-    views = crop(image, seed=4, epoch=5, index=6)
-    assert [tuple(view.shape) for view in views] == [(3, 32, 32)] * 2 + [(3, 20, 20)] * 6
+    views = crop(stored(image), seed=4, epoch=5, index=6)
+    assert [tuple(view.shape) for view in views] == [(32, 32, 3)] * 2 + [(20, 20, 3)] * 6
     draw = crop.draw(60, 50, seed=4, epoch=5, index=6)
-    for number, (view, size) in enumerate(zip(views, crop.sizes, strict=True)):
-        expected = to_tensor([apply_view(image, draw, number, size=size)], mean=IMAGENET_MEAN, std=IMAGENET_STD)[0]
+    finished = crop.finish([view[None] for view in views])
+    normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    for number, (view, done, kind) in enumerate(zip(views, finished, crop.kinds, strict=True)):
+        expected = pixels.resized_crop(np.asarray(image), tuple(draw.box[number].tolist()), kind.size)
+        expected = torch.from_numpy(pixels.apply_colors(expected, draw, number))
         assert torch.equal(view, expected)
+        assert done.is_contiguous(memory_format=torch.channels_last) and done.shape == (1, 3, kind.size, kind.size)
+        torch.testing.assert_close(done[0], normalize(expected.permute(2, 0, 1) / 255), rtol=1e-5, atol=1e-5)
 
 
-def test_no_local_views():
-    views = recipe(dataclasses.replace(SMALL, num_local=0))(picture(32, 32), seed=0, epoch=0, index=0)
-    assert [tuple(view.shape) for view in views] == [(3, 32, 32)] * 2
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_batch_is_finished_as_its_images_are_alone(on_device):
+    crop = dataclasses.replace(recipe(SMALL), on_device=on_device)
+    items = [crop(stored(picture(40 + i, 50, seed=i)), seed=0, epoch=0, index=i) for i in range(3)]
+    together = crop.finish([torch.stack(parts) for parts in zip(*items, strict=True)])
+    for i, item in enumerate(items):
+        for ours, alone in zip(together, crop.finish([part[None] for part in item]), strict=True):
+            torch.testing.assert_close(ours[i], alone[0], rtol=0, atol=1e-5)
 
 
-def test_the_image_is_left_alone_and_global_random_states_too():
-    image = picture(40, 40)
-    before, states = np.asarray(image).copy(), (torch.get_rng_state(), np.random.get_state()[1].copy())
-    recipe(SMALL)(image, seed=0, epoch=0, index=0)
-    np.testing.assert_array_equal(np.asarray(image), before)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_no_local_views(on_device):
+    crop = dataclasses.replace(recipe(dataclasses.replace(SMALL, num_local=0)), on_device=on_device)
+    parts = crop(stored(picture(32, 32)), seed=0, epoch=0, index=0)
+    assert [tuple(view.shape) for view in crop.finish([part[None] for part in parts])] == [(1, 3, 32, 32)] * 2
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_image_is_left_alone_and_global_random_states_too(on_device):
+    image, crop = np.asarray(picture(40, 40)), dataclasses.replace(recipe(SMALL), on_device=on_device)
+    before, states = image.copy(), (torch.get_rng_state(), np.random.get_state()[1].copy())
+    for index in range(20):
+        crop.views(image, crop.draw(40, 40, seed=0, epoch=0, index=index))
+    whole = one_view(box=[0, 0, 40, 40], flip=True, jitter=True, solarize=True)
+    pixels.apply_colors(pixels.resized_crop(image, (0, 0, 40, 40), 40), whole, 0)  # nothing to resize, and still a copy
+    np.testing.assert_array_equal(image, before)
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
 
 
 def test_survives_pickling():
-    crop = recipe(SMALL)
-    image = picture(40, 40)
-    ours = crop(image, seed=0, epoch=0, index=0)
-    theirs = pickle.loads(pickle.dumps(crop))(image, seed=0, epoch=0, index=0)
+    crop, file = recipe(SMALL), stored(picture(40, 40))
+    ours = crop(file, seed=0, epoch=0, index=0)
+    theirs = pickle.loads(pickle.dumps(crop))(file, seed=0, epoch=0, index=0)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# -- decoding
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": 95, "subsampling": 0}, {"progressive": True}, {"quality": 30}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(37, 53), (1, 1), (16, 16)])
+def test_jpeg_files_are_decoded_to_the_pixels_of_pillow(mode, size, options):
+    file = stored(picture(*size).convert(mode), "JPEG", **options)
+    assert file.jpeg_size == size
+    np.testing.assert_array_equal(file.pixels(), np.asarray(Image.open(io.BytesIO(file.file)).convert("RGB")))
+    for shrink in (2, 4, 8):
+        assert file.pixels(shrink=shrink).shape == (-(-size[0] // shrink), -(-size[1] // shrink), 3)
+
+
+def test_files_that_only_pillow_reads():
+    """A PNG, a CMYK JPEG, a JPEG too large, one to be turned: the header is not taken for a plain JPEG."""
+    image = picture(20, 30)
+    assert stored(image).jpeg_size is None and stored(image.convert("CMYK"), "JPEG").jpeg_size is None
+    plain = stored(image, "JPEG")
+    assert dataclasses.replace(plain, max_pixels=20 * 30 - 1).jpeg_size is None
+    with pytest.raises(BrokenImage, match="max_pixels 599"):
+        dataclasses.replace(plain, max_pixels=20 * 30 - 1).pixels()
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    turned = dataclasses.replace(stored(image, "JPEG", exif=tag), exif_orientation=True)
+    assert turned.pixels().shape == (30, 20, 3)
+    assert dataclasses.replace(turned, exif_orientation=False).pixels().shape == (20, 30, 3)
+
+
+def test_a_jpeg_with_a_wrong_byte_is_what_pillow_makes_of_it_and_a_cut_one_is_broken():
+    file = stored(picture(64, 64), "JPEG").file
+    stray = file[:-2] + b"\x00" + file[-2:]  # a byte too many before the end, which cameras write
+    np.testing.assert_array_equal(EncodedImage(stray).pixels(), np.asarray(Image.open(io.BytesIO(stray)).convert("RGB")))
+    with pytest.raises(BrokenImage, match="cut"):
+        EncodedImage(file[: len(file) // 2], name="cut").pixels()
+
+
+def test_a_jpeg_is_decoded_smaller_only_if_every_crop_allows_it():
+    crop = recipe(SMALL)  # views of 32 and 20 pixels, margin 2
+    sides = [[64, 64], [64, 64], *[[40, 40]] * 6]
+
+    def shrink(scale: int, **change) -> int:
+        box = np.array([[0, 0, *np.array(side) * scale] for side in sides])
+        for view, side in change.items():
+            box[int(view[1:]), 3] = side
+        return crop.shrink(dataclasses.replace(crop.draw(9, 9, seed=0, epoch=0, index=0), box=box))
+
+    assert [shrink(scale) for scale in (1, 2, 3, 4, 7, 8, 30)] == [1, 2, 2, 4, 4, 8, 8]
+    assert shrink(2, v0=127) == 1 and shrink(4, v5=159) == 2
+    assert dataclasses.replace(crop, shrink_margin=None).shrink(crop.draw(9000, 9000, seed=0, epoch=0, index=0)) == 1
+
+
+def test_shrunk_boxes_stay_inside_and_keep_their_place():
+    for shrink in (2, 4, 8):
+        for height, width in ((1001, 777), (1000, 776)):
+            for index in range(50):
+                for box in recipe(SMALL).draw(height, width, seed=0, epoch=0, index=index).box.tolist():
+                    top, left, tall, wide = shrunk(box, shrink)
+                    assert top >= 0 and left >= 0 and top + tall <= -(-height // shrink) and left + wide <= -(-width // shrink)
+                    ends = np.array([top, left, top + tall, left + wide]) * shrink
+                    assert np.abs(ends - (box[0], box[1], box[0] + box[2], box[1] + box[3])).max() <= shrink / 2
+
+
+def test_views_of_a_jpeg_decoded_smaller_are_near_those_of_the_whole():
+    """The stated tolerance: 2 levels in the mean of each crop's pixels, on an image as smooth as large photographs are."""
+    large = picture(250, 330).resize((1320, 1000), Image.Resampling.BICUBIC)
+    file = stored(large, "JPEG", quality=92)
+    small = dataclasses.replace(recipe(SMALL), on_device=True)
+    whole = dataclasses.replace(small, shrink_margin=None)
+    assert small.shrink(small.draw(1000, 1320, seed=0, epoch=0, index=3)) > 1
+    for ours, theirs in zip(*(crop(file, seed=0, epoch=0, index=3)[:-1] for crop in (small, whole)), strict=True):
+        assert not torch.equal(ours, theirs)
+        assert_near(ours.numpy(), theirs.numpy(), 60, mean=2)
