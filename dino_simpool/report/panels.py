@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dino_simpool.augment import MultiCrop
 from dino_simpool.config import EvalConfig, TrainConfig
-from dino_simpool.data import EvalTransform, find_images
+from dino_simpool.data import EvalTransform, find_images, read_or_replace
 from dino_simpool.eval import preprocessing
 from dino_simpool.eval.masks import Box, cell_coverage, evenly, mask_path, read_mask, seen_box, shares
 from dino_simpool.model import Encoder
@@ -86,11 +86,13 @@ def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, side: 
 def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
     """HTML of training images with the boxes of their crops, and of the views that the run made of them in its first epoch."""
     roots = (cfg.data.root,) if isinstance(cfg.data.root, str) else cfg.data.root
-    images = find_images([root for root in roots if root], subset_per_class=cfg.data.subset_per_class)
+    images = find_images([root for root in roots if root], subset_per_class=cfg.data.subset_per_class).decoded(
+        max_pixels=cfg.data.max_pixels, exif_orientation=cfg.data.exif_orientation
+    )
     augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
     cards = []
     for index in evenly(len(images), num_images).tolist():
-        image = images.read(index)
+        image, _ = read_or_replace(images.read, index, total=len(images), seed=cfg.run.seed, epoch=0)  # as in the training
         boxes = augment.draw(image.height, image.width, seed=cfg.run.seed, epoch=0, index=index).box
         figures = []
         for view, pixels in enumerate(augment(image, seed=cfg.run.seed, epoch=0, index=index)):
