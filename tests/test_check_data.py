@@ -14,7 +14,8 @@ from test_distributed import group, run_processes
 from dino_simpool import check_data, cli
 from dino_simpool.check_data import Summary, check, describe
 from dino_simpool.config import MAX_PIXELS
-from dino_simpool.data import Examined, find_images
+from dino_simpool.data import find_images
+from dino_simpool.decode import Examined
 
 NUM_IMAGES = 50
 

@@ -19,7 +19,8 @@ from torchvision import datasets, transforms
 from dino_simpool import data, distributed
 from dino_simpool.augment import MultiCrop
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
-from dino_simpool.data import EvalTransform, TrainBatches, class_folder, find_images, index_loader, read_rgb, train_loader
+from dino_simpool.data import EvalTransform, TrainBatches, class_folder, find_images, index_loader, train_loader
+from dino_simpool.decode import read_rgb
 
 CPU = torch.device("cpu")
 EVALUATE = EvalTransform(16, resize=None, mean=IMAGENET_MEAN, std=IMAGENET_STD)

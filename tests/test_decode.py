@@ -19,19 +19,11 @@ from PIL import Image
 from test_data import CPU, CROP, EVALUATE, assert_equal_items, collect, message, png, write_image
 from torch.utils.data import DataLoader
 
+from dino_simpool import decode
 from dino_simpool.config import MAX_PIXELS
-from dino_simpool.data import (
-    BrokenImage,
-    ImageSet,
-    decode,
-    examine,
-    find_images,
-    index_loader,
-    read_or_replace,
-    read_rgb,
-    train_loader,
-)
+from dino_simpool.data import ImageSet, find_images, index_loader, read_or_replace, train_loader
 from dino_simpool.data.replace import MAX_ATTEMPTS, replacement
+from dino_simpool.decode import BrokenImage, examine, read_rgb
 
 ORIENTATION = 0x0112
 

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from dino_simpool import cli
 from dino_simpool.checkpoint import export_encoder
 from dino_simpool.config import ConfigError, ExtractConfig, parse
-from dino_simpool.data import EvalTransform, find_images, read_rgb
+from dino_simpool.data import EvalTransform, find_images
+from dino_simpool.decode import read_rgb
 from dino_simpool.eval import extract as module
 from dino_simpool.eval import rows as rows_module
 from dino_simpool.eval.extract import build_index, extract, level_of, main, weights_sha256

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dino_simpool import distributed
 from dino_simpool.config import LinearConfig, ModelConfig
-from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images, read_rgb
+from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
+from dino_simpool.decode import read_rgb
 from dino_simpool.eval import linear
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.features import extract_features

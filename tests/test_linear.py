@@ -20,7 +20,8 @@ from torchvision.transforms import functional as TF
 
 from dino_simpool.checkpoint import export_encoder
 from dino_simpool.config import LinearConfig, ModelConfig
-from dino_simpool.data import class_folder, epoch_order, read_rgb
+from dino_simpool.data import class_folder, epoch_order
+from dino_simpool.decode import read_rgb
 from dino_simpool.eval import linear, run
 from dino_simpool.eval.linear import Heads, ProbeAugmentation, evaluate, fit_heads, split_held_out
 from dino_simpool.model import build_encoder

@@ -21,7 +21,8 @@ from dino_simpool import cli
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import ConfigError, SearchConfig, parse
 from dino_simpool.contact_sheet import GAP, Tile, contact_sheet, shortened
-from dino_simpool.data import EvalTransform, find_images, read_rgb
+from dino_simpool.data import EvalTransform, find_images
+from dino_simpool.decode import read_rgb
 from dino_simpool.eval import extract as extraction
 from dino_simpool.eval import search as module
 from dino_simpool.eval.extract import build_index, extract

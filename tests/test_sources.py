@@ -23,8 +23,9 @@ from PIL import Image
 
 from dino_simpool.augment import MultiCrop
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
-from dino_simpool.data import ImageSet, Index, archives, cache, class_folder, find_images, read_rgb, train_loader
+from dino_simpool.data import ImageSet, Index, archives, cache, class_folder, find_images, train_loader
 from dino_simpool.data.index import Strings, open_index
+from dino_simpool.decode import read_rgb
 
 NAMES = ("b/2.jpg", "b/10.jpg", "a/z.PNG", "a/deep/er/q.jpg", "a/deep/p.jpg", "a-b/x.jpg", "B/ü #1.jpg")
 LONG = "c/" + "/".join(["long" * 20] * 4) + "/" + "name" * 40 + ".jpg"

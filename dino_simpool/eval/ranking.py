@@ -2,8 +2,8 @@
 
 The best positive is known from float64 products within each class. Float32 products of all pairs, a tile at a time, then count
 what is nearer; what comes as near to it as float32 errs is counted by float64 products rounded to 2**-30, as in neighbors.py.
-So the result is exact, whatever the tiles and processes. If the queries are their own gallery, a tile serves its columns as well
-as its rows, hence half of the products are enough.
+So the result is exact, whatever the tiles and processes. If the queries are their own gallery, a tile serves its columns as
+well as its rows, hence half of the products are enough.
 
 Q queries, M gallery images, D width.
 """

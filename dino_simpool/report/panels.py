@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dino_simpool.augment import MultiCrop
 from dino_simpool.config import EvalConfig, TrainConfig
-from dino_simpool.data import EvalTransform, find_images, folder_or_archive
+from dino_simpool.data import EvalTransform, find_images, folder_or_archive, read_or_replace
 from dino_simpool.eval import preprocessing
 from dino_simpool.eval.attention import mass_mask
 from dino_simpool.eval.masks import Box, cell_coverage, evenly, mask_path, read_mask, seen_box, seen_size, shares
@@ -89,18 +89,20 @@ def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: 
 def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
     """HTML of training images with the boxes of their crops, and of the views that the run made of them in its first epoch."""
     roots = (cfg.data.root,) if isinstance(cfg.data.root, str) else cfg.data.root
-    images = find_images([root for root in roots if root], subset_per_class=cfg.data.subset_per_class)
+    images = find_images([root for root in roots if root], subset_per_class=cfg.data.subset_per_class).decoded(
+        max_pixels=cfg.data.max_pixels, exif_orientation=cfg.data.exif_orientation
+    )
     augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
     cards = []
     for index in evenly(len(images), num_images).tolist():
-        image = images.read(index)
-        boxes = augment.draw(image.height, image.width, seed=cfg.run.seed, epoch=0, index=index).box
+        image, _ = read_or_replace(images.read, index, total=len(images), seed=cfg.run.seed, epoch=0)  # as in the training
+        draw = augment.draw(image.height, image.width, seed=cfg.run.seed, epoch=0, index=index)
         figures = []
-        for view, pixels in enumerate(augment(images.encoded(index), seed=cfg.run.seed, epoch=0, index=index)):
+        for view, pixels in enumerate(augment.views(np.asarray(image), draw)):
             layer = picture_layer(pixels.permute(2, 0, 1) / 255, f"view-{index}-{view}")
             label, width = (f"global {view + 1}", 92) if view < 2 else (f"local {view - 1}", 60)
             figures.append(figure(panel(len(pixels), layer), label, width=width))
-        original = figure(_original(image, boxes), "image and boxes")
+        original = figure(_original(image, draw.box), "image and boxes")
         cards.append(f'<div class="card crops">{original}<div class="views">{"".join(figures)}</div></div>')
     return f'<div class="cards wide">{"".join(cards)}</div>'
 
