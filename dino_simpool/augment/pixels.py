@@ -39,7 +39,7 @@ def resized_crop(pixels: np.ndarray, box: Box, size: int) -> np.ndarray:
     crop = pixels[top : top + height, left : left + width]
     # Both passes round and clip to 8 bits, so their order shows. Pillow (13) goes across first unless this holds: then down.
     down_first = height > size and height - size > 2 * (width - size)
-    crop = cv2.transpose(crop) if down_first else np.ascontiguousarray(crop)
+    crop = cv2.transpose(crop) if down_first else crop.copy()
     image = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # recognised as channels last, and so is the result
     resized = F.interpolate(image, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
     return cv2.transpose(resized) if down_first else np.ascontiguousarray(resized)
