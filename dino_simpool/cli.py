@@ -53,6 +53,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "decode all images of a folder: which cannot be read, what is unusual",
     ),
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
+    "bench data": (
+        config.BenchDataConfig,
+        "dino_simpool.bench.data:main",
+        "time from your image files to views, beside the published recipe",
+    ),
     "bench knn": (
         config.BenchKnnConfig,
         "dino_simpool.bench.knn:main",
@@ -62,7 +67,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 }
 """Name of a command, in one word or two: its options, the function that takes them, and what it does."""
 
-FIRST_ARGUMENT = {"report": "--out", "synthetic": "--out", "check-data": "--data"}
+FIRST_ARGUMENT = {"report": "--out", "synthetic": "--out", "check-data": "--data", "bench data": "--data"}
 """The option that a bare first argument stands for: `report OUT` for `report --out OUT`."""
 FIRST_ARGUMENTS = {"table": "--results"}
 """The option for which all bare arguments at the beginning stand: `table A B` for `table --results '["A", "B"]'`."""

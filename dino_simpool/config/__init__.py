@@ -14,7 +14,7 @@ so that help and mistakes answer at once.
 from __future__ import annotations
 
 from dino_simpool.config.attention import AttentionConfig
-from dino_simpool.config.bench import BenchKnnConfig
+from dino_simpool.config.bench import BenchDataConfig, BenchKnnConfig
 from dino_simpool.config.evaluate import (
     EvalConfig,
     KnnConfig,
@@ -52,6 +52,7 @@ __all__ = [
     "IMAGENET_STD",
     "MAX_PIXELS",
     "AttentionConfig",
+    "BenchDataConfig",
     "BenchKnnConfig",
     "CheckDataConfig",
     "ConfigError",

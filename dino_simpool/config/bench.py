@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dino_simpool.config.train import check_device
+from dino_simpool.config.train import CropsConfig, check_device
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,40 @@ class BenchKnnConfig:
             raise ValueError(
                 f"k is {max(self.k)}: the published way needs a bank of at least as many images, it is {self.bank}"
             )
+        check_device("device", self.device)
+
+
+@dataclass(frozen=True)
+class BenchDataConfig:
+    """Time from image files to views: the published recipe, both paths of this package, and decoding alone, side by side."""
+
+    data: str | tuple[str, ...] = ""
+    """Your images: whatever data.root of a training takes."""
+    out: str = "bench"
+    """Folder; data.json is written there."""
+    images: int = 192
+    """Images to measure with, evenly spread over the data."""
+    batch_size: int = 16
+    """Images that each way takes in turn."""
+    repetitions: int = 3
+    """Rounds over these images. Medians are compared."""
+    loader_seconds: float = 4.0
+    """How long each path runs in a loader with all workers; 0 leaves this out."""
+    workers: int | None = None
+    """Loader processes. null: the cores that this process may use."""
+    device: str = "auto"
+    """Where the device path is finished: auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
+    device_batch: int | None = None
+    """Images in a batch that is finished on the device. null: 128 on a GPU, 4 on a CPU."""
+    compile: bool = False
+    """Measure the device's part compiled by torch.compile."""
+    seed: int = 0
+    """Of the crops."""
+    crops: CropsConfig = field(default_factory=CropsConfig)
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.batch_size, self.repetitions, self.device_batch or 1) < 1:
+            raise ValueError("images, batch_size, device_batch and repetitions must be 1 or more")
+        if self.loader_seconds < 0 or (self.workers is not None and self.workers < 0):
+            raise ValueError("loader_seconds and workers must be 0 or more")
         check_device("device", self.device)

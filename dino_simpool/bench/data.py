@@ -1,0 +1,238 @@
+"""From image files to the views of a training: how long it takes, in processor time of one core, and which part takes how long.
+
+    published      the recipe of facebookresearch/dino and billpsomas/simpool, from torchvision's transforms on Pillow images
+    cpu            this package, all on the CPU: decode, crop, colours, and the normalisation of the batch
+    device_share   what the CPU does if the colours are made on the device: decode and crop
+    decode         decoding alone: no way to the views is faster
+
+All start from the bytes of the files in memory. Every batch goes through all four in turn, so whatever else the machine does
+meets them alike; what counts is the time of this process, not that of the clock. `device` says what the device's part achieves.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torchvision import transforms
+
+from dino_simpool import distributed
+from dino_simpool.augment import MultiCrop, batch, pixels
+from dino_simpool.bench import interleave, machine, medians, table, write
+from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, BenchDataConfig, CropsConfig
+from dino_simpool.data import ImageSet, default_workers, find_images, keep_freed_memory, train_loader
+from dino_simpool.decode import EncodedImage
+from dino_simpool.eval.masks import evenly
+
+
+def main(cfg: BenchDataConfig) -> None:
+    """The command bench data."""
+    device = distributed.setup(cfg.device)
+    write(cfg.out, "data", {})  # now, rather than after the measurements, if that cannot be done
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    images = find_images(list(cfg.data) if isinstance(cfg.data, tuple) else cfg.data)
+    files = [images.encoded(index) for index in evenly(len(images), cfg.images).tolist()]
+    crop = MultiCrop(**asdict(cfg.crops), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    seconds = measure(ways_of(cfg.crops, crop, seed=cfg.seed), files, batch_size=cfg.batch_size, repetitions=cfg.repetitions)
+    record: dict[str, Any] = {
+        "benchmark": "data", "config": asdict(cfg), "machine": machine(device), "images": len(files),
+        "ms_per_image_and_core": {name: 1000 * value for name, value in seconds.items()},
+        "images_per_second_and_core": {name: 1 / value for name, value in seconds.items()},
+        "times_published": {name: seconds["published"] / value for name, value in seconds.items()},
+        "share_of_decode_limit": {name: seconds["decode"] / value for name, value in seconds.items()},
+        "parts_ms": measure_parts(crop, files, seed=cfg.seed, repetitions=cfg.repetitions),
+        "device": measure_device(cfg, crop, files, device),
+    }  # fmt: skip
+    if cfg.loader_seconds:
+        record["loader"] = measure_loader(cfg, crop, images)
+    path = write(cfg.out, "data", record)
+    print(f"{describe(record)}\nwritten to {path}")
+
+
+def published_recipe(crops: CropsConfig) -> Callable[[Image.Image], list[Tensor]]:
+    """The published augmentation of one image, with torchvision's transforms as its code has them, and Pillow's blur."""
+
+    def sometimes(probability: float, change: Callable[[Image.Image], Image.Image]) -> Callable[[Image.Image], Image.Image]:
+        return lambda image: change(image) if random.random() < probability else image
+
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(*crops.blur_sigma)))
+
+    def view(kind: int, size: int, scale: tuple[float, float]) -> transforms.Compose:
+        return transforms.Compose([
+            transforms.RandomResizedCrop(size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(crops.flip),
+            transforms.RandomApply([transforms.ColorJitter(*crops.jitter)], p=crops.jitter_probability),
+            transforms.RandomGrayscale(crops.grayscale),
+            sometimes(crops.blur[kind], blur),
+            sometimes(crops.solarize[kind], ImageOps.solarize),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ])  # fmt: skip
+
+    views = [view(kind, crops.global_size, crops.global_scale) for kind in (0, 1)]
+    views += [view(2, crops.local_size, crops.local_scale)] * crops.num_local
+    return lambda image: [each(image) for each in views]
+
+
+def ways_of(crops: CropsConfig, crop: MultiCrop, *, seed: int) -> dict[str, Callable[[Sequence[EncodedImage]], Any]]:
+    """What is compared: each takes the files of a batch."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    published, on_device = published_recipe(crops), replace(crop, on_device=True)
+
+    def by_published(files: Sequence[EncodedImage]) -> None:
+        for file in files:
+            with Image.open(io.BytesIO(file.file)) as image:
+                published(image.convert("RGB"))
+
+    def on_cpu(files: Sequence[EncodedImage]) -> None:
+        items = [crop(file, seed=seed, epoch=0, index=index) for index, file in enumerate(files)]
+        crop.finish([torch.stack(parts) for parts in zip(*items, strict=True)])
+
+    def device_share(files: Sequence[EncodedImage]) -> None:
+        items = [on_device(file, seed=seed, epoch=0, index=index) for index, file in enumerate(files)]
+        _ = [torch.stack(parts) for parts in zip(*items, strict=True)]
+
+    def decode(files: Sequence[EncodedImage]) -> None:
+        for file in files:
+            file.pixels()
+
+    return {"published": by_published, "cpu": on_cpu, "device_share": device_share, "decode": decode}
+
+
+def measure(
+    ways: dict[str, Callable[[Sequence[EncodedImage]], Any]],
+    files: Sequence[EncodedImage],
+    *,
+    batch_size: int,
+    repetitions: int,
+) -> dict[str, float]:
+    """Seconds of processor time an image of each way, the median over the rounds."""
+    rounds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repetitions):
+        spent = dict.fromkeys(ways, 0.0)
+        for start in range(0, len(files), batch_size):
+            for name, way in ways.items():
+                fresh = [replace(file) for file in files[start : start + batch_size]]  # a file remembers its header
+                started = time.process_time()
+                way(fresh)
+                spent[name] += time.process_time() - started
+        for name, value in spent.items():
+            rounds[name].append(value / len(files))
+    return medians(rounds)
+
+
+def measure_parts(crop: MultiCrop, files: Sequence[EncodedImage], *, seed: int, repetitions: int) -> dict[str, float]:
+    """Milliseconds an image of the parts of both paths, one after the other, the median over the rounds."""
+    rounds: dict[str, list[float]] = {}
+    for _ in range(repetitions):
+        spent: dict[str, float] = {}
+        started = time.process_time()
+
+        def stop(name: str, spent: dict[str, float] = spent) -> None:
+            nonlocal started
+            spent[name] = spent.get(name, 0.0) + time.process_time() - started
+            started = time.process_time()
+
+        for index, file in enumerate(map(replace, files)):
+            started = time.process_time()
+            size = file.jpeg_size
+            stop("header")
+            draw = crop.draw(*(size or file.pixels().shape[:2]), seed=seed, epoch=0, index=index)
+            stop("draw")
+            image = file.pixels()
+            stop("decode")
+            views = [
+                pixels.resized_crop(image, tuple(box), kind.size)
+                for box, kind in zip(draw.box.tolist(), crop.kinds, strict=True)
+            ]
+            stop("crop and resize")
+            batch.pack(draw, radius=crop.blur_radius)
+            stop("pack (device path)")
+            done = [torch.from_numpy(pixels.apply_colors(view, draw, i)) for i, view in enumerate(views)]
+            stop("flip, colours, blur (cpu path)")
+            crop.finish([view[None] for view in done])
+            stop("normalise (cpu path)")
+        for name, value in spent.items():
+            rounds.setdefault(name, []).append(1000 * value / len(files))
+    return medians(rounds)
+
+
+def measure_device(
+    cfg: BenchDataConfig, crop: MultiCrop, files: Sequence[EncodedImage], device: torch.device
+) -> dict[str, Any]:
+    """What the device makes of the other half of the device path: images per second of whole batches that lie there already."""
+    on_device = replace(crop, on_device=True)
+    size = cfg.device_batch or (4 if device.type == "cpu" else 128)
+    items = [on_device(files[i % len(files)], seed=cfg.seed, epoch=0, index=i) for i in range(size)]
+    parts = [torch.stack(part).to(device) for part in zip(*items, strict=True)]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    def finish() -> None:
+        on_device.finish(parts, dtype=dtype, compiled=cfg.compile)
+
+    finish()  # compiled, and with its memory
+    seconds, _ = interleave({"finish on the device": finish}, repetitions=max(5, cfg.repetitions), device=device)
+    middle = statistics.median(seconds["finish on the device"])
+    return {"images_per_second": size / middle, "batch": size, "dtype": str(dtype), "compiled": cfg.compile}
+
+
+def measure_loader(cfg: BenchDataConfig, crop: MultiCrop, images: ImageSet) -> dict[str, Any]:
+    """Images per second out of the training's loader with all its processes, by the clock, files read included."""
+    workers = default_workers() if cfg.workers is None else cfg.workers
+    size = min(cfg.batch_size, len(images))
+    speeds: dict[str, Any] = {"workers": workers}
+    for name, augment in (("cpu", crop), ("device_share", replace(crop, on_device=True))):
+        loader = train_loader(
+            images, augment, seed=cfg.seed, batch_size=size, accumulate=1, start_step=0, total_steps=10**6, rank=0,
+            world_size=1, workers=workers, device=torch.device("cpu"),
+        )  # fmt: skip
+        batches = iter(loader)
+        for _ in range(4 * max(1, workers) + 1):  # until what was ready at the start is gone
+            next(batches)
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < cfg.loader_seconds:
+            next(batches)
+            count += size
+        speeds[name] = count / (time.perf_counter() - started)
+        del batches, loader
+    return speeds
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The tables that are printed."""
+    names = {
+        "published": "published recipe (torchvision on Pillow)", "cpu": "CPU path", "device_share": "device path, CPU's share",
+        "decode": "decoding alone",
+    }  # fmt: skip
+    rows = [["way", "ms/image/core", "images/s/core", "times published", "share of the decode limit"]]
+    rows += [
+        [
+            title, f"{record['ms_per_image_and_core'][name]:.2f}", f"{record['images_per_second_and_core'][name]:.0f}",
+            f"{record['times_published'][name]:.2f}", f"{100 * record['share_of_decode_limit'][name]:.0f} %",
+        ]
+        for name, title in names.items()
+    ]  # fmt: skip
+    parts = [["part", "ms/image"], *([name, f"{value:.3f}"] for name, value in record["parts_ms"].items())]
+    device = record["device"]
+    lines = [table(rows), "", table(parts), ""]
+    lines.append(
+        f"device's part on {record['machine']['device']}: {device['images_per_second']:,.0f} images/s in batches of "
+        f"{device['batch']} ({device['dtype']}{', compiled' if device['compiled'] else ''})"
+    )
+    if loader := record.get("loader"):
+        lines.append(
+            f"loader with {loader['workers']} processes: CPU path {loader['cpu']:,.0f} images/s, device path "
+            f"{loader['device_share']:,.0f} images/s"
+        )
+    return "\n".join(lines)
