@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +42,7 @@ from dino_simpool.model import Encoder
 from dino_simpool.monitor import effective_rank, feature_spread, non_finite_names, write_failure
 from dino_simpool.pictures import overlay, strip, unnormalize
 from dino_simpool.plan import Plan, make_plan
+from dino_simpool.signals import stop_signals
 from dino_simpool.step import METRICS, Learner, NonFiniteLoss, build_learner, train_step
 
 
@@ -116,7 +115,7 @@ def train(cfg: TrainConfig) -> Path:
     )  # fmt: skip
     saved_at = time.monotonic()
     bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
-    with bar, _signals() as received, _failures_written(out, learner, plan, images, feed):
+    with bar, stop_signals() as received, _failures_written(out, learner, plan, images, feed):
         if learner.epoch_open:
             _end_epoch(cfg, plan, learner, out, log, images, knn_sets, feed)
         while learner.step < plan.total_steps:
@@ -336,25 +335,3 @@ def _epochs_logged(learner: Learner, plan: Plan) -> int:
     if learner.step == plan.total_steps:
         return plan.epochs - learner.epoch_open
     return learner.step // plan.steps_per_epoch - learner.epoch_open
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that fills with the signals that ask the run to stop; the loop saves at the next step, never the handler."""
-    received: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if number == signal.SIGINT and received:  # asked a second time: at once
-            raise KeyboardInterrupt
-        received.append(number)
-
-    kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread():  # Python takes signals in its main thread only
-        yield received
-        return
-    before = {kind: signal.signal(kind, handle) for kind in kinds}
-    try:
-        yield received
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

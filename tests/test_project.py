@@ -28,7 +28,7 @@ SOURCES = {
 
 LEVELS: list[tuple[float, dict[str, str]]] = [
     # level, and of each module what it may import of ours: names, or all of a range of levels
-    (0, {"config": "", "simpool": "", "distributed": "", "convert": "", "pictures": "", "contact_sheet": ""}),
+    (0, {"config": "", "simpool": "", "distributed": "", "convert": "", "pictures": "", "contact_sheet": "", "signals": ""}),
     (0.5, {"decode": "config"}),
     (1, {"loss": "distributed", "optim": "config distributed", "monitor": "distributed", "logs": "distributed"}),
     (1, {"plan": "config", "synthetic": "config", "trunk": "config", "model": "config simpool trunk"}),

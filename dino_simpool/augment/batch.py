@@ -76,7 +76,7 @@ def normalize(views: Tensor, *, mean: Sequence[float], std: Sequence[float], dty
         torch.tensor(values, device=views.device).repeat(views.shape[2])
         for values in ([1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)])
     )
-    return torch.addcmul(shift, views.flatten(2).float(), scale).to(dtype).view_as(views)
+    return (views.flatten(2).float() * scale).add_(shift).to(dtype).view_as(views)
 
 
 def _gray(x: Tensor) -> Tensor:

@@ -5,16 +5,17 @@ checkpoint's), `to_dict` and `dump` go back. Nothing is ever written into a conf
 learning rate, the number of steps and the like are functions of the configuration and of the run. No torch is imported here,
 so that help and mistakes answer at once.
 
-    train.py     the options of a training run        evaluate.py  of the evaluators and the other commands
-    parse.py     recipes + command line <-> dataclass    features.py  of extract and search
-    attention.py of the attention maps                   tools.py     of the commands about files
-  bench.py     of the benchmarks
+    train.py     the options of a training run        evaluate.py   of the evaluators, the report, the embedded data
+    data.py      of its data                          attention.py  of the attention maps
+    bench.py     of the benchmarks                    features.py   of extract and search
+    tools.py     of the commands about files          parse.py      recipes + command line <-> dataclass
 """
 
 from __future__ import annotations
 
 from dino_simpool.config.attention import AttentionConfig
 from dino_simpool.config.bench import BenchDataConfig, BenchKnnConfig
+from dino_simpool.config.data import MAX_PIXELS, CropsConfig, DataConfig
 from dino_simpool.config.evaluate import (
     EvalConfig,
     KnnConfig,
@@ -33,9 +34,6 @@ from dino_simpool.config.tools import CheckDataConfig
 from dino_simpool.config.train import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    MAX_PIXELS,
-    CropsConfig,
-    DataConfig,
     Duration,
     HeadConfig,
     LossConfig,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dino_simpool.config.train import CropsConfig, check_device
+from dino_simpool.config.data import CropsConfig
+from dino_simpool.config.train import check_device
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dino_simpool.config.train import MAX_PIXELS, ModelConfig, check_device
+from dino_simpool.config.data import MAX_PIXELS
+from dino_simpool.config.train import ModelConfig, check_device
 
 
 @dataclass(frozen=True)

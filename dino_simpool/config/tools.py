@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dino_simpool.config.train import MAX_PIXELS
+from dino_simpool.config.data import MAX_PIXELS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,87 @@
+"""The options of the data: crops and colours of the views, and where the images come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MAX_PIXELS = 178_956_970
+"""Largest image that is decoded by default, in pixels: half a gigabyte as RGB, and what Pillow itself refuses to exceed."""
+
+
+@dataclass(frozen=True)
+class CropsConfig:
+    """Multi-crop augmentation. Triples are for the first global view, the second one and the local views."""
+
+    global_size: int = 224
+    """Side of the two global crops in pixels."""
+    local_size: int = 96
+    """Side of the local crops in pixels."""
+    num_local: int = 6
+    """Number of local crops; 0 for none."""
+    global_scale: tuple[float, float] = (0.25, 1.0)
+    """Area of a global crop as a share of the image, lowest and highest."""
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    """Area of a local crop as a share of the image, lowest and highest."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Largest change of brightness, contrast, saturation and hue."""
+    jitter_probability: float = 0.8
+    """Probability of the colour jitter."""
+    grayscale: float = 0.2
+    """Probability of turning grey."""
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    """Probability of the Gaussian blur in the three kinds of view."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation in pixels of the crop."""
+    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    """Probability of solarisation (values of 128 and above inverted) in the three kinds of view."""
+    shrink_margin: float | None = 2.0
+    """Decode a large JPEG smaller (by 2, 4 or 8) if every crop still has so many times the side of its view. null: never."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in {"global_scale": self.global_scale, "local_scale": self.local_scale}.items():
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"crops.{name} is ({low}, {high}): give two shares of the area, 0 < lowest <= highest <= 1")
+        if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"crops.blur_sigma is {self.blur_sigma}: give two numbers, 0 <= lowest <= highest")
+        probabilities = (self.flip, self.jitter_probability, self.grayscale, *self.blur, *self.solarize)
+        if not all(0 <= p <= 1 for p in probabilities):
+            raise ValueError("crops: flip, jitter_probability, grayscale, blur and solarize are probabilities, 0 to 1")
+        if not all(0 <= j <= 1 for j in self.jitter[:3]) or not 0 <= self.jitter[3] <= 0.5:
+            raise ValueError(f"crops.jitter is {self.jitter}: brightness, contrast, saturation in 0..1, hue in 0..0.5")
+        if self.shrink_margin is not None and self.shrink_margin < 1:
+            raise ValueError(f"crops.shrink_margin is {self.shrink_margin}: give 1 or more, or null to decode in full always")
+        if min(self.global_size, self.local_size) < 1 or self.num_local < 0:
+            raise ValueError("crops.global_size and local_size must be 1 or more, crops.num_local 0 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from. No labels are needed to train."""
+
+    root: str | tuple[str, ...] = ""
+    """A folder (classes, nested, flat, or with .tar or .zip archives in it), such an archive, a text file of paths, or a list
+    of these: --data.root '[DIR, SHARD.tar, LIST.txt]'. Archives are read as if unpacked; compressed tars are refused."""
+    subset_per_class: int | None = None
+    """Use the first so many images of each class in sorted order; 260 is the paper's ImageNet-20 %."""
+    workers: int | None = None
+    """Loader processes of each training process; 0 loads in the process itself. null: the cores that it may use."""
+    exif_orientation: bool = False
+    """Turn images as their EXIF tag says, as viewers do. The published code does not."""
+    max_pixels: int = MAX_PIXELS
+    """An image with more pixels is not decoded but counts as broken: a small file may claim to be of any size."""
+    max_bad_share: float = 0.1
+    """Share of the images that may be broken: others take their places, bad_files.txt lists them. Above it the run stops."""
+
+    augment_on: Literal["auto", "cpu", "device"] = "auto"
+    """Where flips, colours and blur are made: in the loaders, or in batches on the device. auto: on a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise ValueError("data.workers must be 0 or more")
+        if self.max_pixels < 1 or not 0 <= self.max_bad_share <= 1:
+            raise ValueError("data.max_pixels must be 1 or more, data.max_bad_share 0 to 1")
+        if self.subset_per_class is not None and self.subset_per_class < 1:
+            raise ValueError("data.subset_per_class must be 1 or more")
