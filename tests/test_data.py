@@ -446,10 +446,10 @@ def test_train_loader_yields_views_and_indices(images):
     items = collect(loader)
     assert len(loader) == len(items) == 16
     for views, index in items:
-        assert [tuple(view.shape) for view in views] == [(3, 3, 16, 16)] * 2 + [(3, 3, 8, 8)] * 2
-        assert index.dtype == torch.int64 and all(view.dtype == torch.float32 for view in views)
+        assert [tuple(view.shape) for view in views] == [(3, 16, 16, 3)] * 2 + [(3, 8, 8, 3)] * 2
+        assert index.dtype == torch.int64 and all(view.dtype == torch.uint8 for view in views)
     (views, index), epoch = items[13], 1  # 6 steps of 6 images an epoch
-    expected = CROP(read_rgb(images.path(int(index[2]))), seed=0, epoch=epoch, index=int(index[2]))
+    expected = CROP(images.encoded(int(index[2])), seed=0, epoch=epoch, index=int(index[2]))
     assert all(torch.equal(view[2], other) for view, other in zip(views, expected, strict=True))
 
 

@@ -23,7 +23,7 @@ from dino_simpool import decode
 from dino_simpool.config import MAX_PIXELS
 from dino_simpool.data import ImageSet, find_images, index_loader, read_or_replace, train_loader
 from dino_simpool.data.replace import MAX_ATTEMPTS, replacement
-from dino_simpool.decode import BrokenImage, examine, read_rgb
+from dino_simpool.decode import BrokenImage, EncodedImage, examine, read_rgb
 
 ORIENTATION = 0x0112
 
@@ -121,9 +121,10 @@ def test_an_image_set_reads_as_it_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 5000), (5000, 1), (3, 2000), (40_000, 2), (1, 65_000)])
 def test_images_of_one_pixel_and_long_ones_go_all_the_way(size: tuple[int, int]) -> None:
     """One colour in, the same colour out, in every crop and in evaluation; the largest array stays small."""
-    image = read_rgb(stored(Image.new("RGB", size, (255, 0, 102)), "PNG"))
-    assert image.size == size
-    views = [*CROP(image, seed=0, epoch=0, index=0), EVALUATE(image)]
+    file = EncodedImage(stored(Image.new("RGB", size, (255, 0, 102)), "PNG"))
+    assert file.rgb().size == size
+    parts = CROP(file, seed=0, epoch=0, index=0)
+    views = [*(view[0] for view in CROP.finish([part[None] for part in parts])), EVALUATE(file.rgb())]
     assert [tuple(view.shape) for view in views] == [(3, 16, 16)] * 2 + [(3, 8, 8)] * 2 + [(3, 16, 16)]
     assert all(torch.equal(view, view[:, :1, :1].expand_as(view)) for view in views)
     expected = (np.array([1, 0, 0.4]) - EVALUATE.mean) / EVALUATE.std
@@ -395,7 +396,7 @@ def test_intact_images_have_the_crops_they_always_had(pair: tuple[ImageSet, Imag
             if index in broken:
                 attempts = (replacement(index, total=40, seed=5, epoch=epoch, attempt=a) for a in range(MAX_ATTEMPTS))
                 source = next(other for other in attempts if other not in broken)
-            expected = CROP(read_rgb(whole.path(source)), seed=5, epoch=epoch, index=index)
+            expected = CROP(whole.encoded(source), seed=5, epoch=epoch, index=index)
             assert all(torch.equal(view[place], other) for view, other in zip(views, expected, strict=True))
             assert bool(problems[place]) == (index in broken)
             if index not in broken:

@@ -17,7 +17,8 @@ from dino_simpool import eval as evaluation
 from dino_simpool.checkpoint import export_encoder, file_sha256
 from dino_simpool.config import EvalConfig, KnnConfig, LinearConfig, ModelConfig
 from dino_simpool.data import class_folder
-from dino_simpool.eval import knn, run, search
+from dino_simpool.eval import knn, run
+from dino_simpool.eval import neighbors as search
 from dino_simpool.eval.knn import knn_accuracy, knn_rank, vote_each_k
 from dino_simpool.eval.neighbors import neighbors
 from dino_simpool.model import build_encoder

@@ -20,11 +20,11 @@ from dino_simpool.data.ground_truth import load_plain_pickle, read_ground_truth
 from dino_simpool.data.layouts import (
     COUNTS,
     LAYOUTS,
-    LenientImageSet,
     check_layout,
     differing_counts,
     fine_grained,
     landmarks,
+    lenient,
     part_counts,
 )
 from dino_simpool.data.sources import ImageSet
@@ -264,14 +264,14 @@ def test_a_truncated_landmark_image_is_read_with_a_warning(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="cannot be read"):
         strict.read(0)
     with pytest.warns(UserWarning, match="a.jpg cannot be read.*what there is of it is used"):
-        image = np.asarray(LenientImageSet(**vars(strict)).read(0), np.int64)
+        image = np.asarray(lenient(strict).read(0), np.int64)
     assert image.shape == (64, 64, 3) and np.array_equal(image[:8], whole[:8])
     assert np.abs(image[-8:] - whole[-8:]).max() > 20
     with pytest.raises(ValueError, match="cannot be read"):  # the exception was for that image only
         strict.read(0)
     (tmp_path / "a.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match="cannot be read"):
-        LenientImageSet(**vars(strict)).read(0)
+        lenient(strict).read(0)
 
 
 # -- pickles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -21,7 +22,7 @@ from torchvision.transforms import functional as TF
 from dino_simpool.checkpoint import export_encoder
 from dino_simpool.config import LinearConfig, ModelConfig
 from dino_simpool.data import class_folder, epoch_order
-from dino_simpool.decode import read_rgb
+from dino_simpool.decode import EncodedImage
 from dino_simpool.eval import linear, run
 from dino_simpool.eval.linear import Heads, ProbeAugmentation, evaluate, fit_heads, split_held_out
 from dino_simpool.model import build_encoder
@@ -78,7 +79,7 @@ def test_paper_equals_a_plain_loop(data: Path, batch: int):
 
     @torch.no_grad()
     def features_of(epoch: int, indices: Tensor) -> Tensor:
-        images = [augment(read_rgb(train.path(i)), seed=5, epoch=epoch, index=i)[0] for i in indices.tolist()]
+        images = [augment(train.encoded(i), seed=5, epoch=epoch, index=i)[0] for i in indices.tolist()]
         return encoder(torch.stack(images))
 
     head = plain_head(5, 6, seed=5)
@@ -131,22 +132,23 @@ def test_forward_passes_and_seeds(data: Path):
 def test_augmentation():
     """Crops and flips as torchvision's for the same box; boxes cover 8 to 100 % of the area; half of the images are flipped."""
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    image, mirrored = Image.fromarray(pixels), 0
+    image, stored, mirrored = Image.fromarray(pixels), io.BytesIO(), 0
+    image.save(stored, "PNG")
+    file = EncodedImage(stored.getvalue())
     augment = ProbeAugmentation(image_size=12, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     areas = []
     for index in range(300):
-        numbers = linear.uniforms(1, 2, index, rows=1, columns=23)
-        low, high = np.array([0.08]), np.array([1.0])
-        box = linear.crop_boxes(30, 40, low=low, high=high, numbers=numbers[:, :22])[0].tolist()
+        numbers = linear.uniforms(1, 2, index, rows=1, columns=23)[0].tolist()
+        box = linear.crop_box(30, 40, scale=(0.08, 1.0), numbers=numbers[:22])
         crop = TF.resized_crop(image, *box, [12, 12], InterpolationMode.BILINEAR)
-        (view,) = augment(image, seed=1, epoch=2, index=index)
+        (view,) = augment(file, seed=1, epoch=2, index=index)
         plain, flipped = TF.to_tensor(crop), TF.to_tensor(TF.hflip(crop))
         assert torch.allclose(view, plain, atol=1e-6) or torch.allclose(view, flipped, atol=1e-6)
         mirrored += torch.allclose(view, flipped, atol=1e-6)
         areas.append(box[2] * box[3] / 1200)
     assert 115 < mirrored < 185
     assert 0.07 < min(areas) < 0.12 and 0.9 < max(areas) <= 1
-    assert not torch.equal(augment(image, seed=1, epoch=2, index=0)[0], augment(image, seed=1, epoch=3, index=0)[0])
+    assert not torch.equal(augment(file, seed=1, epoch=2, index=0)[0], augment(file, seed=1, epoch=3, index=0)[0])
 
 
 def test_grid_equals_separate_runs():

@@ -284,14 +284,14 @@ def test_damage_inside_names_the_image(tmp_path):
         path.write_bytes(data)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         copy = pickle.loads(pickle.dumps(images))
-        with pytest.raises(ValueError, match=rf"x\.zip/1\.jpg cannot be read \(.*{pattern}") as error:
+        with pytest.raises(ValueError, match=rf"x\.zip/1\.jpg cannot be read as an image \(.*{pattern}") as error:
             copy.read(0)
         message(error)
     os.truncate(path, 5)
-    with pytest.raises(ValueError, match=r"x\.zip/1\.jpg cannot be read \(the archive was changed"):
+    with pytest.raises(ValueError, match=r"x\.zip/1\.jpg cannot be read as an image \(the archive was changed"):
         images.read(0)
     path.unlink()
-    with pytest.raises(ValueError, match=r"x\.zip/1\.jpg cannot be read \(.*No such file"):
+    with pytest.raises(ValueError, match=r"x\.zip/1\.jpg cannot be read as an image \(.*No such file"):
         images.read(0)
 
 
@@ -441,7 +441,7 @@ def load(images: ImageSet, **changes) -> list[torch.Tensor]:
     settings = {"seed": 0, "batch_size": 3, "accumulate": 1, "start_step": 0, "total_steps": 6, "rank": 0, "world_size": 1,
                 "workers": 0, "device": torch.device("cpu")}  # fmt: skip
     loader = train_loader(images, CROP, **settings | changes)
-    return [torch.cat([index.float(), *(view.flatten() for view in views)]) for views, index in loader]
+    return [torch.cat([index.float(), *(view.flatten() for view in views)]) for views, index, _ in loader]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -204,7 +204,7 @@ def _landmarks(name: str) -> Reader:
         parts = _parts(folder, "the ground truth", chosen, problems)
         if "queries" in parts:
             parts["queries"] = dataclasses.replace(parts["queries"], boxes=truth.boxes)
-        return {part: LenientImageSet(**vars(images)) for part, images in parts.items()}
+        return {part: lenient(images) for part, images in parts.items()}
 
     return read
 
@@ -228,6 +228,11 @@ class LenientImageSet(ImageSet):
                 ImageFile.LOAD_TRUNCATED_IMAGES = before
             warnings.warn(f"{error}; what there is of it is used", stacklevel=2)
             return image
+
+
+def lenient(images: ImageSet) -> LenientImageSet:
+    """The same images, read with tolerance."""
+    return LenientImageSet(**{f.name: getattr(images, f.name) for f in dataclasses.fields(images) if f.init})
 
 
 def _table(

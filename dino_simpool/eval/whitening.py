@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_simpool.data import ImageSet, find_images
-from dino_simpool.data.layouts import LenientImageSet
+from dino_simpool.data.layouts import lenient
 from dino_simpool.eval import chunks
 
 
@@ -69,4 +69,4 @@ def whitening_set(source: str, width: int, *, dim: int | None) -> tuple[ImageSet
             f"whitening_dim is {dim}: features of width {width} from {len(images)} images have no more than "
             f"{min(width, len(images) - 1)} dimensions that vary"
         )
-    return LenientImageSet(**vars(images)), dim
+    return lenient(images), dim
