@@ -132,7 +132,7 @@ def test_finished_views_have_the_wanted_type_and_layout(dtype):
 
 
 def test_compiled_operations_are_asked_for_once_and_are_the_same(monkeypatch):
-    """Asking torch.compile anew for each batch would cost more than the batch on a GPU."""
+    """Asking torch.compile anew for each batch takes the time of a small batch on a GPU."""
     asked = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append((function, options)) or function)
     batch.compiled_colors.cache_clear()

@@ -71,7 +71,7 @@ def apply_colors(views: Tensor, parameters: Tensor) -> Tensor:
 
 @cache
 def compiled_colors() -> Callable[[Tensor, Tensor], Tensor]:
-    """`apply_colors` by torch.compile, asked for once: each asking takes 20 ms."""
+    """`apply_colors` by torch.compile, asked for once: each asking takes a millisecond on the way of a batch."""
     return torch.compile(apply_colors, dynamic=False)
 
 
