@@ -131,6 +131,31 @@ def test_finished_views_have_the_wanted_type_and_layout(dtype):
         assert view.dtype == dtype and view.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_compiled_operations_are_asked_for_once_and_are_the_same(monkeypatch):
+    """Asking torch.compile anew for each batch takes the time of a small batch on a GPU."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append((function, options)) or function)
+    batch.compiled_colors.cache_clear()
+    crop = dataclasses.replace(recipe(SMALL), on_device=True)
+    parts = [part[None] for part in crop(stored(picture(40, 40)), seed=0, epoch=0, index=0)]
+    plain = crop.finish(parts)
+    for _ in range(3):
+        assert all(map(torch.equal, crop.finish(parts, compiled=True), plain))
+    assert asked == [(batch.apply_colors, {"dynamic": False})]
+    batch.compiled_colors.cache_clear()
+
+
+def test_normalisation_follows_its_arguments():
+    """What is kept of one call is not taken for another: other numbers, widths and a second use of the first."""
+    views = torch.arange(2 * 3 * 4 * 3, dtype=torch.uint8).reshape(2, 3, 4, 3)
+    cases = [((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.1, 0.2, 0.3), (0.2, 0.3, 0.4)), ((0.5, 0.4, 0.3), (1.0, 1.0, 1.0))]
+    for mean, std in cases + cases[:1]:
+        for x in (views, views[:, :, :2]):
+            expected = (x.double() / 255 - torch.tensor(mean).double()) / torch.tensor(std).double()
+            ours = batch.normalize(x, mean=mean, std=std, dtype=torch.float32)
+            torch.testing.assert_close(ours.double(), expected, rtol=0, atol=2e-6)
+
+
 def test_the_widest_blur_sets_the_width_of_the_parameters():
     assert recipe(SMALL).blur_radius == 6
     wide = dataclasses.replace(recipe(dataclasses.replace(SMALL, blur_sigma=(4.0, 5.0), blur=(1.0,) * 3)), on_device=True)

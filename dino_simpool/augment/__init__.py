@@ -88,7 +88,7 @@ class MultiCrop:
         compiled: let torch.compile make few kernels of the operations; the first calls take a minute.
         """
         views = len(self.kinds)
-        apply = torch.compile(batch.apply_colors, dynamic=False) if compiled else batch.apply_colors
+        apply = batch.compiled_colors() if compiled else batch.apply_colors
         done: list[Tensor] = []
         for first, last in ((0, 2), (2, views)):  # views of one size together
             if first < last:
