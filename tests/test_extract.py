@@ -216,11 +216,11 @@ def test_what_is_beside_the_features(tmp_path: Path, images: Path, checkpoint: s
     assert meta["hash"] == module.settings_hash(settings) and meta["shape"] == [13, 32]
     assert meta["source"] == {
         "checkpoint": checkpoint, "sha256": module.file_sha256(checkpoint), "which": "teacher", "data": [str(images)],
-            "max_pixels": MAX_PIXELS,
+        "max_pixels": MAX_PIXELS,
     }  # fmt: skip
     assert settings["model"] == json.loads(json.dumps(dataclasses.asdict(encoder.config)))
     assert settings["weights"] == weights_sha256(encoder)
-    assert settings["images"] == {"count": 13, "names": find_images(str(images)).digest()}
+    assert settings["images"] == {"count": 13, "names": find_images(str(images)).digest(), "exif_orientation": False}
     assert (settings["level"], settings["batch_size"], settings["precision"], settings["device"]) == (
         "global",
         4,
