@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "check-data": (
         config.CheckDataConfig,
         "dino_simpool.check_data:main",
-        "decode all images of a folder: which cannot be read, what is unusual",
+        "which images of a folder cannot be read, or what a public data set lacks",
     ),
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
     "bench data": (

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+from miniatures import BUILDERS
 from PIL import Image
 from test_data import write_image
 from test_distributed import group, run_processes
 
 from dino_simpool import check_data, cli
 from dino_simpool.check_data import Summary, check, describe
-from dino_simpool.config import MAX_PIXELS
+from dino_simpool.config import MAX_PIXELS, CheckDataConfig
 from dino_simpool.data import find_images
+from dino_simpool.data.layouts import COUNTS, LAYOUTS, check_layout
 from dino_simpool.decode import Examined
 
 NUM_IMAGES = 50
@@ -140,3 +143,55 @@ def test_many_broken_files_are_cut_short_and_any_name_is_shown() -> None:
     assert lines[2:] == [f"{number}.jpg\tit is empty" for number in range(20)] + ["and 2 more: --out FILE lists all"]
     name = b"\xff.jpg".decode("utf-8", "surrogateescape")
     describe(Summary(broken={0: "x"}), [(name, "x")], seconds=1.0).encode("utf-8")
+
+
+# -- layouts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_says_everything_that_is_missing(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Miniatures are smaller than the data sets; without one of their images they lack that too. Nothing is decoded."""
+    root = BUILDERS[layout](tmp_path)
+    for image in root.rglob("*"):
+        if image.suffix.lower() in (".jpg", ".jpeg", ".png"):
+            image.write_text("no image")
+    expected = check_layout(layout, str(root))
+    status, out, err = cli.main(["check-data", str(root), "--layout", layout]), *capsys.readouterr()
+    if layout == "folder":  # there is no official number
+        assert (status, out) == (0, f"check-data: folder in {root} is complete; no image was decoded\n")
+        return
+    assert status == 1 and out.splitlines() == expected and all("expected" in line for line in expected)
+    count = f"{len(expected)} problem{'s' if len(expected) > 1 else ''}"
+    assert err == f"dino-simpool check-data: error: {layout} in {root} is not as published: {count}, see above\n"
+
+
+def test_a_complete_layout_and_one_without_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = BUILDERS["cub200"](tmp_path)
+    monkeypatch.setitem(COUNTS, "cub200", {"queries": 6, "classes": 3})
+    assert cli.main(["check-data", str(root), "--layout", "cub200"]) == 0
+    assert capsys.readouterr().out == f"check-data: cub200 in {root} is complete; no image was decoded\n"
+    (gone,) = (root / "CUB_200_2011" / "images").rglob("Common_Yellowthroat_0001_700.jpg")
+    gone.unlink()
+    assert cli.main(["check-data", str(root), "--layout", "cub200"]) == 1
+    assert capsys.readouterr().out == f"queries: 1 of 6 images that images.txt names are missing, the first {gone}\n"
+    assert cli.main(["check-data", str(tmp_path / "none"), "--layout", "cub200"]) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'none' / 'CUB_200_2011' / 'images.txt'} is missing: get it with the data set\n"
+    assert err.endswith("is not as published: 1 problem, see above\n")
+
+
+def test_layout_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, status, said in (
+        ([], 1, "no data is given: say --data DIR, the folder that holds sop"),
+        ([str(folder), "--out", "bad.txt"], 2, "lists no broken images: leave out `out`"),
+        (["--data", f"[{folder}]"], 2, "give one folder as data"),
+    ):
+        assert cli.main(["check-data", *options, "--layout", "sop"]) == status
+        assert said in capsys.readouterr().err
+
+
+def test_the_option_names_every_layout() -> None:
+    literal, none = get_args(get_type_hints(CheckDataConfig)["layout"])
+    assert none is type(None) and set(get_args(literal)) == set(LAYOUTS)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from dino_simpool import cli
 from dino_simpool.checkpoint import export_encoder
-from dino_simpool.config import ConfigError, ExtractConfig, parse
+from dino_simpool.config import MAX_PIXELS, ConfigError, ExtractConfig, parse
 from dino_simpool.data import EvalTransform, find_images
 from dino_simpool.decode import read_rgb
 from dino_simpool.eval import extract as module
@@ -215,11 +215,12 @@ def test_what_is_beside_the_features(tmp_path: Path, images: Path, checkpoint: s
     settings, encoder = meta["settings"], module.load_encoder(checkpoint)
     assert meta["hash"] == module.settings_hash(settings) and meta["shape"] == [13, 32]
     assert meta["source"] == {
-        "checkpoint": checkpoint, "sha256": module.file_sha256(checkpoint), "which": "teacher", "data": [str(images)]
+        "checkpoint": checkpoint, "sha256": module.file_sha256(checkpoint), "which": "teacher", "data": [str(images)],
+        "max_pixels": MAX_PIXELS,
     }  # fmt: skip
     assert settings["model"] == json.loads(json.dumps(dataclasses.asdict(encoder.config)))
     assert settings["weights"] == weights_sha256(encoder)
-    assert settings["images"] == {"count": 13, "names": find_images(str(images)).digest()}
+    assert settings["images"] == {"count": 13, "names": find_images(str(images)).digest(), "exif_orientation": False}
     assert (settings["level"], settings["batch_size"], settings["precision"], settings["device"]) == (
         "global",
         4,

@@ -143,6 +143,7 @@ def test_paper_protocol(tmp_path: Path) -> None:
         ({"counts__train": 260_000}, "train: 260,000 (paper: 1,281,167)"),
         ({"config__subset_per_class": 13}, "subset_per_class 13 (paper: null)"),
         ({"dtype": "bf16"}, "precision bf16 (paper: fp32)"),
+        ({"config__exif_orientation": True}, "exif_orientation True (paper: False)"),
     ],
 )
 def test_each_difference_is_said(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -217,6 +218,9 @@ def test_retrieval_recall_and_grid(tmp_path: Path) -> None:
     counts = {"queries": 60_502, "classes": 11_316}
     found = rows(tmp_path, result("recall", {"recall_10": 70.0, "map_at_r": 9.0}, dataset="sop", counts=counts))
     assert found["R@10"].figure == (73.9, "Table C5") and found["map_at_r"].figure is None
+    assert found["R@10"].differences == ("preset dino_default (the paper is silent)",)
+    tied = result("recall", {"recall_10": 70.0}, dataset="sop", counts=counts, config__ties="optimistic")
+    assert rows(tmp_path, tied)["R@10"].differences[-1] == "ties optimistic in place of the published"
     supervised = result("recall", {"recall_1": 60.0}, dataset="cub200", model__norm_order="norm_then_pool")
     assert rows(tmp_path, supervised)["R@1"].figure == (56.8, "Table C5")
     grid = rows(tmp_path, result("linear_grid", {"top1": 70.0}))["probe"]

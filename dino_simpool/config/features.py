@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dino_simpool.config.data import MAX_PIXELS
 from dino_simpool.config.train import check_device
 
 
@@ -37,6 +38,10 @@ class ExtractConfig:
     """Images in one forward pass of one process."""
     workers: int | None = None
     """Loader processes. null: the cores that this process may use."""
+    exif_orientation: bool = False
+    """Turn images as their EXIF tag says, as viewers do. `search` does the same."""
+    max_pixels: int = MAX_PIXELS
+    """An image with more pixels is not decoded but counts as broken, which ends the work. `search` does the same."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -48,6 +53,8 @@ class ExtractConfig:
             raise ValueError("batch_size, image_size and resize must be 1 or more")
         if self.workers is not None and self.workers < 0:
             raise ValueError("workers must be 0 or more")
+        if self.max_pixels < 1:
+            raise ValueError("max_pixels must be 1 or more")
         if self.index and self.level != "global":
             raise ValueError(f"index is for level global, given level {self.level}: leave one of the two out")
         if self.resize is not None and self.view == "whole":

@@ -36,7 +36,7 @@ from dino_simpool import distributed
 from dino_simpool.augment import to_tensor
 from dino_simpool.config import AttentionConfig
 from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, find_images, index_loader
-from dino_simpool.eval import result_name, results_folder, run
+from dino_simpool.eval import decoded, result_name, results_folder, run
 from dino_simpool.eval.masks import Box, evenly, seen_size
 from dino_simpool.features import evaluation_mode, progress_bar
 from dino_simpool.model import Encoder
@@ -83,7 +83,7 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
     entropy: of a map over ln N, 100 % if it is uniform.   mask_area: cells in the mask over N.   encoder: on the device where
     it shall run.   ValueError names an image that is too small for the encoder, or whose attention is not finite.
     """
-    images = find_any_images(cfg)
+    images = decoded(find_any_images(cfg), cfg)
     chosen = evenly(len(images), cfg.max_images)
     positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     size = cfg.image_size or 4 * encoder.config.image_size

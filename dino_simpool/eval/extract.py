@@ -78,13 +78,20 @@ def main(cfg: ExtractConfig) -> None:
     if cfg.labels and len(sources) > 1:
         raise ValueError(f"labels need one folder of class folders, given {len(sources)} sources: leave labels out")
     images = class_folder(sources[0]) if cfg.labels else find_images(sources)
+    images = images.decoded(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
     sources = [images.root] if cfg.labels else sources
     encoder = load_encoder(cfg.checkpoint, which=cfg.which).to(device)
     view = {"view": cfg.view, **preprocessing(encoder, EvalConfig(image_size=cfg.image_size, resize=cfg.resize))}
     if cfg.view == "whole":
         del view["resize"]
     checkpoint = os.path.abspath(cfg.checkpoint)
-    source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": cfg.which, "data": sources}
+    source = {
+        "checkpoint": checkpoint,
+        "sha256": file_sha256(checkpoint),
+        "which": cfg.which,
+        "data": sources,
+        "max_pixels": cfg.max_pixels,
+    }
     features = extract(
         encoder, images, cfg.out, level=cfg.level, view=view, batch_size=cfg.batch_size, workers=cfg.workers,
         precision=cfg.precision, source=source,
@@ -111,7 +118,7 @@ def extract(
     encoder: on the device where it shall run; it is evaluated in evaluation mode and keeps its modes. view: as `make_transform`
     takes it; None: as the model was made. batch_size: images in one forward pass of one process. workers: loader processes,
     None for the cores there are. precision: fp32 or bf16. source: written to meta.json; `search` needs checkpoint, sha256,
-    which and data.
+    which, data and max_pixels; the last call's is kept, since no number follows from it but whether there is one.
     ValueError or OSError, before anything is computed, if the level or the size does not go with the encoder, if the disk is
     too small, or if `out` was made with other settings, which are named; later for an image that cannot be read or whose
     features are not finite.
@@ -125,8 +132,8 @@ def extract(
     matters = {name: version for name, version in versions().items() if name not in ("python", "faiss")}
     settings = {
         "model": dataclasses.asdict(encoder.config), "weights": weights_sha256(encoder), "preprocessing": view, "level": level,
-        "images": {"count": len(images), "names": images.digest()}, "batch_size": batch_size, "precision": precision,
-        "device": device.type, "versions": matters,
+        "images": {"count": len(images), "names": images.digest(), "exif_orientation": images.exif_orientation},
+        "batch_size": batch_size, "precision": precision, "device": device.type, "versions": matters,
     }  # fmt: skip
     rows = RowFile(folder / "features.npy", shape, block=batch_size, rank=distributed.rank())
     _prepare(folder, rows, images, settings=settings, source=source or {})
@@ -218,13 +225,14 @@ def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[st
     distributed.require_agreement(f"what {folder} holds", meta and meta["hash"])
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
+        wanted = {"hash": settings_hash(settings), "shape": list(rows.shape), "settings": settings, "source": source}
         if meta is None:
             _write_names(folder / "ids.txt", map(images.name, range(len(images))))
             rows.create()
+        if meta is None or (source and meta["source"] != source):
             # Last: before it is there, nothing of the above is believed.
-            meta = {"hash": settings_hash(settings), "shape": rows.shape, "settings": settings, "source": source}
-            write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=2) + "\n"))
-        elif rows.finished:
+            write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(wanted, indent=2) + "\n"))
+        if rows.finished:
             rows.forget()
         elif not rows.partial.exists():
             rows.create()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dino_simpool.data import layouts
+
 SELF, SUPERVISED = "self-supervised", "supervised"
 RESNET18, RESNET50, CONVNEXT, VIT = "ResNet-18", "ResNet-50", "ConvNeXt-S", "ViT-S"
 BASELINE, SIMPOOL = "baseline", "SimPool"
@@ -94,15 +96,9 @@ RELEASE: dict[tuple[Key, bool], Figure] = {
 """What the README of the released code says, where it differs from the paper or says which of the two was meant."""
 
 COUNTS: dict[str, dict[str, int]] = {
-    "ImageNet-1k": {"train": 1_281_167, "val": 50_000, "classes": 1000},
-    "roxford5k": {"database": 4_993, "queries": 70},
-    "rparis6k": {"database": 6_322, "queries": 70},
-    "cub200": {"queries": 5_924},
-    "cars196": {"queries": 8_131},
-    "sop": {"queries": 60_502},
-    "inshop": {"queries": 14_218, "gallery": 12_612},
+    "ImageNet-1k" if name == "imagenet" else name: sizes for name, sizes in layouts.COUNTS.items()
 }
-"""Images of the data sets as evaluators count them (protocols of the data sets' authors)."""
+"""The official sizes of the data sets, under the names of the tables."""
 
 NETWORKS = {
     RESNET18: ("resnet18",),

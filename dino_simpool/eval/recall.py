@@ -30,7 +30,7 @@ from dino_simpool import distributed
 from dino_simpool.config import RecallConfig
 from dino_simpool.data import EvalTransform, ImageSet
 from dino_simpool.data.layouts import differing_counts, fine_grained, part_counts
-from dino_simpool.eval import chunks, preprocessing, run
+from dino_simpool.eval import chunks, decoded, preprocessing, run
 from dino_simpool.eval.neighbors import neighbors
 from dino_simpool.eval.ranking import NOTHING, Labelled, best_positive, count_nearer
 from dino_simpool.features import extract_features
@@ -221,7 +221,7 @@ def _features(
     assert images.labels is not None, "these layouts have classes"
     device = next(encoder.parameters()).device
     features = extract_features(
-        encoder, images, transform=EvalTransform(**settings), batch_size=cfg.batch_size, workers=cfg.workers,
+        encoder, decoded(images, cfg), transform=EvalTransform(**settings), batch_size=cfg.batch_size, workers=cfg.workers,
         device=device, precision=cfg.precision, description=name,
     )  # fmt: skip
     return features.to(device), torch.from_numpy(images.labels)

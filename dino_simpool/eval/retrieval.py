@@ -37,7 +37,7 @@ from dino_simpool.augment import to_tensor
 from dino_simpool.config import RetrievalConfig
 from dino_simpool.data import ImageSet
 from dino_simpool.data.layouts import differing_counts, landmarks, part_counts
-from dino_simpool.eval import chunks, run
+from dino_simpool.eval import chunks, decoded, run
 from dino_simpool.eval.neighbors import UNIT
 from dino_simpool.eval.whitening import Whitening, unit, whitening_set
 from dino_simpool.features import extract_features
@@ -198,13 +198,16 @@ def main(cfg: RetrievalConfig) -> None:
 
 
 def resolve(cfg: RetrievalConfig) -> dict[str, Any]:
-    """image_size, multi_scale and query_crop: the preset's, but for those that are given."""
+    """image_size, multi_scale and query_crop: the preset's, but for those given. ValueError for boxes of turned images."""
     image_size, multi_scale, query_crop = PRESETS[cfg.preset][cfg.dataset]
-    return {
+    settings = {
         "image_size": image_size if cfg.image_size is None else cfg.image_size,
         "multi_scale": multi_scale if cfg.multi_scale is None else cfg.multi_scale,
         "query_crop": query_crop if cfg.query_crop is None else cfg.query_crop,
     }
+    if settings["query_crop"] and cfg.exif_orientation:
+        raise ValueError("exif_orientation must be false with query_crop: boxes are of the pixels as they are stored")
+    return settings
 
 
 def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
@@ -227,7 +230,8 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
 
     scales = SCALES if settings["multi_scale"] else SCALES[:1]
     transform = Thumbnail(settings["image_size"], encoder.config.mean, encoder.config.std)
-    sets = {"database": database_set, "queries": query_set} | ({} if others is None else {"whitening": others})
+    found = {"database": database_set, "queries": query_set} | ({} if others is None else {"whitening": others})
+    sets = {name: decoded(images, cfg) for name, images in found.items()}
     features = _features(encoder, sets, scales=scales, transform=transform, cfg=cfg)
     database, queries = torch.cat([features["database"], distractors]), features["queries"]
     if others is not None:

@@ -41,8 +41,12 @@ def main(cfg: SearchConfig) -> None:
         if not value:
             raise ValueError(f"no {name} is given: say --index DIR --query IMAGE --out OUT, DIR as `extract --index` wrote it")
     meta, features, index = open_index(cfg.index)
-    images, queries = images_of(cfg, meta), query_images(cfg.query)
-    encoder, settings = encoder_of(cfg, meta).to(device), meta["settings"]
+    settings = meta["settings"]
+    images, queries = (
+        each.decoded(max_pixels=meta["source"]["max_pixels"], exif_orientation=settings["images"]["exif_orientation"])
+        for each in (images_of(cfg, meta), query_images(cfg.query))
+    )
+    encoder = encoder_of(cfg, meta).to(device)
     vectors = extract_features(
         encoder, queries, transform=make_transform(settings["preprocessing"]), batch_size=settings["batch_size"],
         workers=cfg.workers, device=device, precision=settings["precision"], description="queries",

@@ -158,6 +158,7 @@ def _differences(record: dict[str, Any], key: Key, epochs: int | str | None) -> 
         checks += [("image size", record.get("image_size"), 224), ("classes", record.get("num_classes"), 1000)]
     else:
         checks += [("weights", model.get("which"), "teacher"), ("precision", record.get("dtype"), "fp32")]
+        checks += [("exif_orientation", config.get("exif_orientation", False), False)]
         checks += [("epochs of pre-training", "unknown" if epochs is None else epochs, key.epochs)]
         if key.method == paper.SIMPOOL:
             checks += [("gamma", model.get("gamma"), paper.gamma_of(key.network)), ("min_over", model.get("min_over"), "image")]
@@ -181,6 +182,8 @@ def _differences(record: dict[str, Any], key: Key, epochs: int | str | None) -> 
         silent.append(f"preset {config.get('preset')} (the paper is silent)")
         own = {name: config.get(name) for name in ("image_size", "multi_scale", "query_crop") if evaluator == "retrieval"}
         silent += [f"{name} {_plain(value)} in place of the preset's" for name, value in own.items() if value is not None]
+    if evaluator == "recall" and (ties := config.get("ties", "published")) != "published":
+        silent.append(f"ties {ties} in place of the published")
     counts = record.get("counts") or {}
     checks += [(f"{name}:", counts.get(name), number) for name, number in paper.COUNTS.get(key.dataset, {}).items()]
     return [f"{name} {_plain(ours)} (paper: {_plain(its)})" for name, ours, its in checks if ours != its] + silent
