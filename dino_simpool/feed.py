@@ -22,6 +22,11 @@ Batch = tuple[list[Tensor], Tensor, Sequence[str]]
 """Tensors of the augmentation or views, image numbers (B,), and of each image why it was replaced, or ""."""
 
 
+def colors_on_device(cfg: TrainConfig, device: torch.device) -> bool:
+    """Whether flips, colours and blur are made on the device, and not in the loaders."""
+    return cfg.data.augment_on == "device" or (cfg.data.augment_on == "auto" and device.type != "cpu")
+
+
 def build_feed(
     cfg: TrainConfig,
     images: ImageSet,
@@ -33,7 +38,7 @@ def build_feed(
     device: torch.device,
 ) -> Feed:
     """The batches of a run from a step on, for this process.   batch_size: images of one process in one forward pass."""
-    on_device = cfg.data.augment_on == "device" or (cfg.data.augment_on == "auto" and device.type != "cpu")
+    on_device = colors_on_device(cfg, device)
     augment = MultiCrop(**asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std, on_device=on_device)
     loader = train_loader(
         images, augment, seed=cfg.run.seed, batch_size=batch_size, accumulate=cfg.run.accumulate, start_step=start_step,
@@ -113,7 +118,10 @@ class Feed:
         return f"its {cores} cores are all at it: store smaller images or on a faster disk, or ask for more cores a process"
 
     def timings(self, row: str) -> dict[str, float]:
-        """Images per second, share of the time spent waiting, and peak memory, since the last call for this row."""
+        """Images per second, share of the time spent waiting, and peak memory, since the last call for this row.
+
+        On CUDA the share is an upper bound: the host begins to wait while the device is still busy with the step.
+        """
         started, images, waited = self._since[row]
         now = time.monotonic()
         self._since[row] = (now, self._images, self._waited)

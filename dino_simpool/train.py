@@ -36,7 +36,7 @@ from dino_simpool.data import (
 )
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.features import evaluation_mode, try_sizes
-from dino_simpool.feed import Feed, build_feed
+from dino_simpool.feed import Feed, build_feed, colors_on_device
 from dino_simpool.logs import RunLog, progress, say
 from dino_simpool.model import Encoder
 from dino_simpool.monitor import effective_rank, feature_spread, non_finite_names, write_failure
@@ -163,7 +163,7 @@ def _announce(cfg: TrainConfig, plan: Plan, learner: Learner, device: torch.devi
         f"head {count(learner.student.head)}, {cfg.run.precision} on {device}",
         f"{distributed.world_size()} process(es) x {_images_of_one_pass(cfg)} images x {cfg.run.accumulate} pass(es) = batch "
         f"{cfg.run.batch_size}; {workers} loader worker(s) a process; crops 2 x {cfg.crops.global_size} px + "
-        f"{cfg.crops.num_local} x {cfg.crops.local_size} px",
+        f"{cfg.crops.num_local} x {cfg.crops.local_size} px, coloured {'on the device' if colors_on_device(cfg, device) else 'in the loaders'}",
         plan.table(),
         *(f"warning: {text}" for text in plan.warnings),
         *(f"suggestion: {text}" for text in plan.suggestions),

@@ -3,7 +3,7 @@
     published      the recipe of facebookresearch/dino and billpsomas/simpool, from torchvision's transforms on Pillow images
     cpu            this package, all on the CPU: decode, crop, colours, and the normalisation of the batch
     device_share   what the CPU does if the colours are made on the device: decode and crop
-    decode         decoding alone: no way to the views is faster
+    decode         decoding alone, in full size: only large JPEG files that the paths decode smaller are faster
 
 All start from the bytes of the files in memory. Every batch goes through all four in turn, so whatever else the machine does
 meets them alike; what counts is the time of this process, not that of the clock. `device` says what the device's part achieves.
