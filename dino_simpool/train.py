@@ -158,12 +158,13 @@ def _announce(cfg: TrainConfig, plan: Plan, learner: Learner, device: torch.devi
     def count(module: nn.Module) -> str:
         return f"{sum(p.numel() for p in module.parameters()):,} parameters"
 
+    place = "on the device" if colors_on_device(cfg, device) else "in the loaders"
     lines = [
         f"dino_simpool {__version__}: {cfg.model.arch} with {cfg.model.pool}, {count(learner.student.encoder)}, "
         f"head {count(learner.student.head)}, {cfg.run.precision} on {device}",
         f"{distributed.world_size()} process(es) x {_images_of_one_pass(cfg)} images x {cfg.run.accumulate} pass(es) = batch "
         f"{cfg.run.batch_size}; {workers} loader worker(s) a process; crops 2 x {cfg.crops.global_size} px + "
-        f"{cfg.crops.num_local} x {cfg.crops.local_size} px, coloured {'on the device' if colors_on_device(cfg, device) else 'in the loaders'}",
+        f"{cfg.crops.num_local} x {cfg.crops.local_size} px, coloured {place}",
         plan.table(),
         *(f"warning: {text}" for text in plan.warnings),
         *(f"suggestion: {text}" for text in plan.suggestions),
