@@ -75,7 +75,6 @@ class DataConfig:
     """An image with more pixels is not decoded but counts as broken: a small file may claim to be of any size."""
     max_bad_share: float = 0.1
     """Share of the images that may be broken: others take their places, bad_files.txt lists them. Above it the run stops."""
-
     augment_on: Literal["auto", "cpu", "device"] = "auto"
     """Where flips, colours and blur are made: in the loaders, or in batches on the device. auto: on a GPU if there is one."""
 
