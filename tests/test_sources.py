@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import sys
 import tarfile
 import time
 import zipfile
@@ -392,10 +393,16 @@ def test_threads_read_from_more_archives_than_stay_open(tmp_path, monkeypatch):
         tar_of(tmp_path / f"{number}.tar", *[(f"{i}.jpg", image(10 * number + i)) for i in range(3)])
     images = find_images(str(tmp_path))
     expected = contents(images)
-    order = np.random.default_rng(0).integers(0, len(images), 400).tolist()
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(images.read_bytes, order)) == [expected[i] for i in order]
-    assert len(images._archives._open) <= 2
+    order = np.random.default_rng(0).integers(0, len(images), 5000).tolist()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads interrupt each other everywhere
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(lambda i: (images.read_bytes(i), len(images._archives._open)), order))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [data for data, _ in read] == [expected[i] for i in order]
+    assert max(count for _, count in read) <= 2
 
 
 def read_in_a_process(images: ImageSet) -> tuple[int, list[bytes], str, str]:

@@ -218,7 +218,7 @@ class ArchiveReader:
             now = os.fstat(file.number)
             if (now.st_mtime_ns, now.st_size) != stamp:
                 raise ValueError("the archive was changed since its files were listed; start again")
-            if len(self._open) >= MOST_OPEN:
-                self._open = {}  # replaced, not emptied: another thread may be looking into it
-            self._open[path] = file
+            # Replaced, never changed: other threads look into it and add to it. What two add at once, one of them opens again.
+            kept = self._open
+            self._open = {**(kept if len(kept) < MOST_OPEN else {}), path: file}
         return file
