@@ -39,7 +39,8 @@ def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES
     lengths = lengths_of(test)
     count = min(k + SPARE, len(train))
     keys = torch.empty(len(test), k, dtype=torch.int64)
-    for rows in chunks(len(test), 4 * test.shape[1] + 32 * count, max_bytes=max_bytes, most=4096):
+    most = None if test.device.type == "cpu" else 4096  # elsewhere all similarities of a block are held at once
+    for rows in chunks(len(test), 4 * test.shape[1] + 32 * count, max_bytes=max_bytes, most=most):
         queries = test[rows].double() / lengths[rows, None]
         lowest, index = bank.candidates(queries.float(), count)
         found = bank.settle(queries.cpu(), index, k)
@@ -60,11 +61,14 @@ class _Bank:
 
     def candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Float32 search for `count` rows: the lowest similarity among them (b,) and their indices (b, count), on the CPU."""
+        width = queries.shape[1]
         value = queries.new_empty(len(queries), 0)
         index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        for block in chunks(len(self.rows), 4 * (len(queries) + 2 * queries.shape[1]), max_bytes=self.max_bytes):
+        on_cpu = queries.device.type == "cpu"
+        # faiss holds few similarities at once and starts anew with each block, hence its blocks are as large as may be.
+        search, row_bytes = (_search_faiss, 4 * width) if on_cpu else (_search_blocked, 4 * (len(queries) + 2 * width))
+        for block in chunks(len(self.rows), row_bytes, max_bytes=self.max_bytes):
             unit = (self.rows[block].float() / self.lengths[block, None].float()).to(queries.device)
-            search = _search_faiss if queries.device.type == "cpu" else _search_blocked
             similarity, place = search(queries, unit, min(count, len(unit)))
             value, index = torch.cat([value, similarity], 1), torch.cat([index, place + block.start], 1)
             value, kept = value.topk(min(count, value.shape[1]))
