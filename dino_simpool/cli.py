@@ -129,6 +129,12 @@ def main(arguments: list[str] | None = None) -> int:
         if "Original Traceback" in message:  # from a loader process, which sends its traceback as text
             message = message.strip().splitlines()[-1].partition(": ")[2]
         return _fail(name, message, 1)
+    except RuntimeError as error:
+        # What torch raises, anywhere in this process, when the system has ended a loader process.
+        if "DataLoader worker" not in str(error) or os.environ.get("DINO_SIMPOOL_TRACEBACK"):
+            raise
+        advice = "no memory is left, or too little shared memory (docker run --shm-size): give fewer workers"
+        return _fail(name, f"a loader process died; {advice}. The same command goes on from what was saved", 1)
     finally:
         if "dino_simpool.distributed" in sys.modules:
             sys.modules["dino_simpool.distributed"].cleanup()

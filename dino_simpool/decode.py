@@ -45,6 +45,10 @@ _UPRIGHT = {
 """What turns an image of each EXIF orientation upright; 1 is upright."""
 
 
+_ORIENTATION_TAGS = (b"Exif\0", b"tiff:Orientation")
+"""A JPEG file without these has no orientation: EXIF data, and XMP, where Pillow looks next."""
+
+
 class BrokenImage(ValueError):
     """A file that cannot be read as an image. name: of the file.   reason: what is wrong, in one line.
 
@@ -71,7 +75,7 @@ class EncodedImage:
     @cached_property
     def jpeg_size(self) -> tuple[int, int] | None:
         """Height and width of a JPEG file that simplejpeg can take, from its header; None for all other files."""
-        if self.file[:2] != b"\xff\xd8" or (self.exif_orientation and b"Exif\0" in self.file[:65536]):
+        if self.file[:2] != b"\xff\xd8" or (self.exif_orientation and any(tag in self.file for tag in _ORIENTATION_TAGS)):
             return None
         try:
             height, width, colors, _ = simplejpeg.decode_jpeg_header(self.file)

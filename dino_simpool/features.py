@@ -56,13 +56,16 @@ def encode(encoder: Callable[[Tensor], Tensor], images: Tensor, *, device: torch
 def feature_batches(
     encoder: Callable[[Tensor], Tensor], images: ImageSet, indices: Sequence[int] | np.ndarray, *,
     transform: Callable[[Image.Image], Tensor], batch_size: int, workers: int | None, device: torch.device, precision: str,
+    skip_broken: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """What the encoder makes of the images `indices`, in this order: (B, ...) float32 on the CPU, and (B,) int64 their indices.
 
     The i-th batch holds indices[i * batch_size : (i + 1) * batch_size]. encoder, precision: as in `encode`; its mode is left as
-    it is. workers: as in `index_loader`.
+    it is. workers, skip_broken: as in `index_loader`.
     """
-    loader = index_loader(images, transform, indices, batch_size=batch_size, workers=workers, device=device)
+    loader = index_loader(
+        images, transform, indices, batch_size=batch_size, workers=workers, device=device, skip_broken=skip_broken
+    )
     for batch, index in loader:
         try:
             features = encode(encoder, batch, device=device, precision=precision).cpu()
@@ -81,29 +84,34 @@ def extract_features(
     device: torch.device,
     precision: str = "fp32",
     description: str = "features",
+    broken: set[int] | None = None,
 ) -> Tensor:
     """Features (M, D) of all images, float32 on the CPU, on every process, in the order of the set.
 
     encoder: images (B, 3, S, S) -> (B, D), with D as its `embed_dim`; it is evaluated in evaluation mode and keeps its modes.
     batch_size: images in one forward pass of one process. workers: loader processes, None for the cores there are. precision:
-    as in `encode`. ValueError names the first image whose feature is not finite.
+    as in `encode`. broken: is given the numbers of the images that cannot be read, on every process, and their rows mean
+    nothing; without it such an image is a BrokenImage. ValueError names the first image whose feature is not finite.
     """
     total, world = len(images), distributed.world_size()
     width: int = encoder.embed_dim  # type: ignore[assignment]
     indices = torch.arange(distributed.rank(), total, world)
     rows = torch.empty(len(indices), width)
-    done = 0
+    done, skipped = 0, set[int]()
     batches = feature_batches(
         encoder, images, indices.numpy(), transform=transform, batch_size=batch_size, workers=workers, device=device,
-        precision=precision,
+        precision=precision, skip_broken=broken is not None,
     )  # fmt: skip
     with evaluation_mode(encoder), progress_bar(total, description) as bar:
-        for features, _ in batches:
+        for features, numbers in batches:
+            skipped |= {~number for number in numbers.tolist() if number < 0}
             rows[done : done + len(features)] = features
             done += len(features)
             bar.update(min(world * len(features), total - bar.n))
     assert done == len(indices), f"the loader gave {done} of {len(indices)} images"
     features = distributed.gather_by_index(rows, indices, total)
+    if broken is not None:
+        broken.update(*distributed.gather_objects(skipped))
     damaged = torch.nonzero(~features.sum(1).isfinite())
     if len(damaged):
         raise ValueError(

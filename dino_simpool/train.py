@@ -234,7 +234,7 @@ def _end_epoch(
         log.image("attention", _attention_strip(encoder, shown, transform, device), learner.step)
     if due and knn_sets is not None:
         record["k-NN"] = knn_accuracy(
-            encoder, *knn_sets, transform=transform, batch_size=128, workers=cfg.data.workers, device=device
+            encoder, *knn_sets, transform=transform, batch_size=128, workers=cfg.data.workers, device=device, skip_broken=True
         )
         top1 = record["k-NN"]["10"]["top1"]
         say(f"epoch {epoch}: k-NN (k = 10) {top1:.2f} %")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from test_train import config as train_config
 
 from dino_simpool import cli
 from dino_simpool.bad_files import BadFiles, write_bad_files
-from dino_simpool.checkpoint import read_state
+from dino_simpool.checkpoint import load_encoder, read_state
 from dino_simpool.config import CropsConfig, DataConfig, TrainConfig, dump
-from dino_simpool.data import epoch_order, find_images
+from dino_simpool.data import EvalTransform, class_folder, epoch_order, find_images
+from dino_simpool.eval.knn import Pixels, knn_accuracy
 from dino_simpool.train import train
 
 NUM_IMAGES = 40
@@ -157,6 +159,41 @@ def train_at_once_and_in_stages(one: TrainConfig, stages: TrainConfig) -> list[d
     train(changed(stages, stop_after_steps=2))
     train(stages)
     return [read_state(Path(cfg.run.out) / "last.pth")["bad_files"] for cfg in (one, stages)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_k_nn_of_a_training_leaves_broken_images_out(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    both = {"knn_train": str(images / "train"), "knn_val": str(images / "train"), "knn_every": 1}
+    cfg = config(images, tmp_path / "run", workers=workers, **both)
+    train(cfg)
+    said = capsys.readouterr().err
+    for name in ("bank", "val"):
+        text = f"warning: k-NN {name} is without 2 image(s) that cannot be read, such as {images}/train/a/07.png"
+        assert said.count(text) == 2
+    found = [row["k-NN"] for row in log_of(tmp_path / "run") if "k-NN" in row]
+
+    intact = tmp_path / "intact"  # the same without them
+    shutil.copytree(images / "train", intact, ignore=lambda folder, _: [x[2:] for x in BROKEN if folder.endswith(x[:1])])
+    encoder = load_encoder(tmp_path / "run/last.pth")
+    settings = {"batch_size": 7, "workers": 0, "device": torch.device("cpu")}
+    transform = EvalTransform(cfg.model.image_size, resize=cfg.model.resize, mean=cfg.model.mean, std=cfg.model.std)
+    expected = knn_accuracy(encoder, class_folder(str(intact)), class_folder(str(intact)), transform=transform, **settings)
+    assert len(found) == 2 and found[-1] == expected and len(class_folder(str(intact))) == NUM_IMAGES - 2
+
+
+def test_a_k_nn_set_of_broken_images_only_is_an_error(tmp_path: Path) -> None:
+    for name in ("val", "bank"):
+        (tmp_path / name / "a").mkdir(parents=True)
+    (tmp_path / "val/a/1.jpg").write_text("no image")
+    Image.new("RGB", (20, 20)).save(tmp_path / "bank/a/1.png")
+    bank, val = class_folder(str(tmp_path / "bank")), class_folder(str(tmp_path / "val"))
+    transform = EvalTransform(16, resize=None, mean=(0, 0, 0), std=(1, 1, 1))
+    settings = {"transform": transform, "batch_size": 1, "workers": 0, "device": torch.device("cpu"), "skip_broken": True}
+    for sets in ((bank, val), (val, bank)):
+        with pytest.raises(ValueError, match=r"no image of .*val can be read"):
+            knn_accuracy(Pixels(16), *sets, **settings)
 
 
 def test_two_processes_agree(whole: TrainConfig, tmp_path: Path) -> None:

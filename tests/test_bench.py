@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +57,20 @@ def test_ways_take_turns(capsys: pytest.CaptureFixture[str]):
 
 def test_table_and_file(tmp_path: Path):
     assert bench.table([["way", "s"], ["longer", "10.0"]]) == "way     s\n------------\nlonger  10.0"
-    path = bench.write(str(tmp_path / "a/b"), "knn", {"x": 1})
-    assert json.loads(path.read_text()) == {"x": 1} and path == tmp_path / "a/b/knn.json"
+    path = bench.write(str(tmp_path), "knn", {"x": 1})
+    assert json.loads(path.read_text()) == {"x": 1} and path == tmp_path / "knn.json"
+
+
+@pytest.mark.parametrize("name", ["knn", "data"])
+def test_an_impossible_run_is_refused_at_once_and_leaves_the_last_result(name: str, tmp_path: Path, capsys, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot write to .*file.*give another --out"):
-        bench.write(str(tmp_path / "file"), "knn", {})
+    assert cli.main(["bench", name, "--out", str(tmp_path / "file")]) == 1
+    assert re.search(r"error: cannot write to .*file.*give another --out", capsys.readouterr().err)
+    (tmp_path / f"{name}.json").write_text("of the last run")
+    monkeypatch.setattr(knn, "measure_recall", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if name == "knn" else nullcontext():
+        assert cli.main(["bench", name, "--out", str(tmp_path), *["--data", "nowhere"][: 2 * (name == "data")]]) == 1
+    assert (tmp_path / f"{name}.json").read_text() == "of the last run"
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ import importlib
 import os
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -374,6 +375,19 @@ def test_a_message_of_several_lines_is_said_in_one(capsys: pytest.CaptureFixture
     monkeypatch.setattr("dino_simpool.eval.knn.main", fail)
     assert cli.main(["knn"]) == 1
     assert capsys.readouterr().err == "dino-simpool knn: error: one and two\n"
+
+
+def test_a_dead_loader_process_is_told_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the system ends one for want of memory, in an evaluation and in a training."""
+    for dataset, command in (("TransformedImages", knn(here, "--k", "[1]", "--workers", "1")),
+                             ("TrainingImages", arguments(here, "--data.workers", "1", out="new"))):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dino_simpool.data.loaders.{dataset}.__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            assert cli.main(command) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"dino-simpool {command[0]}: error: a loader process died; no memory is left, or too little")
 
 
 def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

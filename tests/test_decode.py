@@ -79,6 +79,20 @@ def test_exif_orientation_is_applied_on_request_only(kind: str, value: int) -> N
     assert ("EXIF-rotated" in examine(file).kinds) == (2 <= value <= 8)
 
 
+def test_an_orientation_anywhere_before_the_pixels_counts() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    turned = stored(Image.fromarray(noise(5, 7)), "JPEG", exif=exif)
+    thumbnail = b"\xff\xed" + struct.pack(">H", 60_002) + bytes(60_000)  # as Photoshop writes it, and it comes first
+    description = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    xmp = b"\xff\xe1" + struct.pack(">H", len(description) + 2) + description
+    plain = stored(Image.fromarray(noise(5, 7)), "JPEG")
+    for file in (turned[:2] + 2 * thumbnail + turned[2:], plain[:2] + xmp + plain[2:]):
+        image = EncodedImage(file, exif_orientation=True)
+        np.testing.assert_array_equal(image.pixels(), np.asarray(image.rgb()))
+        np.testing.assert_array_equal(image.pixels(), np.rot90(pixels(plain), -1))
+
+
 def test_orientation_goes_with_grey_palette_and_transparency() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
@@ -25,6 +27,7 @@ from PIL import Image
 from dino_simpool.augment import MultiCrop
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
 from dino_simpool.data import ImageSet, Index, archives, cache, class_folder, find_images, train_loader
+from dino_simpool.data import scan as scanning
 from dino_simpool.data.index import Strings, open_index
 from dino_simpool.decode import read_rgb
 
@@ -167,7 +170,8 @@ def test_links_in_archives_are_followed(tmp_path):
     images = find_images(str(path))
     assert dict(zip(names(images), contents(images), strict=True)) == {"a/1.jpg": one, "a/3.jpg": two, "b/2.jpg": one}
     path = tar_of(tmp_path / "y.tar", ("b/2.jpg", "../c/3.jpg"), ("c/3.jpg", "1.jpg"), ("c/1.jpg", one), ("folder", "c"))
-    assert contents(find_images(str(path))) == [one] * 3
+    images = find_images(str(path))
+    assert names(images) == ["b/2.jpg", "c/1.jpg", "c/3.jpg", "folder/1.jpg", "folder/3.jpg"] and contents(images) == [one] * 5
     root = write_tree(tmp_path / "z", "c/1.jpg")
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
         archive.write(root / "c/1.jpg", "c/1.jpg")
@@ -175,6 +179,52 @@ def test_links_in_archives_are_followed(tmp_path):
         link.external_attr = 0o120777 << 16
         archive.writestr(link, "../c/1.jpg")
     assert contents(find_images(str(tmp_path / "z.zip"))) == [(root / "c/1.jpg").read_bytes()] * 2
+
+
+def test_links_to_folders_in_archives_are_those_of_the_unpacked_folder(tmp_path):
+    root = write_tree(tmp_path / "x", "a/1.jpg", "a/deep/2.jpg", "b/3.jpg")
+    for link, to in (
+        ("c", "a"),
+        ("d", "c"),
+        ("b/more", "../a/deep"),
+        ("a/self", "."),
+        (".hidden", "a"),
+        ("gone", "z"),
+    ):
+        (root / link).symlink_to(to)
+    for kind, path in (("tar", pack_tar(tmp_path / "x.tar", root)), ("zip", tmp_path / "x.zip")):
+        if kind == "zip":
+            zip_with_links(path, root)
+        assert_same(find_images(str(path)), find_images(str(root)))
+        assert_same(class_folder(str(path)), class_folder(str(root)))
+    assert class_folder(str(root)).classes == ("a", "b", "c", "d")
+
+
+def zip_with_links(path: Path, root: Path) -> None:
+    """What `zip --symlinks` makes of a folder."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(root.rglob("*")):
+            link = zipfile.ZipInfo(str(file.relative_to(root)))
+            link.external_attr = 0o120777 << 16
+            if file.is_symlink():
+                archive.writestr(link, os.readlink(file))
+            elif file.is_file():
+                archive.write(file, file.relative_to(root))
+
+
+def test_hard_links_keep_what_they_were_made_of(tmp_path):
+    one, two = image(1), image(2)
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("a/1.jpg", one), ("b/1.jpg", "a/1.jpg"), ("a/1.jpg", "a/1.jpg"), ("a/1.jpg", two)):
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):  # the third as `tar cf x.tar a a/1.jpg` writes it: a link to itself
+                member.type, member.linkname = tarfile.LNKTYPE, content
+            else:
+                member.size = len(content)
+            archive.addfile(member, io.BytesIO(content) if isinstance(content, bytes) else None)
+    images = find_images(str(path))  # as tar unpacks it: it makes a file anew rather than to write into the one that is there
+    assert dict(zip(names(images), contents(images), strict=True)) == {"a/1.jpg": two, "b/1.jpg": one}
 
 
 @pytest.mark.parametrize("target", ["/etc/x.jpg", "gone.jpg", "1.jpg", ""])
@@ -275,6 +325,61 @@ def test_sparse_members_and_devices_are_refused(tmp_path):
         message(error)
 
 
+def test_a_sparse_member_that_is_no_image_is_nobodys_business(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        member = tarfile.TarInfo("index.db")
+        member.type, member.size = tarfile.GNUTYPE_SPARSE, 0
+        member.mode = 0o644
+        header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        header[483:495] = b"%011o\0" % 50_000_000  # the apparent size, of which nothing is stored
+        header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+        archive.fileobj.write(header)
+        archive.offset += len(header)
+        picture = tarfile.TarInfo("1.jpg")
+        picture.size = len(image(0))
+        archive.addfile(picture, io.BytesIO(image(0)))
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        assert archive.getmember("index.db").issparse() and archive.getmember("index.db").size == 50_000_000
+    assert contents(find_images(str(tmp_path / "x.tar"))) == [image(0)]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_changed_byte_in_a_zip_is_noticed(tmp_path, method):
+    path = pack_zip(tmp_path / "x.zip", write_tree(tmp_path / "x", "1.jpg"), method=method)
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("1.jpg")
+    data = bytearray(path.read_bytes())
+    data[member.header_offset + 30 + len("1.jpg") + member.compress_size // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.zip/1\.jpg cannot be read as an image \(its (bytes|compressed data)") as error:
+        find_images(str(path)).read_bytes(0)
+    message(error)
+
+
+def test_a_bomb_in_a_zip_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.jpg", bytes(9_000_000))
+    images = find_images(str(tmp_path / "x.zip"))
+    assert len(images.read_bytes(0)) == 9_000_000
+    with monkeypatch.context() as patch:
+        patch.setattr(archives.zlib, "decompressobj", lambda *_: pytest.fail("it was unpacked"))
+        with pytest.raises(
+            ValueError, match=r"x\.zip/1\.jpg cannot .*9,000,000 bytes, more than .* max_pixels; raise"
+        ) as error:
+            images.decoded(max_pixels=1_000_000, exif_orientation=False).read_bytes(0)
+        message(error)
+
+
+def test_a_zip_member_that_unpacks_to_more_than_it_says_is_damaged(tmp_path):
+    path = pack_zip(tmp_path / "x.zip", write_tree(tmp_path / "x", "1.jpg"), method=zipfile.ZIP_DEFLATED)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"PK\1\2") + 24
+    data[place : place + 4] = (10).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"its bytes are damaged"):
+        find_images(str(path)).read_bytes(0)
+
+
 def test_damage_inside_names_the_image(tmp_path):
     root = write_tree(tmp_path / "x", "1.jpg")
     path = pack_zip(tmp_path / "x.zip", root, method=zipfile.ZIP_DEFLATED)
@@ -302,6 +407,44 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"1\.jpg cannot be read .*No such file") as error:
         images.read(0)
     message(error)
+
+
+def test_odd_entries_of_a_folder_end_nothing(tmp_path):
+    root = write_tree(tmp_path / "x", "a/1.jpg")
+    (root / "a/loop.jpg").symlink_to("loop.jpg")
+    (root / "a/round").symlink_to("round")
+    os.mkfifo(root / "a/pipe.jpg")  # reading it would wait for ever
+    images = find_images(str(root))
+    assert names(images) == ["a/1.jpg", "a/loop.jpg"]
+    with pytest.raises(ValueError, match=r"loop\.jpg cannot be read as an image"):
+        images.read_bytes(1)
+    (root / "shard.tar").symlink_to("elsewhere.tar")
+    with pytest.raises(FileNotFoundError, match=r"shard\.tar is a link to nothing: remove it"):
+        find_images(str(root))
+
+
+def test_no_more_archives_stay_open_than_the_process_may_have_files(tmp_path):
+    for number in range(40):
+        tar_of(tmp_path / f"{number}.tar", ("1.jpg", image(0)))
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\n"
+        "from dino_simpool.data import archives, find_images\n"
+        "images = find_images(sys.argv[1])\n"
+        "assert archives.MOST_OPEN == 8 and len({images.read_bytes(i) for i in range(len(images))}) == 1\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_too_many_open_files_are_no_fault_of_an_image(tmp_path, monkeypatch):
+    images = find_images(str(write_tree(tmp_path, "1.jpg")))
+
+    def refuse(*_args, **_options):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(OSError, match="Too many open files"):  # and no BrokenImage, which a training would replace
+        images.read_bytes(0)
 
 
 # -- archives among folders
@@ -414,7 +557,7 @@ def read_in_a_process(images: ImageSet) -> tuple[int, list[bytes], str, str]:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_set_goes_to_other_processes(tmp_path, big, method):
     pack_tar(tmp_path / "x.tar", write_tree(tmp_path / "x", *NAMES))
-    settle(tmp_path)
+    settle()
     images = find_images(str(tmp_path / "x.tar"))
     expected = contents(images)
     assert len(images._archives._open) == 1 and images.index.file
@@ -425,14 +568,14 @@ def test_a_set_goes_to_other_processes(tmp_path, big, method):
 
 def test_a_pickle_of_a_large_set_is_small(tmp_path, big):
     root = write_tree(tmp_path / "x", *NAMES)
-    settle(root)
+    settle()
     images = find_images(str(root))
     assert images.index.file and len(pickle.dumps(images)) < 2000
     assert_same(pickle.loads(pickle.dumps(images)), images)
     in_memory = ImageSet(str(root), names(images))
     assert_same(pickle.loads(pickle.dumps(in_memory)), images)
     write_tree(root, "b/new.jpg")
-    settle(root)
+    settle()
     old = pickle.dumps(images)
     assert len(find_images(str(root))) == len(NAMES) + 1 and names(images) == names(in_memory)  # still the old one
     with pytest.raises(ValueError, match="was replaced by an index of other images"):
@@ -467,18 +610,16 @@ def test_crops_from_an_archive_are_those_from_its_folder(tmp_path, workers):
 
 @pytest.fixture
 def big(tmp_path, monkeypatch) -> Path:
-    """Every source counts as large; the folder of the cache."""
+    """Every source counts as large, and 10 ms as long ago; the folder of the cache."""
     monkeypatch.setattr(cache, "SMALL", 0)
+    monkeypatch.setattr(scanning, "RECENT_NS", 10**7)
     monkeypatch.setenv("DINO_SIMPOOL_CACHE", str(tmp_path / ".cache"))
     return tmp_path / ".cache"
 
 
-def settle(root: Path) -> None:
-    """As if the last change below was some time ago, but after those that were settled before."""
-    now = time.time_ns() - 3600 * 10**9
-    for path in [root, *root.rglob("*")]:
-        if time.time_ns() - path.stat().st_mtime_ns < 600 * 10**9:
-            os.utime(path, ns=(now, now))
+def settle() -> None:
+    """Let the last change be some time ago. (A ctime cannot be set back.)"""
+    time.sleep(0.03)
 
 
 @pytest.fixture
@@ -501,7 +642,7 @@ def mixed(tmp_path) -> Path:
     root = write_tree(tmp_path / "mixed", *NAMES)
     write_tree(tmp_path / "part", "b/shard.jpg", "new/1.jpg")
     pack_tar(root / "x.tar", tmp_path / "part")
-    settle(root)
+    settle()
     return root
 
 
@@ -550,14 +691,22 @@ def changes() -> dict[str, Callable[[Path], object]]:
         "removed folder": lambda root: shutil.rmtree(root / "a-b"),
         "added shard": lambda root: tar_of(root / "y.tar", ("b/7.jpg", image(7))),
         "replaced shard": lambda root: tar_of(root / "x.tar", ("b/7.jpg", image(7))),
+        "unpacked into": unpack_into,
     }
+
+
+def unpack_into(root: Path) -> None:
+    """Add a file and set the time of its folder back, as tar, rsync and cp --archive do."""
+    before = os.stat(root / "b")
+    write_tree(root, "b/new.jpg")
+    os.utime(root / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.mark.parametrize("change", changes())
 def test_changes_of_a_source_are_noticed(mixed, big, scans, change, capsys):
     before = find_images(str(mixed))
     changes()[change](mixed)
-    settle(mixed)
+    settle()
     after = find_images(str(mixed))
     assert (
         len(scans) == 2 and names(after) != names(before) and "has changed, listing all files anew" in capsys.readouterr().err
@@ -578,13 +727,13 @@ def test_changes_of_lists_and_archives_are_noticed(tmp_path, big, scans):
     write_tree(tmp_path / "x", "1.jpg", "2.jpg")
     listing, archive = tmp_path / "x/list.txt", pack_tar(tmp_path / "x.tar", tmp_path / "x")
     listing.write_text("1.jpg\n")
-    settle(tmp_path)
+    settle()
     for _ in range(2):
         assert (len(find_images(str(listing))), len(find_images(str(archive)))) == (1, 2)
     assert len(scans) == 2
     listing.write_text("1.jpg\n2.jpg\n1.jpg\n")
     tar_of(archive, ("7.jpg", image(7)))
-    settle(tmp_path)
+    settle()
     assert (len(find_images(str(listing))), names(find_images(str(archive)))) == (3, ["7.jpg"]) and len(scans) == 4
 
 
@@ -594,7 +743,7 @@ def test_a_damaged_cache_is_not_used(mixed, big, scans, damage, capsys):
     file = cache.cache_file(str(mixed))
     data = file.read_bytes()
     file.write_bytes({"empty": b"", "cut": data[:-9], "text": b"text" * 9,
-                      "format": data.replace(b'"format":"1"', b'"format":"0"')}[damage])  # fmt: skip
+                      "format": data.replace(b'"format":"2"', b'"format":"0"')}[damage])  # fmt: skip
     assert (
         names(find_images(str(mixed))) == expected
         and len(scans) == 2
@@ -621,11 +770,13 @@ def test_a_cache_that_cannot_be_written_is_told_of(mixed, big, scans, monkeypatc
 
 def test_what_is_just_being_written_is_not_kept(mixed, big, scans, monkeypatch, capsys):
     pauses: list[float] = []
+    monkeypatch.setattr(scanning, "RECENT_NS", cache.RECENT_NS)
     monkeypatch.setattr(time, "sleep", pauses.append)
     write_tree(mixed, "b/now.jpg")
     assert len(find_images(str(mixed))) == 10 and len(scans) == 2 and pauses == [2.0]
     assert "not kept" in capsys.readouterr().err and not list(big.glob("*.safetensors"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: settle(mixed))  # later nothing changes any more
+    # Later nothing changes any more.
+    monkeypatch.setattr(time, "sleep", lambda seconds: monkeypatch.setattr(scanning, "RECENT_NS", 0))
     assert len(find_images(str(mixed))) == 10 and len(scans) == 4 and cache.cache_file(str(mixed)).exists()
 
 

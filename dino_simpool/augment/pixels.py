@@ -5,7 +5,7 @@ libjpeg-turbo (simplejpeg), resizing by torch's antialiased kernel for uint8, co
 after every operation, as the published recipe does on Pillow images. How far they are from Pillow's (levels of 255; the tests
 hold it):
 
-    crop       1 on photographs (2 on black and white noise): torch keeps 16-bit weights, Pillow 22 bits
+    crop       1 on photographs, but for single values in 3 % of the views: 2 (torch keeps 16-bit weights, Pillow 22 bits)
     colours    1 each: Pillow cuts fractions off, OpenCV rounds
     hue        12, two steps of the 8-bit hue that both turn; Pillow is up to 14 from float hues, this up to 11
     blur       3 inside: one filter with Pillow's kernel, where Pillow rounds after each of six passes. At the border more (35),

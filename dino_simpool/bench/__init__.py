@@ -60,13 +60,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(folder: str, name: str, record: Mapping[str, Any]) -> Path:
-    """Write <folder>/<name>.json and return its path. ValueError if the folder cannot be written."""
+    """Write <folder>/<name>.json, in a folder that is there, and return its path."""
     path = Path(folder) / f"{name}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}): give another --out") from error
+    write_atomically(path, lambda file: file.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
     return path
 
 

@@ -30,13 +30,14 @@ from dino_simpool.bench import interleave, machine, medians, table, write
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, BenchDataConfig, CropsConfig
 from dino_simpool.data import ImageSet, default_workers, find_images, keep_freed_memory, train_loader
 from dino_simpool.decode import EncodedImage
+from dino_simpool.eval import results_folder
 from dino_simpool.eval.masks import evenly
 
 
 def main(cfg: BenchDataConfig) -> None:
     """The command bench data."""
     device = distributed.setup(cfg.device)
-    write(cfg.out, "data", {})  # now, rather than after the measurements, if that cannot be done
+    results_folder(cfg.out, "")  # now, rather than after the measurements, if nothing can be written there
     torch.set_num_threads(1)
     keep_freed_memory()
     images = find_images(list(cfg.data) if isinstance(cfg.data, tuple) else cfg.data)

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from dino_simpool import distributed
 from dino_simpool.bench import interleave, machine, medians, table, write
 from dino_simpool.config import BenchKnnConfig
+from dino_simpool.eval import results_folder
 from dino_simpool.eval.knn import knn_rank, vote_each_k
 from dino_simpool.eval.neighbors import full_precision
 from dino_simpool.eval.ranking import DEVICE_TILE, TILE
@@ -75,7 +76,7 @@ def make_features(count: int, num_classes: int, *, cfg: BenchKnnConfig, seed: in
 def main(cfg: BenchKnnConfig) -> None:
     """The command bench knn."""
     device = distributed.setup(cfg.device)
-    write(cfg.out, "knn", {})  # now, rather than after the measurements, if that cannot be done
+    results_folder(cfg.out, "")  # now, rather than after the measurements, if nothing can be written there
     record = {"benchmark": "knn", "config": asdict(cfg), "machine": machine(device)}
     record["recall"], record["knn"] = measure_recall(cfg, device), measure_knn(cfg, device)
     path = write(cfg.out, "knn", record)

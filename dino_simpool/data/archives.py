@@ -1,9 +1,10 @@
 """Images in tar and zip archives: where each of them lies, and its bytes, read at random and without unpacking.
 
 An archive stands for the files that unpacking it would make, as Python's tarfile and zipfile see them: a later member replaces
-an earlier one of the same name, hard links and links to files are followed, hidden files (.x, ._x) are no images. Of a path
-inside, empty parts, "." and ".." are dropped. One leading folder that all images share is dropped too, if every image lies in a
-folder below it (`tar cf train.tar train` holds train/CLASS/IMAGE): archives of a folder and of its content are the same.
+an earlier one of the same name, hard links and links to files and folders are followed, hidden files (.x, ._x) are no images.
+Of a path inside, empty parts, "." and ".." are dropped. One leading folder that all images share is dropped too, if every image
+lies in a folder below it (`tar cf train.tar train` holds train/CLASS/IMAGE): archives of a folder and of its content are the
+same.
 A compressed tar has to be read from its start for each image, and is refused.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import resource
 import stat
 import struct
 import tarfile
@@ -19,12 +21,13 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 
-MOST_OPEN = 256
-"""Archives that one process keeps open: a soft limit of 1024 files is common, and the loaders need some of them."""
+_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MOST_OPEN = 256 if _FILES == resource.RLIM_INFINITY else max(1, min(256, _FILES // 4))
+"""Archives that one process keeps open: a quarter of the files that it may open, since the loaders need some of them."""
 _PLAIN = -1
 """Method of a tar member: its bytes lie at the offset. Of zip members: zipfile.ZIP_STORED or ZIP_DEFLATED."""
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -40,6 +43,10 @@ class Place(NamedTuple):
     """Bytes stored."""
     method: int
     """_PLAIN, zipfile.ZIP_STORED or zipfile.ZIP_DEFLATED."""
+    unpacked: int
+    """Bytes of the image file."""
+    checksum: int
+    """CRC-32 of these; -1 in a tar, which has none."""
 
 
 class TooMany(Exception):
@@ -47,12 +54,14 @@ class TooMany(Exception):
 
 
 class _Entry(NamedTuple):
-    """One member as the archive has it. link: path inside that it points to; refused: why its bytes cannot be read."""
+    """One member as the archive has it. link: path inside that it points to; hard: as another name of what is there by now;
+    refused: why its bytes cannot be read."""
 
     name: str
     place: Place
     folder: bool = False
     link: str = ""
+    hard: bool = False
     refused: str = ""
 
 
@@ -83,7 +92,8 @@ def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Plac
             if entry.folder:
                 folders.add(name)
             elif name:
-                files[name] = entry
+                # A hard link keeps what its target is now, and may be to itself (`tar cf x.tar d d/a` packs d/a twice).
+                files[name] = files.get(_inside(entry.link), entry) if entry.hard else entry
     except (tarfile.TarError, zipfile.BadZipFile, RuntimeError, struct.error, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as an archive ({error}): it is truncated or damaged, make it anew") from error
     images = {}
@@ -91,6 +101,8 @@ def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Plac
         folders.add(posixpath.dirname(name))
         if name.lower().endswith(IMAGE_SUFFIXES) and not _hidden(name):
             images[name] = _target(path, name, files)
+    images |= _in_linked_folders(images, files)
+    folders |= {posixpath.dirname(name) for name in images}
     return _without_common_folder(images, {folder for folder in folders if folder and not _hidden(folder)})
 
 
@@ -103,14 +115,15 @@ def _tar_entries(path: str) -> Iterator[_Entry]:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # or it would keep them all
-                if member.isreg() and member.offset_data + member.size > total:
+                if member.isreg() and not member.issparse() and member.offset_data + member.size > total:
                     raise tarfile.ReadError(f"{member.name} goes beyond the end of the file")
-                place = Place(member.offset_data, member.size, _PLAIN)
+                place = Place(member.offset_data, member.size, _PLAIN, member.size, -1)
                 link = member.linkname if member.islnk() else ""
                 if member.issym():
                     link = posixpath.join(posixpath.dirname(member.name), member.linkname)
                 refused = "" if member.isreg() or link else "it is a device"
-                yield _Entry(member.name, place, member.isdir(), link, "it is sparse" if member.issparse() else refused)
+                refused = "it is sparse" if member.issparse() else refused
+                yield _Entry(member.name, place, member.isdir(), link, member.islnk(), refused)
             # tarfile takes a file that ends early, or goes on with something else, for a complete one.
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no end mark after {archive.offset} bytes")
@@ -130,8 +143,8 @@ def _zip_entries(path: str) -> Iterator[_Entry]:
             link = ""
             if stat.S_ISLNK(member.external_attr >> 16) and not refused:
                 link = posixpath.join(posixpath.dirname(member.filename), os.fsdecode(archive.read(member)))
-            place = Place(member.header_offset, member.compress_size, member.compress_type)
-            yield _Entry(member.filename, place, member.is_dir(), link, refused)
+            place = Place(member.header_offset, member.compress_size, member.compress_type, member.file_size, member.CRC)
+            yield _Entry(member.filename, place, member.is_dir(), link, refused=refused)
 
 
 def _inside(name: str) -> str:
@@ -145,16 +158,33 @@ def _hidden(name: str) -> bool:
 
 def _target(path: str, name: str, files: dict[str, _Entry]) -> Place:
     """Where the bytes of an image are, links followed."""
-    entry, seen = files[name], {name}
-    while entry.link:
-        to = _inside(posixpath.normpath(entry.link))
-        if to not in files or to in seen:
-            raise ValueError(f"{path}/{name} is a link to {entry.link}, no file of the archive: pack the image itself")
-        entry = files[to]
-        seen.add(to)
+    entry = files.get(_end_of_links(name, files))
+    if entry is None:
+        raise ValueError(f"{path}/{name} is a link to {files[name].link}, no file of the archive: pack the image itself")
     if entry.refused:
         raise ValueError(f"{path}/{name} cannot be read, {entry.refused}: pack it anew as an ordinary file")
     return entry.place
+
+
+def _end_of_links(name: str, files: dict[str, _Entry]) -> str:
+    """The path that a link leads to in the end, a file or a folder if it is there; "" if links lead in a circle."""
+    seen: set[str] = set()
+    while name not in seen and (entry := files.get(name)) is not None and entry.link:
+        seen.add(name)
+        name = _inside(posixpath.normpath(entry.link))
+    return "" if name in seen else name
+
+
+def _in_linked_folders(images: dict[str, Place], files: dict[str, _Entry]) -> dict[str, Place]:
+    """The images below links to folders, by the paths that they have through the link."""
+    found: dict[str, Place] = {}
+    for name, entry in files.items():
+        folder = _end_of_links(name, files) if entry.link and not _hidden(name) else ""
+        # A link to a folder that it lies in would never end.
+        if folder and folder not in files and not name.startswith(f"{folder}/"):
+            below = ((image, image[len(folder) :]) for image in images if image.startswith(f"{folder}/"))
+            found |= {name + rest: images[image] for image, rest in below}
+    return found
 
 
 def _without_common_folder(images: dict[str, Place], folders: set[str]) -> tuple[dict[str, Place], set[str]]:
@@ -190,11 +220,14 @@ class ArchiveReader:
     def __reduce__(self) -> tuple[type[ArchiveReader], tuple[()]]:
         return ArchiveReader, ()
 
-    def read(self, path: str, stamp: tuple[int, int], place: Place) -> bytes:
-        """The bytes of one image. stamp: mtime in ns and size of the archive when it was listed.
+    def read(self, path: str, stamp: tuple[int, int], place: Place, *, most: int) -> bytes:
+        """The bytes of one image. stamp: mtime in ns and size of the archive when it was listed. most: bytes that it may have.
 
-        ValueError if the archive is not the listed one any more, or is damaged there; OSError if it cannot be read.
+        ValueError if the archive is not the listed one any more, or is damaged there, or if the image has more bytes; OSError
+        if it cannot be read.
         """
+        if place.unpacked > most:
+            raise ValueError(f"it has {place.unpacked:,} bytes, more than an image of max_pixels; raise that if it is one")
         descriptor = self._file(path, stamp)  # held until the end: it closes itself when nobody holds it
         file, offset = descriptor.number, place.offset
         if place.method != _PLAIN:
@@ -206,10 +239,14 @@ class ArchiveReader:
         data = os.pread(file, place.size, offset)
         if len(data) != place.size:
             raise ValueError(f"the archive ends {place.size - len(data)} bytes too early")
-        try:
-            return zlib.decompress(data, -zlib.MAX_WBITS) if place.method == zipfile.ZIP_DEFLATED else data
-        except zlib.error as error:
-            raise ValueError(f"its compressed data is damaged, {error}") from error
+        if place.method == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.unpacked + 1)
+            except zlib.error as error:
+                raise ValueError(f"its compressed data is damaged, {error}") from error
+        if place.checksum >= 0 and (len(data), zlib.crc32(data)) != (place.unpacked, place.checksum):
+            raise ValueError("its bytes are damaged: they have not the checksum that the zip archive says")
+        return data
 
     def _file(self, path: str, stamp: tuple[int, int]) -> _Descriptor:
         file = self._open.get(path)

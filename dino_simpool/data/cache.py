@@ -1,8 +1,8 @@
 """The index of a source from the cache, if the source is what it was; otherwise listed anew, by one process of the node.
 
-A folder's mtime changes with its entries, so an index is up to date if those of all folders are what they were: one question a
-folder, none a file. An image that is edited or replaced under its name is not a change of the index. Archives and lists are
-compared by mtime and size (of what a list names, nothing is looked at again). The cache is one file a source in
+A folder's mtime and ctime change with its entries, so an index is up to date if those of all folders are what they were: one
+question a folder, none a file. An image that is edited or replaced under its name is not a change of the index. Archives and
+lists are compared by mtime and size (of what a list names, nothing is looked at again). The cache is one file a source in
 $DINO_SIMPOOL_CACHE, or ~/.cache/dino_simpool; it may be removed at any time. Small sources are listed anew each time.
 """
 

@@ -23,8 +23,10 @@ from safetensors.numpy import save_file
 
 from dino_simpool.data.archives import Place
 
-FORMAT = "1"
+FORMAT = "2"
 """Written into each file; another number makes it stale."""
+MEMBER = 1 + len(Place._fields)
+"""Numbers for an image in an archive: the row of the archive, and its place there."""
 
 
 class Strings:
@@ -96,9 +98,9 @@ class Index:
     watched: Strings = field(default_factory=lambda: Strings.of([]))
     """(F) paths that make the index stale when they change: archives and lists, then folders. "" is the base folder itself."""
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    """(F, 2) int64: mtime in nanoseconds, and the size in bytes (-1 for folders)."""
-    members: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
-    """(M, 4) int64: row of the archive in `watched` (-1: a file of its own), and its Place there. (0, 4) without archives."""
+    """(F, 2) int64: mtime in nanoseconds, and the size in bytes (of folders the ctime in nanoseconds)."""
+    members: np.ndarray = field(default_factory=lambda: np.zeros((0, MEMBER), np.int64))
+    """(M, MEMBER) int64: row of the archive in `watched` (-1: a file of its own), and its Place. No rows without archives."""
     left_out: Strings = field(default_factory=lambda: Strings.of([]))
     """Compressed archives, which cannot be read."""
     file: str = ""
@@ -196,12 +198,12 @@ def join(parts: Sequence[tuple[str, Index]]) -> Index:
     for base, index in parts:
         names.append((index.names.below(base), slice(0, len(index))))
         watched.append((index.watched.below(base), slice(0, len(index.watched))))
-        place = index.members.copy() if len(index.members) else np.full((len(index), 4), -1, np.int64)
+        place = index.members.copy() if len(index.members) else np.full((len(index), MEMBER), -1, np.int64)
         place[:, 0] += np.where(place[:, 0] >= 0, shift, 0)
         members.append(place)
         shift += len(index.watched)
     if not any(len(index.members) for _, index in parts):
-        members = [np.zeros((0, 4), np.int64)]
+        members = [np.zeros((0, MEMBER), np.int64)]
     return Index(
         Strings.chain(names), counts=np.array([sum(len(index) for _, index in parts)], np.int64),
         watched=Strings.chain(watched), stamps=np.concatenate([index.stamps for _, index in parts]),

@@ -24,7 +24,7 @@ from dino_simpool import distributed
 from dino_simpool.augment import to_tensor
 from dino_simpool.data.replace import read_or_replace
 from dino_simpool.data.sources import ImageSet
-from dino_simpool.decode import EncodedImage
+from dino_simpool.decode import BrokenImage, EncodedImage
 
 PREFETCH = 4
 """Batches that each loader process has ready: an image that takes long stops nobody."""
@@ -72,13 +72,19 @@ class Augmentation(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TransformedImages(Dataset[tuple[Any, int]]):
-    """(transformed image, index) by index."""
+    """(transformed image, index) by index. With `skip_broken`, of an image that cannot be read (a black one, ~index)."""
 
     images: ImageSet
     transform: Callable[[Image.Image], Any]
+    skip_broken: bool = False
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.images.read(index)), index
+        try:
+            return self.transform(self.images.read(index)), index
+        except BrokenImage:
+            if not self.skip_broken:
+                raise
+            return self.transform(Image.new("RGB", (LONGEST, LONGEST))), ~index
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,16 +189,17 @@ def train_loader(
 
 def index_loader(
     images: ImageSet, transform: Callable[[Image.Image], Any], indices: Sequence[int] | np.ndarray, *, batch_size: int,
-    workers: int | None, device: torch.device,
+    workers: int | None, device: torch.device, skip_broken: bool = False,
 ) -> DataLoader:  # fmt: skip
     """The images `indices`, transformed, in this order, the last batch smaller.
 
     workers, device: as for `train_loader`.   Each item: (B, 3, S, S) float32 and (B,) int64 image numbers; what a
-    transform returns beside the image comes beside the batch.
+    transform returns beside the image comes beside the batch.   BrokenImage for one that cannot be read; with `skip_broken`
+    it is black instead, and its number i is ~i, below 0.
     """
     order = np.asarray(indices, np.int64).tolist()
     return DataLoader(
-        TransformedImages(images, transform), batch_size=batch_size, sampler=order, num_workers=_number(workers),
+        TransformedImages(images, transform, skip_broken), batch_size=batch_size, sampler=order, num_workers=_number(workers),
         pin_memory=device.type == "cuda", worker_init_fn=start_worker, generator=torch.Generator(),
     )  # fmt: skip
 
@@ -233,7 +240,8 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
         mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**30)
+        if not mallopt(mmap_threshold, 2**30):
+            mallopt(mmap_threshold, 2**25)  # the most that older versions take
 
 
 def _obey_parent() -> None:

@@ -32,7 +32,7 @@ from dino_simpool.data.archives import (
     is_compressed,
     list_archive,
 )
-from dino_simpool.data.index import Index, Strings
+from dino_simpool.data.index import MEMBER, Index, Strings
 
 T = TypeVar("T")
 THREADS = 16
@@ -107,9 +107,12 @@ def is_list(root: str) -> bool:
 
 
 def stamp(path: str) -> tuple[int, int]:
-    """What changes with a file or a folder: its mtime in nanoseconds and its size in bytes, -1 for a folder."""
+    """What changes with a file or a folder: its mtime in nanoseconds, and the size of a file in bytes or the ctime of a folder.
+
+    tar, rsync and cp set the mtime of a folder back to what it was elsewhere when they have filled it, but not its ctime.
+    """
     found = os.stat(path)
-    return found.st_mtime_ns, -1 if S_ISDIR(found.st_mode) else found.st_size
+    return found.st_mtime_ns, found.st_ctime_ns if S_ISDIR(found.st_mode) else found.st_size
 
 
 def stamps(paths: Sequence[str]) -> np.ndarray:
@@ -119,7 +122,7 @@ def stamps(paths: Sequence[str]) -> np.ndarray:
 
 def is_recent(index: Index) -> bool:
     """Whether something changed so shortly ago that another change now might leave its time as it is."""
-    return bool((np.abs(time.time_ns() - index.stamps[:, 0]) < RECENT_NS).any())
+    return bool((np.abs(time.time_ns() - index.stamps) < RECENT_NS).any())  # no file is so large that its size is a time
 
 
 def _stamp_or_nothing(path: str) -> tuple[int, int]:
@@ -186,10 +189,12 @@ def _read_folder(root: str, folder: _Folder, limit: int | None) -> _Content:
             if entry.name.startswith("."):
                 continue
             path = os.path.join(folder.path, entry.name)
-            if entry.is_dir():
+            if _is_folder(entry):
                 real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(folder.real, entry.name)
                 if real not in folder.ancestors:
                     folders.append(_Folder(path, real, folder.ancestors | {real}))
+            elif not (entry.is_symlink() or entry.is_file()):
+                continue  # a pipe would never end
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                 images.append(entry.name)
                 if limit is not None and len(images) > limit:
@@ -202,12 +207,22 @@ def _read_folder(root: str, folder: _Folder, limit: int | None) -> _Content:
     return _Content(before, sorted(images), folders, sorted({*archives} - packed), sorted({*compressed} - packed))
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a folder or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _open_archives(root: str, listing: _Listing, pool: ThreadPoolExecutor, limit: int | None, bar: tqdm[Any]) -> None:
     """Put the images of the archives into the listing."""
     listing.archives.sort()
 
     def read(archive: str) -> tuple[tuple[int, int], dict[str, Place], set[str]]:
         path = os.path.join(root, archive)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} is a link to nothing: remove it, or put the archive where it leads")
         return stamp(path), *list_archive(path, limit=limit)
 
     seen = 0
@@ -271,12 +286,12 @@ def _index(listing: _Listing) -> Index:
     """Sort what was found, and pack it."""
     counts = dict.fromkeys(listing.top, 0)
     names: list[bytes] = []
-    members: list[tuple[int, int, int, int]] = []
+    members: list[tuple[int, ...]] = []
     for folder in sorted({*listing.images, *listing.members}, key=lambda path: (path.split(os.sep)[0], path)):
         files = listing.images[folder].decode("utf-8", "surrogateescape").split("/") if folder in listing.images else []
         prefix = os.path.join(folder, "") if folder else ""
         if listing.archives:
-            rows = [(file, prefix + file, -1, Place(-1, -1, -1)) for file in files]
+            rows = [(file, prefix + file, -1, Place(-1, -1, -1, -1, -1)) for file in files]
             rows = sorted(rows + listing.members.get(folder, []))
             names += [path.encode("utf-8", "surrogateescape") for _, path, _, _ in rows]
             members += [(row, *place) for _, _, row, place in rows]
@@ -291,5 +306,5 @@ def _index(listing: _Listing) -> Index:
         Strings.packed(names), Strings.of(groups), np.array([counts[group] for group in groups], np.int64),
         Strings.of(listing.archives + listing.folders),
         np.array(listing.archive_stamps + listing.folder_stamps, np.int64).reshape(-1, 2),
-        np.array(members, np.int64).reshape(-1, 4), Strings.of(sorted(listing.compressed)),
+        np.array(members, np.int64).reshape(-1, MEMBER), Strings.of(sorted(listing.compressed)),
     )  # fmt: skip

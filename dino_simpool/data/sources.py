@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from dino_simpool.data.scan import is_list
 from dino_simpool.decode import BrokenImage, EncodedImage
 from dino_simpool.logs import say
 
+_BYTES_PER_PIXEL = 8
+"""Of an image file at most: four channels of 16 bits, not compressed."""
 _ENDINGS = " ".join(IMAGE_SUFFIXES)
 
 
@@ -77,8 +80,11 @@ class ImageSet:
                 with open(self.path(index), "rb") as file:
                     return file.read()
             archive, stamp, place = member
-            return self._archives.read(_below(self.root, archive), stamp, place)
+            most = _BYTES_PER_PIXEL * self.max_pixels
+            return self._archives.read(_below(self.root, archive), stamp, place, most=most)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise  # of this process, and not of the image
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise BrokenImage(self.path(index), reason) from error
 

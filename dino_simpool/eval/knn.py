@@ -14,7 +14,7 @@ M training images (the bank), T test images, D width, C classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -108,16 +108,19 @@ def knn_accuracy(
     workers: int | None,
     device: torch.device,
     precision: str = "fp32",
+    skip_broken: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Accuracy in % of the images of val_set among those of train_set: {"10": {"top1": ..., "top5": ...}, ...} for each k.
 
     Called by all processes together; each searches for its share of val_set and all return the same. Classes are matched by
-    name. ValueError names a class of val_set that train_set lacks.
+    name. skip_broken: leave out images that cannot be read, with a warning, instead of a BrokenImage. ValueError names a class
+    of val_set that train_set lacks.
     """
     check_settings(ks, temperature)
-    labels = classes_of(val_set, train_set)
+    train_y, labels = torch.from_numpy(train_set.labels), classes_of(val_set, train_set)
     if max(ks) > len(train_set):
         say(f"warning: k = {max(ks)} is more than the {len(train_set)} training images; all of them vote")
+    broken: dict[str, set[int]] = {"bank": set(), "val": set()}
     train_x, test_x = (
         extract_features(
             encoder,
@@ -128,13 +131,22 @@ def knn_accuracy(
             device=device,
             precision=precision,
             description=f"k-NN {name}",
+            broken=broken[name] if skip_broken else None,
         )
         for name, images in (("bank", train_set), ("val", val_set))
     )
-    mine = torch.arange(distributed.rank(), len(val_set), distributed.world_size())
+    for name, images in (("bank", train_set), ("val", val_set)):
+        if numbers := sorted(broken[name]):
+            first = images.path(numbers[0])
+            if len(numbers) == len(images):
+                raise ValueError(f"no image of {images.root} can be read, such as {first}: `dino-simpool check-data` says why")
+            say(f"warning: k-NN {name} is without {len(numbers)} image(s) that cannot be read, such as {first}")
+    train_x, train_y = (without(rows, broken["bank"]) for rows in (train_x, train_y))
+    test_x, labels = (without(rows, broken["val"]) for rows in (test_x, labels))
+    mine = torch.arange(distributed.rank(), len(labels), distributed.world_size())
     voted = vote_each_k(
         train_x,
-        torch.from_numpy(train_set.labels),
+        train_y,
         test_x[mine].to(device),
         ks=ks,
         temperature=temperature,
@@ -143,8 +155,17 @@ def knn_accuracy(
     )
     hits = [((classes == labels[mine, None]) & (votes > 0)) for classes, votes in voted.values()]
     counts = torch.stack([torch.stack([hit[:, 0], hit.any(1)], 1) for hit in hits], 1)  # (T, ks, 2)
-    percent = 100 * distributed.gather_by_index(counts, mine, len(val_set)).double().mean(0)
+    percent = 100 * distributed.gather_by_index(counts, mine, len(labels)).double().mean(0)
     return {str(k): {"top1": percent[i, 0].item(), "top5": percent[i, 1].item()} for i, k in enumerate(voted)}
+
+
+def without(rows: Tensor, numbers: Collection[int]) -> Tensor:
+    """The rows (M, ...) but for those of these numbers."""
+    if not numbers:
+        return rows
+    kept = torch.ones(len(rows), dtype=torch.bool)
+    kept[list(numbers)] = False
+    return rows[kept]
 
 
 class Pixels(nn.Module):
