@@ -69,8 +69,8 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 
 FIRST_ARGUMENT = {"report": "--out", "synthetic": "--out", "check-data": "--data", "bench data": "--data"}
 """The option that a bare first argument stands for: `report OUT` for `report --out OUT`."""
-FIRST_ARGUMENTS = {"table": "--results"}
-"""The option for which all bare arguments at the beginning stand: `table A B` for `table --results '["A", "B"]'`."""
+FIRST_ARGUMENTS = {"table": "--results", "check-data": "--data", "bench data": "--data"}
+"""The option for which several bare first arguments stand: `table A B` for `table --results '["A", "B"]'`."""
 
 EXAMPLES = """\
 examples:
@@ -93,7 +93,7 @@ def _help() -> str:
 def with_named_arguments(name: str, options: list[str]) -> list[str]:
     """The options of a command with its bare first arguments under their names."""
     bare = list(itertools.takewhile(lambda option: not option.startswith("-"), options))
-    if bare and name in FIRST_ARGUMENT:
+    if bare and name in FIRST_ARGUMENT and (len(bare) == 1 or name not in FIRST_ARGUMENTS):
         return [FIRST_ARGUMENT[name], *options]
     if bare and name in FIRST_ARGUMENTS:
         return [f"{FIRST_ARGUMENTS[name]}={json.dumps(bare)}", *options[len(bare) :]]

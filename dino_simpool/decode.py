@@ -10,6 +10,9 @@ last word. What deviates from the published code:
   itself turns a TIFF file, and there the option changes nothing.)
 * The size is checked in the header, before any pixel is decoded, against `max_pixels`.
 
+A JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size, but always all of it: 2 + 6 crops together cover 94 % of the rows and
+84 % of the pixels of an image on average (5,000 draws, 500 x 375), so that decoding parts could save no more than the rest.
+
 CMYK and YCCK are converted as Pillow does: inverted as Adobe writes them, without colour profiles. Of an animation or a file of
 several pages the first is taken. The ending of a file is not believed: a PNG file named x.jpg is read as PNG. Damage that the
 decoder does not notice (a changed byte inside the data of a JPEG file) passes.

@@ -77,8 +77,10 @@ def test_a_folder_without_broken_files(folder: Path, tmp_path: Path, capsys: pyt
 
 
 def test_several_sources_and_a_limit_of_the_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sources = f"[{folder}/a, {folder}/b]"
-    status, lines, last = run(capsys, "--data", sources, "--workers", "0", "--max_pixels", "2000")
+    options = ("--workers", "0", "--max_pixels", "2000")
+    status, lines, last = run(capsys, f"{folder}/a", f"{folder}/b", *options)
+    named = run(capsys, "--data", f"[{folder}/a, {folder}/b]", *options)
+    assert (named[0], named[1][1:], named[2]) == (status, lines[1:], last)
     assert status == 1 and f"{folder}/a/00.jpg\tit has more than max_pixels 2,000; raise that if the file is" in "\n".join(
         lines
     )

@@ -401,6 +401,18 @@ def test_damage_inside_names_the_image(tmp_path):
         images.read(0)
 
 
+def test_an_archive_of_archives_is_told(tmp_path):
+    inner = tar_of(tmp_path / "n01.tar", ("n01_1.jpg", image(0)))
+    outer = tar_of(tmp_path / "all.tar", ("n01.tar", inner.read_bytes()))
+    with pytest.raises(ValueError, match=r"all\.tar holds archives such as n01\.tar and no images: unpack it") as error:
+        find_images(str(outer))
+    message(error)
+    outer.unlink()
+    with pytest.raises(ValueError, match=r"n01\.tar/n01_1\.jpg .* in no class folder: put each archive into a folder") as error:
+        class_folder(str(tmp_path))
+    message(error)
+
+
 def test_a_missing_file_is_named(tmp_path):
     images = find_images(str(write_tree(tmp_path, "1.jpg")))
     (tmp_path / "1.jpg").unlink()

@@ -101,6 +101,9 @@ def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Plac
         folders.add(posixpath.dirname(name))
         if name.lower().endswith(IMAGE_SUFFIXES) and not _hidden(name):
             images[name] = _target(path, name, files)
+    inner = [name for name in files if name.lower().endswith(ARCHIVE_SUFFIXES)]
+    if inner and not images:
+        raise ValueError(f"{path} holds archives such as {inner[0]} and no images: unpack it and give the folder of these")
     images |= _in_linked_folders(images, files)
     folders |= {posixpath.dirname(name) for name in images}
     return _without_common_folder(images, {folder for folder in folders if folder and not _hidden(folder)})

@@ -188,7 +188,8 @@ def _only_classes(root: str, index: Index) -> Index:
     """The same, after making sure that all images lie in class folders."""
     loose = dict(_groups(index)).get("", 0)
     if loose:
-        raise ValueError(f"{index[0]} and {loose - 1} other images in {root} lie in no class folder: move or remove them")
+        what = "put each archive into a folder of its class" if index.member(0) else "move or remove them"
+        raise ValueError(f"{index[0]} and {loose - 1} other images in {root} lie in no class folder: {what}")
     return index
 
 
