@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import warnings
 from pathlib import Path
@@ -313,6 +316,84 @@ def test_a_pickle_of_an_old_numpy_and_of_python_2(tmp_path: Path) -> None:
         np.testing.assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_other_orders(protocol: int, tmp_path: Path) -> None:
+    """Of bytes, of axes, of objects with containers, none, and shared ones: as the standard module reads them."""
+    shared = np.arange(3)
+    content = [np.array([1, 2], ">i4"), np.asfortranarray(np.arange(6).reshape(2, 3)), np.array("ü"), np.array(5.0, ">f8")]
+    content += [
+        np.empty((0, 4), np.float32),
+        np.array([[[1]], {"a": 2}, None], object),
+        shared,
+        shared,
+        np.array([b"ab", b"c"]),
+    ]
+    content += [np.array(["x"], ">U3"), np.array([True]), np.zeros((2, 1, 3)).transpose(2, 0, 1), bytearray(b"xy")]
+    data = pickle.dumps(content, protocol=protocol)
+    found = load_plain_pickle(io.BytesIO(data))
+    assert found[6] is found[7] and found[-1] == content[-1]
+    assert all(np.array_equal(array, expected) for array, expected in zip(found[:-1], content[:-1], strict=True))
+    for array, expected in zip(found[:-1], pickle.loads(data)[:-1], strict=True):
+        assert array.dtype == expected.dtype and array.shape == expected.shape and np.array_equal(array, expected)
+
+
+O, BYTES = b"cnumpy\ndtype\n(S'O'\ntR", b"C\x08" + b"\1" * 8  # as if eight bytes of the file were the address of an object
+INT_STATE = b"(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb"  # flags of 0: no object is in it
+FORGED = {
+    "ndarray": b"\x80\x03cnumpy\nndarray\n(K\x01\x85" + O + BYTES + b"tR.",
+    "frombuffer": b"\x80\x03cnumpy.core.numeric\n_frombuffer\n(" + BYTES + O + b"K\x01\x85S'C'\ntR.",
+    "scalar": b"\x80\x03cnumpy.core.multiarray\nscalar\n(" + O + BYTES + b"tR.",
+    "flags": b"\x80\x03cnumpy.core.multiarray\nscalar\n(" + O + INT_STATE + BYTES + b"tR.",
+    "state": b"\x80\x03cnumpy.core.multiarray\n_reconstruct\n(NNNtR(K\x01K\x01\x85" + O + INT_STATE + b"\x89" + BYTES + b"tb.",
+    "short": b"\x80\x03cnumpy.core.multiarray\n_reconstruct\n(NNNtR(K\x01J\xff\xff\xff\x7f\x85cnumpy\ndtype\n(S'u1'\ntR\x89"
+    + BYTES + b"tb.",
+    "dtype": b"\x80\x03cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'V8'\ntR" + BYTES + b"tR.",
+    "function": b"\x80\x03c_codecs\nencode\n(N}S'__defaults__'\n)stb.",
+    "class": b"\x80\x03c__builtin__\nset\n)\x81.",
+    "bytearray": b"\x80\x03c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    "bytearray8": b"\x80\x05\x96\0\0\0\0\0\1\0\0abc.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_bytes_of_a_file_become_no_objects_and_no_gigabytes(name: str, tmp_path: Path) -> None:
+    (tmp_path / "gnd_rparis6k.pkl").write_bytes(FORGED[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"gnd_rparis6k\.pkl(: it|: the content|: the dtype| is damaged|: an array)") as error:
+        read_ground_truth(tmp_path, "rparis6k")
+    assert "\n" not in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_a_memo_far_away_takes_no_memory() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert load_plain_pickle(io.BytesIO(b"\x80\x02]r\xff\xff\xff\x7f.")) == []
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_a_pickle_of_many_megabytes_is_refused_unread() -> None:
+    with pytest.raises(pickle.UnpicklingError, match="more than 16,777,216 bytes"):
+        load_plain_pickle(io.BytesIO(b"\x80\x02(" + b"]" * 2**24 + b"l."))
+
+
+def test_damaged_pickles_raise_and_do_nothing_else() -> None:
+    """4,000 of a real one, a byte or some bytes of it changed, cut or moved: what comes out is plain or an exception."""
+    rng = np.random.default_rng(0)
+    truth = LANDMARKS["rparis6k"] | {"arrays": [np.arange(5), np.array(["a", "bc"]), np.array([[1], {2}], object)]}
+    for protocol in (0, 2, 4, 5):
+        whole = pickle.dumps(truth, protocol=protocol)
+        for _ in range(1000):
+            data = bytearray(whole)
+            for _ in range(rng.integers(1, 4)):
+                start, length = rng.integers(len(data)), rng.integers(1, 5)
+                other = rng.integers(len(data))
+                data[start : start + length] = rng.choice(
+                    np.array([bytes(rng.integers(0, 256, length, np.uint8)), bytes(data[other : other + length]), b""], object)
+                )
+            with contextlib.suppress(Exception):
+                repr(load_plain_pickle(io.BytesIO(bytes(data))))
+
+
 class Malicious:
     """Its pickle calls a function of one's choice."""
 
@@ -386,6 +467,11 @@ def test_other_pickles_are_one_clear_line(data: bytes, tmp_path: Path) -> None:
         (lambda truth: truth["gnd"][1].pop("junk"), "there is no 'junk'"),
         (lambda truth: truth["gnd"][0].update(bbx=[5, 5, 4, 9]), "the box of query all_souls_000013 is"),
         (lambda truth: truth["gnd"][0].update(bbx=[1, 2, 3]), "the box of query"),
+        (lambda truth: truth["gnd"][0].update(bbx=[10.1, 10.1, 10.4, 30]), "the box of query.*in pixels"),
+        (lambda truth: truth["gnd"][0].update(bbx=[0, 0, 1e7, 1e7]), "the box of query.*in pixels"),
+        (lambda truth: truth["gnd"][0].update(bbx=[0, 0, 10**400, 1]), "int too large"),
+        (lambda truth: truth["gnd"][0].update(bbx=[0, float("nan"), 3, 1]), "the box of query"),
+        (lambda truth: truth["imlist"].__setitem__(0, ["a"]), "imlist holds a list where a name should be"),
         (lambda truth: truth["gnd"][0].update(easy=[12]), "easy of query all_souls_000013 goes from 12 to 12.*images 0 to 11"),
         (lambda truth: truth["gnd"][0].update(hard=[-1]), "hard of query all_souls_000013 goes from -1"),
         (lambda truth: truth["gnd"][0].update(hard=[0.5]), "not a list of whole numbers"),

@@ -1,22 +1,30 @@
 """The ground truth of ROxford and RParis: gnd_<name>.pkl as published, or the same as gnd_<name>.json.
 
 A pickle is a program: loading a stranger's file with the standard module runs whatever it says. `load_plain_pickle` only builds
-containers, strings, numbers and numpy arrays; any other name in the file is refused before it is looked up. The content
+containers, strings, numbers and numpy arrays, with functions of its own; any other name in the file is refused before it is
+looked up. The content
 (filipradenovic/revisitop): imlist and qimlist, names of the images without .jpg; gnd, a dict for each query with its box bbx
 in pixels and the numbers, in imlist, of the easy, hard and junk images of the same landmark.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
 KINDS = ("easy", "hard", "junk")
+MOST_BYTES = 2**24
+"""Of a pickle. The published files have less than 2**20; each byte may become an object of 64."""
+MOST_PIXELS = 2**16
+"""Of a side of an image: a box beyond is none. (JPEG has 16 bits for it.)"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +58,7 @@ def read_ground_truth(folder: Path, name: str) -> GroundTruth:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): get it again") from error
     try:
         return _checked(content)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
             f"{path} is not the ground truth of {name}: {reason}; wanted are imlist, qimlist and gnd as in revisitop"
@@ -60,9 +68,16 @@ def read_ground_truth(folder: Path, name: str) -> GroundTruth:
 def load_plain_pickle(file: BinaryIO) -> Any:
     """What a pickle holds, if that is containers, strings, numbers and numpy arrays only.
 
-    UnpicklingError names the first other thing, which was not even imported. Strings of Python 2 are taken as Latin-1.
+    UnpicklingError names the first other thing, which was not even imported, or says that the file is too large. Strings of
+    Python 2 are taken as Latin-1.
     """
-    return _PlainUnpickler(file, encoding="latin1").load()
+    data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise pickle.UnpicklingError(f"it has more than {MOST_BYTES:,} bytes, which no ground truth needs")
+    return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+
+
+# What a pickle may call. None of it is numpy's own, which take the bytes of a file for addresses of objects, and crash.
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -72,29 +87,112 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Looks up nothing but what sets and the arrays and scalars of numpy, old and new, are made of."""
+def _dtype(kind: str, align: object = False, copy: object = True) -> np.dtype[Any]:
+    """A dtype of numbers, text or objects, of its own (not the one that numpy shares), since its byte order may follow."""
+    if not isinstance(kind, str) or not _PLAIN_DTYPE.fullmatch(kind):
+        raise pickle.UnpicklingError(f"the dtype {kind!r} is not one of numbers, text or objects")
+    return np.dtype(kind, copy=True)
+
+
+def _reconstruct(_kind: object, _shape: object, _typecode: object) -> np.ndarray:
+    """An empty array, to be filled by what follows (`_build`)."""
+    return np.empty(0, np.uint8)
+
+
+def _content(data: Any, dtype: Any, shape: Any) -> Any:
+    """The bytes, or of objects the list, that fill an array. UnpicklingError if they do not."""
+    if not isinstance(dtype, np.dtype) or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise pickle.UnpicklingError("an array in it has no plain dtype and shape")
+    data = data.encode("latin1") if isinstance(data, str) else data
+    kinds, length = (list, 1) if dtype.hasobject else ((bytes, bytearray), dtype.itemsize)
+    if not isinstance(data, kinds) or len(data) != math.prod(shape) * length:
+        raise pickle.UnpicklingError("the content of an array in it does not fit its dtype and shape")
+    return data if dtype.hasobject else bytes(data)
+
+
+def _array(data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
+    """An array of numbers or text from its bytes."""
+    content = _content(data, dtype, shape)
+    if dtype.hasobject:
+        raise pickle.UnpicklingError("it makes an array of objects from bytes")
+    return np.ndarray(shape, dtype, content, order="F" if order == "F" else "C").copy(order="K")
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    return _array(data, dtype, ())[()]
+
+
+def _bytes(*arguments: Any) -> bytes:
+    """bytes(...), but for bytes(number), which takes so much memory."""
+    if any(isinstance(each, int) for each in arguments):
+        raise pickle.UnpicklingError("it asks for empty bytes by their number")
+    return bytes(*arguments)
+
+
+_PLAIN_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16|[SU][0-9]{1,6}|O8?)")
+_CALLABLE: dict[str, Any] = {
+    "numpy.ndarray": "numpy.ndarray",  # is only named, as an argument, and cannot be called
+    "numpy.dtype": _dtype,
+    "numpy._core.multiarray._reconstruct": _reconstruct,
+    "numpy._core.multiarray.scalar": _scalar,
+    "numpy._core.numeric._frombuffer": _array,
+    "_codecs.encode": _encode,
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes,
+}
+
+
+# The operations of a pickle that are replaced. (typeshed does not know the stack.)
+
+
+def _build(machine: Any) -> None:
+    """Fill what was made before, in place: an array with its content, or a dtype with its byte order."""
+    state, target = machine.stack.pop(), machine.stack[-1]
+    if isinstance(target, np.ndarray) and target.size == 0 and isinstance(state, tuple) and len(state) == 5:
+        _, shape, dtype, fortran, data = state
+        state = (1, shape, dtype, bool(fortran), _content(data, dtype, shape))
+        target.__setstate__(state)  # type: ignore[arg-type]  # numpy's stub wants its own bool, which it refuses
+    elif isinstance(target, np.dtype) and isinstance(state, tuple) and state[2:5] == (None, None, None):
+        if state[1] in ("<", ">") and np.dtype(f"{state[1]}i2") != np.dtype("i2"):  # the order that is not this machine's
+            size = (target.itemsize, target.alignment) if target.kind == "U" else (-1, -1)
+            target.__setstate__((3, state[1], None, None, None, *size, target.flags))  # type: ignore[attr-defined]
+    else:
+        raise pickle.UnpicklingError(f"it gives a {type(target).__name__} a state, which plain data does not need")
+
+
+def _bytearray(machine: Any) -> None:
+    """A bytearray of what there is to read, made after it was read."""
+    machine.append(bytearray(machine.read(int.from_bytes(machine.read(8), "little"))))
+
+
+def _refuse(machine: Any) -> None:
+    raise pickle.UnpicklingError("it makes objects of classes, which plain data does not need")
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Looks up nothing but what sets and the arrays and scalars of numpy, old and new, are made of, and makes no other objects.
+
+    It is the one of the standard module that is written in Python, where operations can be replaced. (The other one also
+    reserves as much memory as a short file asks for.)
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        **dict.fromkeys(b"".join([pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.NEXT_BUFFER]), _refuse),
+        **dict.fromkeys(b"".join([pickle.EXT1, pickle.EXT2, pickle.EXT4]), _refuse),
+        pickle.BUILD[0]: _build,
+        pickle.BYTEARRAY8[0]: _bytearray,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         old_and_new = {"numpy.core": "numpy._core", "__builtin__": "builtins"}
         for old, new in old_and_new.items():
             if module == old or module.startswith(f"{old}."):
                 module = new + module.removeprefix(old)
-        multiarray = np._core.multiarray  # type: ignore[attr-defined]
-        plain = {
-            "numpy.ndarray": np.ndarray,
-            "numpy.dtype": np.dtype,
-            "numpy._core.multiarray._reconstruct": multiarray._reconstruct,
-            "numpy._core.multiarray.scalar": multiarray.scalar,
-            "numpy._core.numeric._frombuffer": np._core.numeric._frombuffer,  # type: ignore[attr-defined]
-            "_codecs.encode": _encode,
-            "builtins.set": set,
-            "builtins.frozenset": frozenset,
-            "builtins.bytes": bytes,
-            "builtins.bytearray": bytearray,
-        }
         try:
-            return plain[f"{module}.{name}"]
+            return _CALLABLE[f"{module}.{name}"]
         except KeyError:
             raise pickle.UnpicklingError(f"it wants to use {module}.{name}, which plain data does not need") from None
 
@@ -103,7 +201,7 @@ def _checked(content: Any) -> GroundTruth:
     """The content as arrays. ValueError, TypeError or KeyError if it is something else."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")
-    database, queries = ([str(name) for name in content[key]] for key in ("imlist", "qimlist"))
+    database, queries = (_names(content[key], key) for key in ("imlist", "qimlist"))
     if len(content["gnd"]) != len(queries):
         raise ValueError(f"it has {len(queries)} queries, but {len(content['gnd'])} entries in gnd")
     if not database or not queries:
@@ -111,11 +209,20 @@ def _checked(content: Any) -> GroundTruth:
     boxes, relevant = np.empty((len(queries), 4)), []
     for number, (query, entry) in enumerate(zip(queries, content["gnd"], strict=True)):
         box = np.asarray(entry["bbx"], np.float64).reshape(-1)
-        if len(box) != 4 or not np.isfinite(box).all() or not (box[0] < box[2] and box[1] < box[3]):
-            raise ValueError(f"the box of query {query} is {box.tolist()}, not left, top, right, bottom")
+        left, top, right, bottom = box.round().tolist() if len(box) == 4 else (0, 0, 0, 0)
+        if not (0 <= left < right < MOST_PIXELS and 0 <= top < bottom < MOST_PIXELS):
+            raise ValueError(f"the box of query {query} is {box.tolist()}, not left, top, right, bottom in pixels")
         boxes[number] = box
         relevant.append({kind: _numbers(entry[kind], f"{kind} of query {query}", len(database)) for kind in KINDS})
     return GroundTruth(database, queries, boxes, relevant)
+
+
+def _names(values: Any, what: str) -> list[str]:
+    """Names as text; Python 2 wrote bytes."""
+    names = [value.decode("latin1") if isinstance(value, bytes) else value for value in values]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"{what} holds a {type(wrong[0]).__name__} where a name should be")
+    return [str(name) for name in names]
 
 
 def _numbers(values: Any, what: str, count: int) -> np.ndarray:

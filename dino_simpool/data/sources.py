@@ -97,7 +97,12 @@ class ImageSet:
     def read(self, index: int) -> Image.Image:
         """One image as RGB, cut to its box if there are boxes. BrokenImage names a file that cannot be read."""
         image = self.encoded(index).rgb()
-        return image if self.boxes is None else image.crop(tuple(round(side) for side in self.boxes[index].tolist()))
+        if self.boxes is None:
+            return image
+        left, top, right, bottom = box = tuple(round(side) for side in self.boxes[index].tolist())
+        if not (left < image.width and top < image.height and (right - left) * (bottom - top) <= self.max_pixels):
+            raise BrokenImage(self.path(index), f"its box {box} is not one of {image.width} x {image.height} pixels")
+        return image.crop(box)
 
     def decoded(self, *, max_pixels: int, exif_orientation: bool) -> ImageSet:
         """The same images, read with these settings of `read_rgb`."""
