@@ -78,7 +78,9 @@ def mask_overlay(image: Tensor, mask: Tensor, *, seen: Size | None = None) -> Te
     width = 1 + max(image.shape[1:]) // 300
     # What lies outside of the picture counts as outside of the mask.
     outside = F.pad(1 - inside, (width,) * 4, value=1.0)[None, None]
-    border = inside.bool() & F.max_pool2d(outside, 2 * width + 1, stride=1)[0, 0].bool()
+    for side in ((2 * width + 1, 1), (1, 2 * width + 1)):  # one after another: the square would take its whole area a pixel
+        outside = F.max_pool2d(outside, side, stride=1)
+    border = inside.bool() & outside[0, 0].bool()
     colour, line = (torch.tensor(each)[:, None, None] / 255 for each in (MASK, OUTLINE))
     return torch.where(border, line, torch.where(inside.bool(), 0.5 * image + 0.5 * colour, image))
 

@@ -30,7 +30,7 @@ from dino_simpool.eval.attention import (
 )
 from dino_simpool.eval.masks import seen_size
 from dino_simpool.model import Encoder, build_encoder
-from dino_simpool.pictures import VIRIDIS, enlarge, heat, mask_overlay, overlay, paint, sheet, tile
+from dino_simpool.pictures import OUTLINE, VIRIDIS, enlarge, heat, mask_overlay, overlay, paint, sheet, tile
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {
@@ -362,6 +362,19 @@ def test_sheet_places_tiles_in_columns() -> None:
     assert drawn[:, 30 + 4, 14].tolist() == [1, 0, 0] and (drawn[:, :20] < 0.5).any(), "captions are black on white"
 
 
+@pytest.mark.parametrize("shape", [(40, 60), (7, 900), (900, 7), (1, 1)])
+def test_the_outline_is_where_the_mask_meets_what_is_outside(shape: tuple[int, int]) -> None:
+    mask = torch.from_numpy(np.random.default_rng(0).random((3, 5)) > 0.4)
+    drawn = mask_overlay(torch.zeros(3, *shape), mask)
+    inside = np.pad(enlarge(mask.float(), shape, smooth=False).numpy() > 0, 4)
+    width = 1 + max(shape) // 300
+    line = torch.tensor(OUTLINE) / 255
+    for row, column in np.random.default_rng(1).integers(0, shape, (300, 2)).tolist():
+        around = inside[row + 4 - width : row + 5 + width, column + 4 - width : column + 5 + width]
+        outlined = bool(inside[row + 4, column + 4]) and not around.all()
+        assert torch.equal(drawn[:, row, column], line) == outlined
+
+
 # -- sizes, poolings, files
 
 
@@ -373,6 +386,10 @@ def test_fit(fit: str, expected: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8))
     pixels, own = FitTransform(fit, 24, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))(image)
     assert pixels.shape == (3, *expected) and own.tolist() == [20, 50]
+    long = Image.new("RGB", (1, 1000))
+    assert FitTransform(fit, 24, mean=(0.0,) * 3, std=(1.0,) * 3)(long)[0].shape[1:] == {
+        "square": (24, 24), "shorter": (24 * 64, 2), "longer": (24, 1), "native": (1000, 1),
+    }[fit]  # fmt: skip
     resized = np.asarray(image.resize(expected[::-1], Image.Resampling.BICUBIC))
     np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy() * 255, resized, atol=1e-4)
 
@@ -468,19 +485,27 @@ def test_images_are_spread_evenly_and_keep_their_numbers(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("shape", "family", "words"),
+    ("shape", "family", "seen", "grid"),
     [
-        ((1, 1), "vit", "a0.png has 1 x 1 pixels for vit_tiny, less than one cell"),
-        ((1, 60), "convnext", "a0.png has 1 x 60 pixels"),
-        ((4, 60), "convnext", "a0.png: convnext_tiny turns"),
-        ((3, 60), "resnet", "a0.png: resnet18 turns"),
+        ((1, 1), "vit", [16, 16], [1, 1]),
+        ((1, 60), "vit", [16, 60], [1, 3]),
+        ((1, 60), "convnext", [4, 60], [1, 15]),
+        ((5, 60), "convnext", [5, 60], [1, 15]),
+        ((1, 1), "resnet", [1, 1], [1, 1]),
+        ((60, 3), "resnet", [60, 3], [15, 1]),
     ],
 )
-def test_image_too_small_for_the_encoder(tmp_path: Path, shape: tuple[int, int], family: str, words: str) -> None:
-    write_images(tmp_path / "data", [shape])
-    with pytest.raises(ValueError, match=words) as caught:
-        run_here(encoder_of(family), options(tmp_path / "data", tmp_path, fit="native"))
-    assert "\n" not in str(caught.value)
+def test_images_thinner_than_a_cell(
+    tmp_path: Path, shape: tuple[int, int], family: str, seen: list[int], grid: list[int]
+) -> None:
+    write_images(tmp_path / "data", [shape, (30, 30)])
+    encoder = encoder_of(family)
+    result, folder = run_here(encoder, options(tmp_path / "data", tmp_path, fit="native"))
+    first = result["images"][0]
+    assert (first["input"], first["grid"], first["image"]) == (seen, grid, {"height": shape[0], "width": shape[1]})
+    assert np.load(folder / "0_a0.npy").sum() == pytest.approx(1, abs=1e-5) and encoder.least_map == 2
+    boxes = [box["box"] for box in first["maps"][0]["boxes"]]
+    assert all(0 <= box[0] < box[2] <= shape[1] + 1e-9 and 0 <= box[1] < box[3] <= shape[0] + 1e-9 for box in boxes)
 
 
 def test_a_single_pixel_is_an_image_when_it_is_resized(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dino_simpool.data.archives import IMAGE_SUFFIXES
 from dino_simpool.data.index import Index
 from dino_simpool.data.loaders import (
+    LONGEST,
     EvalTransform,
     MultiCropDataset,
     TrainBatches,
@@ -31,6 +32,7 @@ from dino_simpool.data.sources import ImageSet, class_folder, find_images, folde
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "LONGEST",
     "EvalTransform",
     "ImageSet",
     "Index",

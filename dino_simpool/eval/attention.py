@@ -35,10 +35,10 @@ from torch import Tensor
 from dino_simpool import distributed
 from dino_simpool.augment import to_tensor
 from dino_simpool.config import AttentionConfig
-from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, find_images, index_loader
+from dino_simpool.data import IMAGE_SUFFIXES, LONGEST, ImageSet, find_images, index_loader
 from dino_simpool.eval import decoded, result_name, results_folder, run
 from dino_simpool.eval.masks import Box, evenly, seen_size
-from dino_simpool.features import evaluation_mode, progress_bar
+from dino_simpool.features import evaluation_mode, progress_bar, thin_images
 from dino_simpool.model import Encoder
 from dino_simpool.pictures import fit_in, heat, mask_overlay, overlay, save_png, sheet, tile, unnormalize
 
@@ -57,13 +57,19 @@ def main(cfg: AttentionConfig) -> None:
 
 @dataclass(frozen=True)
 class FitTransform:
-    """A whole image to the size that `AttentionConfig.fit` asks for (bicubic, Pillow), normalised."""
+    """A whole image to the size that `AttentionConfig.fit` asks for (bicubic, Pillow), normalised.
+
+    A side that is shorter than a cell of the encoder is enlarged to one. With fit shorter, a longer side ends at LONGEST times
+    image_size, instead of at any number of gigabytes.
+    """
 
     fit: Literal["square", "shorter", "longer", "native"]
     image_size: int
     """Length in pixels; not used by native."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    least: int = 1
+    """Pixels of a cell."""
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """(3, H', W') float32 of an RGB image, and its own (H, W) as int64."""
@@ -71,8 +77,9 @@ class FitTransform:
         if self.fit == "square":
             size = (self.image_size, self.image_size)
         elif self.fit != "native":
-            side = min(size) if self.fit == "shorter" else max(size)
-            size = (max(1, round(size[0] * self.image_size / side)), max(1, round(size[1] * self.image_size / side)))
+            side = max(min(size), max(size) / LONGEST) if self.fit == "shorter" else max(size)
+            size = (round(size[0] * self.image_size / side), round(size[1] * self.image_size / side))
+        size = (max(self.least, size[0]), max(self.least, size[1]))
         resized = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
         return to_tensor([resized], mean=self.mean, std=self.std)[0], torch.tensor([image.height, image.width])
 
@@ -81,13 +88,14 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
     """Write the files of all images; return the means of entropy and mask_area in %, and what is in the files.
 
     entropy: of a map over ln N, 100 % if it is uniform.   mask_area: cells in the mask over N.   encoder: on the device where
-    it shall run.   ValueError names an image that is too small for the encoder, or whose attention is not finite.
+    it shall run.   ValueError names an image whose attention is not finite.
     """
     images = decoded(find_any_images(cfg), cfg)
     chosen = evenly(len(images), cfg.max_images)
     positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     size = cfg.image_size or 4 * encoder.config.image_size
-    transform = FitTransform(cfg.fit, size, encoder.config.mean, encoder.config.std)
+    least = next(side for side in itertools.count(1) if seen_size(encoder, side))
+    transform = FitTransform(cfg.fit, size, encoder.config.mean, encoder.config.std, least)
     folder = results_folder(cfg.out, cfg.checkpoint) / result_name("attention", cfg)
     folder.mkdir(parents=True, exist_ok=True)
     on_sheet = chosen[evenly(len(chosen), cfg.sheet_images)]
@@ -117,15 +125,9 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
 
 def _maps(encoder: Encoder, pixels: Tensor, cfg: AttentionConfig, *, names: list[str]) -> np.ndarray:
     """Maps (B, heads, h, w) float32 of images (B, 3, H, W); names: what errors call them."""
-    device, (height, width) = pixels.device, pixels.shape[2:]
-    if not (seen_size(encoder, height) and seen_size(encoder, width)):
-        raise ValueError(
-            f"{names[0]} has {height} x {width} pixels for {encoder.config.arch}, less than one cell: give larger images, or "
-            "a fit that resizes them"
-        )
     try:
-        with evaluation_mode(encoder), torch.inference_mode():
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+        with evaluation_mode(encoder), thin_images(encoder), torch.inference_mode():
+            with torch.autocast(pixels.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                 maps = encoder.attention(pixels, per_head=cfg.heads == "each")
     except ValueError as error:
         raise ValueError(f"{names[0]}: {error}") from error

@@ -40,7 +40,7 @@ from dino_simpool.data.layouts import differing_counts, landmarks, part_counts
 from dino_simpool.eval import chunks, decoded, run
 from dino_simpool.eval.neighbors import UNIT
 from dino_simpool.eval.whitening import Whitening, unit, whitening_set
-from dino_simpool.features import extract_features
+from dino_simpool.features import extract_features, thin_images
 from dino_simpool.logs import say
 from dino_simpool.model import Encoder
 
@@ -252,10 +252,9 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
 def _features(
     encoder: Encoder, sets: dict[str, ImageSet], *, scales: Sequence[float], transform: Thumbnail, cfg: RetrievalConfig
 ) -> dict[str, Tensor]:
-    """The features of each set, one image at a time. Published CNNs take images of any shape, so meanwhile this one does."""
-    device, least = next(encoder.parameters()).device, encoder.least_map
-    encoder.least_map = 1
-    try:
+    """The features of each set, one image at a time."""
+    device = next(encoder.parameters()).device
+    with thin_images(encoder):
         return {
             name: extract_features(
                 MultiScale(encoder, scales), images, transform=transform, batch_size=cfg.batch_size, workers=cfg.workers,
@@ -263,8 +262,6 @@ def _features(
             )
             for name, images in sets.items()
         }  # fmt: skip
-    finally:
-        encoder.least_map = least
 
 
 def _scored(order: Tensor, truth: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
