@@ -142,9 +142,13 @@ def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -
     return [f"{group}.{name}: {old} -> {new}" for group, name, old, new in changed if (group, name) != ("run", "out")]
 
 
-def export_encoder(out: Path, encoder: Encoder, *, seed: int = 0) -> None:
-    """Write OUT/backbone.safetensors and OUT/model.json. seed: that made the weights before training, for comparisons."""
-    about = {"seed": str(seed)}  # one entry: several come in random order, and equal runs would write unequal files
+def export_encoder(out: Path, encoder: Encoder, *, seed: int = 0, epochs: float | None = None) -> None:
+    """Write OUT/backbone.safetensors and OUT/model.json.
+
+    seed: that made the weights before training, for comparisons.   epochs: of training behind them, None if unknown.
+    """
+    # One entry: several come in random order, and equal runs would write unequal files.
+    about = {"run": json.dumps({"seed": seed, "epochs": epochs})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     write_atomically(out / "backbone.safetensors", lambda path: save_file(tensors, path, metadata=about))
     text = json.dumps(to_dict(encoder.config), indent=2) + "\n"
@@ -162,11 +166,12 @@ def load_encoder(
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        teacher, saved, seed = _read_export(path)
+        teacher, saved, seed, epochs = _read_export(path)
         weights = {"teacher": teacher}
     else:
         state = read_state(path)
-        saved, seed = state["config"]["model"], state["config"]["run"]["seed"]
+        saved, run = state["config"]["model"], state["config"]["run"]
+        seed, epochs = run["seed"], state["step"] / (state["num_images"] // run["batch_size"])
         weights = {name: _encoder_part(state[name]) for name in ("teacher", "student")}
     config = from_dict(ModelConfig, {**saved, **overrides})
     with torch.random.fork_rng(devices=[]):
@@ -176,19 +181,20 @@ def load_encoder(
         if which not in weights:
             raise ValueError(f"{path} holds no {which}: only {', '.join(weights)}")
         load_strict(encoder, weights[which], source=str(path))
+    encoder.epochs = 0.0 if which == "untrained" else epochs
     return encoder.eval()
 
 
-def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], int]:
-    """The weights, the options and the seed that `export_encoder` wrote."""
+def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], int, float | None]:
+    """The weights, the options, the seed and the epochs that `export_encoder` wrote."""
     options = path.parent / "model.json"
     if not (path.is_file() and options.is_file()):
         raise FileNotFoundError(f"{path} needs to exist with model.json beside it: give a checkpoint of a run, or both files")
     try:
         with safe_open(path, "pt") as file:
-            seed = int((file.metadata() or {}).get("seed", 0))
-        return load_file(path), json.loads(options.read_text()), seed
-    except (SafetensorError, ValueError) as error:
+            run = json.loads((file.metadata() or {})["run"])
+        return load_file(path), json.loads(options.read_text()), run["seed"], run["epochs"]
+    except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} or model.json beside it cannot be read (truncated, or not of this tool): {error}") from error
 
 

@@ -67,6 +67,9 @@ class Encoder(nn.Module):
     least_map: int = 2
     """Smallest side of a CNN's map that is taken, in positions. Retrieval, whose images come as they are, sets it to 1."""
 
+    epochs: float | None = None
+    """Of pre-training behind the weights, where a checkpoint says so (`load_encoder`)."""
+
     def __init__(self, trunk: nn.Module, pool: nn.Module, *, norm: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         self.trunk, self.pool, self.norm, self.config = trunk, pool, norm, config

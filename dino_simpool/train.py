@@ -243,7 +243,7 @@ def _end_epoch(
             if distributed.is_main():
                 keep_state(out, "best.pth")
     if distributed.is_main():
-        export_encoder(out, encoder, seed=cfg.run.seed)
+        export_encoder(out, encoder, seed=cfg.run.seed, epochs=learner.step / plan.steps_per_epoch)
         if cfg.run.keep_every and (epoch + 1) % cfg.run.keep_every == 0:
             keep_state(out, f"epoch_{epoch + 1:04d}.pth")
     timings = feed.timings("epoch")

@@ -55,7 +55,7 @@ def network(seed: int) -> DinoModel:
 def state(step: int = 0, **changes: Any) -> dict[str, Any]:
     """A small state of a run; student and teacher differ from each other and from their initialisation."""
     parts = {"student": network(10).state_dict(), "teacher": network(11).state_dict()}
-    return {"config": to_dict(CONFIG), "step": step, **parts, **changes}
+    return {"config": to_dict(CONFIG), "step": step, "num_images": 3 * CONFIG.run.batch_size + 1, **parts, **changes}
 
 
 def names(folder: Path) -> list[str]:
@@ -156,7 +156,7 @@ def test_state_comes_back_as_plain_values_and_equal_tensors(tmp_path: Path) -> N
     found = read_state(tmp_path / "last.pth")
     assert found.pop("format") == FORMAT
     assert {key: value for key, value in found.items() if key not in ("student", "teacher", "optimizer")} == {
-        "config": to_dict(CONFIG), "step": 7, "best": -1.0,
+        "config": to_dict(CONFIG), "step": 7, "num_images": stored["num_images"], "best": -1.0,
     }  # fmt: skip
     for part in ("student", "teacher"):
         assert found[part].keys() == stored[part].keys()
@@ -327,6 +327,16 @@ def test_the_untrained_encoder_of_an_export_comes_from_its_seed(tmp_path: Path) 
     export_encoder(tmp_path, network(11).encoder, seed=7)
     torch.manual_seed(7)
     assert same_weights(load_encoder(tmp_path / "backbone.safetensors", which="untrained"), build_encoder(CONFIG.model))
+
+
+def test_the_epochs_behind_the_weights(tmp_path: Path) -> None:
+    save_state(tmp_path, state(7))
+    epochs = {which: load_encoder(tmp_path / "last.pth", which=which).epochs for which in ("teacher", "student", "untrained")}
+    assert epochs == {"teacher": 7 / 3, "student": 7 / 3, "untrained": 0}
+    export_encoder(tmp_path, network(11).encoder, epochs=7 / 3)
+    assert load_encoder(tmp_path / "backbone.safetensors").epochs == 7 / 3
+    export_encoder(tmp_path, network(11).encoder)
+    assert load_encoder(tmp_path / "backbone.safetensors").epochs is None
 
 
 def test_export_and_overrides(tmp_path: Path) -> None:

@@ -97,6 +97,20 @@ def one_by_one(encoder: Encoder, folder: Path, function: Callable[[torch.Tensor]
 # -- the same numbers
 
 
+def test_the_minimum_is_over_each_image_whatever_the_training_did(tmp_path: Path, images: Path) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder(dataclasses.replace(tiny("resnet", "simpool gamma", image_size=32), min_over="batch"))
+    export_encoder(tmp_path, encoder)
+    checkpoint = str(tmp_path / "backbone.safetensors")
+    for batch_size in (1, 7):
+        for over in ("image", "batch"):
+            out = tmp_path / f"{over}{batch_size}"
+            main(config(checkpoint, images, out, batch_size=batch_size, **({} if over == "image" else {"min_over": over})))
+            assert json.loads((out / "meta.json").read_text())["settings"]["model"]["min_over"] == over
+    np.testing.assert_allclose(load(tmp_path / "image1"), load(tmp_path / "image7"), rtol=0, atol=1e-5)
+    assert np.abs(load(tmp_path / "batch1") - load(tmp_path / "batch7")).max() > 1e-3
+
+
 def extract_each(checkpoint: str, images: Path, out: Path, cases: list[tuple[int, int]]) -> None:
     """With every batch size and number of workers."""
     # Loader processes as in a command: a process of run_processes would start a server, which imports everything, for them.
@@ -432,6 +446,17 @@ def test_another_checkpoint_or_other_images_are_refused(tmp_path: Path, images: 
     main(config(str(tmp_path / "moved" / "backbone.safetensors"), copy, tmp_path / "out"))  # moved is not changed
     (copy / "a" / "000.png").unlink()
     with pytest.raises(ValueError, match=r"\(images\.count 13 -> 12, images\.names \w{24} -> \w{24}\)"):
+        main(config(checkpoint, copy, tmp_path / "out"))
+
+
+def test_other_files_under_the_same_names_are_refused(tmp_path: Path, images: Path, checkpoint: str, capsys: Any) -> None:
+    copy = shutil.copytree(images, tmp_path / "images")
+    main(config(checkpoint, copy, tmp_path / "out"))
+    main(config(checkpoint, copy, tmp_path / "out"))
+    first, second = (text.splitlines()[-1].strip() for text in capsys.readouterr().out.split("extract:")[1:])
+    assert first.startswith("written to") and second.startswith("there already, of these settings and files, in")
+    shutil.copyfile(copy / "b/001.png", copy / "a/000.png")
+    with pytest.raises(ValueError, match="out is of other files under the same names: give another --out"):
         main(config(checkpoint, copy, tmp_path / "out"))
 
 

@@ -335,7 +335,7 @@ def test_whitening_and_distractors(data: Path, encoder: Encoder, tmp_path: Path)
     extra = np.concatenate([5 * features[1], -features[1]]).astype(np.float32)
     np.save(tmp_path / "extra.npy", extra)
     plain = evaluate(encoder, options(data))
-    assert plain["counts"] == {"database": 12, "queries": 3, "distractors": 0} and plain["whitening_dim"] is None
+    assert plain["counts"] == {"database": 12, "queries": 3, "distractors": 0} and plain["whitening"] is None
     result = evaluate(encoder, options(data, distractors=str(tmp_path / "extra.npy")))
     assert result["counts"]["distractors"] == 6 and result["ranks"].shape == (3, 18)
     assert result["ranks"][:, 0].tolist() == [12, 13, 14] and result["mp1_medium"] == 0
@@ -345,7 +345,8 @@ def test_whitening_and_distractors(data: Path, encoder: Encoder, tmp_path: Path)
     result = evaluate(
         encoder, options(data, whitening_data=str(other), whitening_dim=4, distractors=str(tmp_path / "extra.npy"))
     )
-    assert result["whitening_dim"] == 4 and result["counts"]["whitening"] == 8
+    assert result["whitening"] == {"data": str(other), "dimensions": 4} and result["counts"]["whitening"] == 8
+    assert not any("whitening" in name for name, value in result.items() if isinstance(value, int | float))  # metrics in %
     learned = Whitening.learn(torch.from_numpy(features[2]), 4)
     x, q = (unit(learned(torch.from_numpy(rows))) for rows in (np.concatenate([features[0], extra]), features[1]))
     order = (q @ x.T).argsort(stable=True, dim=1, descending=True)

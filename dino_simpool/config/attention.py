@@ -20,8 +20,8 @@ class AttentionConfig(EvalConfig):
     """Images to show, evenly spread over the data."""
     fit: Literal["square", "shorter", "longer", "native"] = "square"
     """What has the length image_size: square, both sides, whatever the shape of the image (paper); shorter or longer, that side
-    of the image, which keeps its shape (to 64:1 with shorter); native: images stay as they are. A side below one cell is made one
-    cell long; a ViT drops the pixels beyond its last whole patch."""
+    of the image, which keeps its shape (to 64:1 with shorter); native: images stay as they are. A side below one cell is made
+    one cell long; a ViT drops the pixels beyond its last whole patch."""
     image_size: int | None = None
     """Length in pixels, see fit. null: four times that of the model, which is 896 for 224 as in the paper."""
     heads: Literal["mean", "each"] = "mean"

@@ -21,6 +21,9 @@ class EvalConfig:
     """Folder for results; <evaluator>.json is written there. Empty: results/ beside the checkpoint."""
     which: Literal["teacher", "student", "untrained"] = "teacher"
     """Weights to take; untrained: the same encoder as its initialisation left it, for comparison."""
+    min_over: Literal["image", "batch"] = "image"
+    """Over what SimPool takes its minimum, whatever the training did. batch repeats the released code, whose features depend on
+    the other images of the batch."""
     train: str = "train"
     """Class folder (DIR/CLASS/IMAGE) to learn from, or archive of one, inside data."""
     val: str = "val"
@@ -112,7 +115,8 @@ class RetrievalConfig(EvalConfig):
     whitening_dim: int | None = None
     """Dimensions that the whitening keeps. null: 256, or the width of the features if that is less."""
     distractors: str = ""
-    """A .npy file of features (images, width), of this encoder and preset, that are added to the database as negatives."""
+    """More images for the database, all of them negatives: a folder, an archive or a text file of paths; or their features
+    (images, width), of this encoder and preset, as a .npy file."""
     batch_size: int = 1
     """Always 1, since each image has its own size."""
 

@@ -21,6 +21,9 @@ class ExtractConfig:
     """Folder to write: features.npy, ids.txt (the name of the image of each row), meta.json (every setting)."""
     which: Literal["teacher", "student", "untrained"] = "teacher"
     """Weights to take; untrained: the same encoder as its initialisation left it, for comparison."""
+    min_over: Literal["image", "batch"] = "image"
+    """Over what SimPool takes its minimum, whatever the training did. batch repeats the released code, whose features depend on
+    the other images of the batch."""
     level: Literal["global", "tokens", "keys", "attention"] = "global"
     """global: one feature an image (M, D); tokens: what is pooled (M, N, D); keys: SimPool's keys of the tokens (M, N, D);
     attention: maps (M, h, w) that sum to 1."""
@@ -78,6 +81,8 @@ class SearchConfig:
     """Leave out of the neighbours the file that is the query itself; otherwise it is marked."""
     sheet_rows: int = 20
     """Queries on the contact sheet, the first of them; results.json has all."""
+    sheet_columns: int = 10
+    """Neighbours of each on the contact sheet; results.json has all."""
     checkpoint: str = ""
     """The checkpoint of the index, if it was moved since. Its content must be the same."""
     data: str | tuple[str, ...] = ""
@@ -88,8 +93,8 @@ class SearchConfig:
     """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        if min(self.k, self.sheet_rows) < 1:
-            raise ValueError("k and sheet_rows must be 1 or more")
+        if min(self.k, self.sheet_rows, self.sheet_columns) < 1:
+            raise ValueError("k, sheet_rows and sheet_columns must be 1 or more")
         if self.workers is not None and self.workers < 0:
             raise ValueError("workers must be 0 or more")
         check_device("device", self.device)

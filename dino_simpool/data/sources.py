@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,13 @@ from dino_simpool.data.archives import (
     COMPRESSED_SUFFIXES,
     IMAGE_SUFFIXES,
     ArchiveReader,
+    Place,
     compressed_error,
     is_compressed,
 )
 from dino_simpool.data.cache import load_index
 from dino_simpool.data.index import Index, join
-from dino_simpool.data.scan import is_list
+from dino_simpool.data.scan import is_list, stamps
 from dino_simpool.decode import BrokenImage, EncodedImage
 from dino_simpool.logs import say
 
@@ -111,6 +113,14 @@ class ImageSet:
     def digest(self) -> str:
         """SHA-256 of the names in their order: the same for a folder that was moved as a whole, or packed into one archive."""
         return self.index.digest()
+
+    def sizes_digest(self) -> str:
+        """SHA-256 of the sizes of the files in bytes, which few files keep that are replaced under their names."""
+        members = self.index.members
+        sizes = members[:, 1 + Place._fields.index("unpacked")].copy() if len(members) else np.full(len(self), -1, np.int64)
+        files = np.flatnonzero(sizes < 0)
+        sizes[files] = stamps([self.path(index) for index in files.tolist()])[:, 1]
+        return hashlib.sha256(sizes.tobytes()).hexdigest()
 
 
 def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = None) -> ImageSet:

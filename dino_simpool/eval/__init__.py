@@ -48,7 +48,7 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
     evaluator = f"{name}_grid" if getattr(cfg, "protocol", None) == "grid" else name
     encoder = None
     if cfg.checkpoint:
-        encoder = load_encoder(cfg.checkpoint, which=cfg.which).to(device)
+        encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
     elif getattr(cfg, "features", None) != "pixels":
         raise ValueError("no checkpoint is given: say --checkpoint RUN/last.pth (or backbone.safetensors)")
     folder = results_folder(cfg.out, cfg.checkpoint)
@@ -176,8 +176,9 @@ def results_folder(out: str, checkpoint: str) -> Path:
 
 
 def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any]:
-    """An encoder in the record: its options, its checkpoint with SHA-256, and which weights of it."""
-    return dataclasses.asdict(encoder.config) | {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which}
+    """An encoder in the record: its options, its checkpoint with SHA-256, which weights of it, and the epochs behind them."""
+    source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which, "epochs": encoder.epochs}
+    return dataclasses.asdict(encoder.config) | source
 
 
 def _device_name(device: torch.device) -> str:

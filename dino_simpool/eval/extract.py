@@ -80,7 +80,7 @@ def main(cfg: ExtractConfig) -> None:
     images = class_folder(sources[0]) if cfg.labels else find_images(sources)
     images = images.decoded(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
     sources = [images.root] if cfg.labels else sources
-    encoder = load_encoder(cfg.checkpoint, which=cfg.which).to(device)
+    encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
     view = {"view": cfg.view, **preprocessing(encoder, EvalConfig(image_size=cfg.image_size, resize=cfg.resize))}
     if cfg.view == "whole":
         del view["resize"]
@@ -92,6 +92,7 @@ def main(cfg: ExtractConfig) -> None:
         "data": sources,
         "max_pixels": cfg.max_pixels,
     }
+    done = (Path(cfg.out) / "features.npy").is_file()
     features = extract(
         encoder, images, cfg.out, level=cfg.level, view=view, batch_size=cfg.batch_size, workers=cfg.workers,
         precision=cfg.precision, source=source,
@@ -104,7 +105,8 @@ def main(cfg: ExtractConfig) -> None:
             index = build_index(features)
             write_atomically(folder / "index.faiss", lambda path: faiss.write_index(index, str(path)))
         shape = " x ".join(map(str, features.shape))
-        print(f"extract: {cfg.level}, {shape}, {cfg.which} of {cfg.checkpoint}\n  written to {folder / 'features.npy'}")
+        how = "there already, of these settings and files, in" if done else "written to"
+        print(f"extract: {cfg.level}, {shape}, {cfg.which} of {cfg.checkpoint}\n  {how} {folder / 'features.npy'}")
     distributed.barrier()
 
 
@@ -219,17 +221,22 @@ def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[st
     meta = read_meta(folder)
     if meta is not None and (different := _differences(meta["settings"], json.loads(json.dumps(settings)))):
         raise ValueError(f"{folder} was made with other settings ({different}): give another --out, or those settings")
+    sizes = images.sizes_digest()
+    if meta is not None and rows.finished and meta["sizes"] != sizes:  # before that a broken file may be repaired
+        raise ValueError(f"{folder} is of other files under the same names: give another --out, or remove it to begin again")
     if meta is None and rows.finished:
         raise ValueError(f"{folder} has features.npy, but no meta.json says what they are: give another --out")
     _check_room(folder, rows.missing_bytes())
     distributed.require_agreement(f"what {folder} holds", meta and meta["hash"])
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = {"hash": settings_hash(settings), "shape": list(rows.shape), "settings": settings, "source": source}
+        wanted = {
+            "hash": settings_hash(settings), "shape": list(rows.shape), "settings": settings, "sizes": sizes, "source": source
+        }  # fmt: skip
         if meta is None:
             _write_names(folder / "ids.txt", map(images.name, range(len(images))))
             rows.create()
-        if meta is None or (source and meta["source"] != source):
+        if meta is None or meta["sizes"] != sizes or (source and meta["source"] != source):
             # Last: before it is there, nothing of the above is believed.
             write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(wanted, indent=2) + "\n"))
         if rows.finished:

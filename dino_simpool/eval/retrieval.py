@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from dino_simpool.augment import to_tensor
 from dino_simpool.config import RetrievalConfig
-from dino_simpool.data import ImageSet
+from dino_simpool.data import ImageSet, find_images
 from dino_simpool.data.layouts import differing_counts, landmarks, part_counts
 from dino_simpool.eval import chunks, decoded, run
 from dino_simpool.eval.neighbors import UNIT
@@ -226,13 +226,15 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
     if not settings["query_crop"]:
         query_set = dataclasses.replace(query_set, boxes=None)
     distractors = _distractors(cfg.distractors, encoder.embed_dim)
+    more = {} if distractors is not None else {"distractors": find_images(cfg.distractors)}
     others, dim = whitening_set(cfg.whitening_data, encoder.embed_dim, dim=cfg.whitening_dim)
 
     scales = SCALES if settings["multi_scale"] else SCALES[:1]
     transform = Thumbnail(settings["image_size"], encoder.config.mean, encoder.config.std)
-    found = {"database": database_set, "queries": query_set} | ({} if others is None else {"whitening": others})
+    found = {"database": database_set, "queries": query_set} | more | ({} if others is None else {"whitening": others})
     sets = {name: decoded(images, cfg) for name, images in found.items()}
     features = _features(encoder, sets, scales=scales, transform=transform, cfg=cfg)
+    distractors = features["distractors"] if distractors is None else distractors
     database, queries = torch.cat([features["database"], distractors]), features["queries"]
     if others is not None:
         whitening = Whitening.learn(features["whitening"], dim)
@@ -245,7 +247,7 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
         "counts": {name: len(images) for name, images in sets.items()} | {"distractors": len(distractors)},
         "count_warnings": warnings,
         "preprocessing": preparation | {"mean": transform.mean, "std": transform.std},
-        "whitening_dim": None if others is None else dim,
+        "whitening": None if others is None else {"data": cfg.whitening_data, "dimensions": dim},
     }
 
 
@@ -276,10 +278,12 @@ def _scored(order: Tensor, truth: Sequence[Mapping[str, np.ndarray]]) -> dict[st
     return result
 
 
-def _distractors(file: str, width: int) -> Tensor:
-    """The features (images, width) float32 of a .npy file; none without a file."""
+def _distractors(file: str, width: int) -> Tensor | None:
+    """The features (images, width) float32 of a .npy file, none without a file; None if it is a source of images."""
     if not file:
         return torch.empty(0, width)
+    if not file.endswith((".npy", ".npz")):
+        return None
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:

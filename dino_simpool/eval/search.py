@@ -64,7 +64,8 @@ def main(cfg: SearchConfig) -> None:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
-    rows = [tiles(queries, i, result, images) for i, result in enumerate(found[: cfg.sheet_rows])]
+    shown = enumerate(found[: cfg.sheet_rows])
+    rows = [tiles(queries, i, result["query"], result["neighbors"][: cfg.sheet_columns], images) for i, result in shown]
     write_atomically(out / "contact_sheet.png", lambda path: contact_sheet(rows, lead=1).save(path, format="PNG"))
     print(describe(found, out))
 
@@ -138,6 +139,8 @@ def images_of(cfg: SearchConfig, meta: dict[str, Any]) -> ImageSet:
             f"{', '.join(sources)} has {len(images)} images and not the {count} of the index, or other names: extract again, "
             "or say --data where those are now"
         )
+    if images.sizes_digest() != meta["sizes"]:
+        raise ValueError(f"{', '.join(sources)} has other files under the names of the index: extract again")
     return images
 
 
@@ -176,10 +179,10 @@ def neighbors_of(
     return {"query": queries.name(number), "neighbors": [{"rank": i, **neighbor} for i, neighbor in enumerate(kept, 1)]}
 
 
-def tiles(queries: ImageSet, number: int, result: dict[str, Any], images: ImageSet) -> list[Tile]:
+def tiles(queries: ImageSet, number: int, name: str, neighbors: list[dict[str, Any]], images: ImageSet) -> list[Tile]:
     """A row of the contact sheet: the query in blue, then its neighbours, the query itself among them in gold."""
-    row = [Tile(queries.read(number), ("query", os.path.basename(result["query"])), BLUE)]
-    for neighbor in result["neighbors"]:
+    row = [Tile(queries.read(number), ("query", os.path.basename(name)), BLUE)]
+    for neighbor in neighbors:
         itself = neighbor["query_itself"]
         caption = f"{neighbor['rank']}.  {neighbor['similarity']:.4f}" + ("  (itself)" if itself else "")
         row.append(Tile(images.read(neighbor["row"]), (caption, neighbor["name"]), GOLD if itself else None))

@@ -4,8 +4,8 @@ A row is one metric of one file. It gets the paper's figure (`paper`) if network
 have one; settings that differ from the paper's protocol are named in it. Raw pixels, untrained weights and class folders of
 other than 1000 classes have no figure to be compared with. The release's figure stands there where it differs.
 
-Epochs are those of config.yaml in the folder of the run (of epoch_0020.pth: 20); unknown ones are compared with 100 and said to
-be unknown. A ViT whose norm is before the pooling counts as supervised, everything else as self-supervised.
+Epochs are those that the checkpoint had behind it; unknown ones are compared with 100 and said to be unknown. A ViT whose norm
+is before the pooling counts as supervised, everything else as self-supervised.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dino_simpool.checkpoint import write_atomically
 from dino_simpool.config import TableConfig
@@ -101,7 +98,7 @@ def rows_of(record: dict[str, Any], path: Path) -> list[Row]:
     evaluator, model = record["evaluator"], record.get("model")
     table = TABLE_OF.get(evaluator, "") if model else ""
     network, method = (paper.network_of(model), paper.method_of(model)) if model else ("", "raw pixels")
-    epochs = epochs_of(record, path) if table != "8" and model else None
+    epochs = epochs_of(model) if table != "8" and model else None
     data = "ImageNet-1k" if table == "3" else "" if table == "8" else str(record.get("dataset") or "")
     regime = paper.SUPERVISED if (model or {}).get("norm_order") == "norm_then_pool" else paper.SELF
     printed = 0 if table == "8" else epochs if epochs == 300 else 100
@@ -122,17 +119,12 @@ def rows_of(record: dict[str, Any], path: Path) -> list[Row]:
     return rows
 
 
-def epochs_of(record: dict[str, Any], path: Path) -> int | str | None:
-    """Epochs of pre-training: of the checkpoint's name, else of its run's config.yaml; None if unknown."""
-    checkpoint = Path(str((record.get("model") or {}).get("checkpoint", "")))
-    if numbered := re.fullmatch(r"epoch_0*(\d+)", checkpoint.stem):
-        return int(numbered[1])
-    for file in (checkpoint.parent / "config.yaml", path.parent.parent / "config.yaml"):
-        if file.is_file():
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-            epochs = settings.get("run", {}).get("epochs") if isinstance(settings, dict) else None
-            return int(epochs) if isinstance(epochs, float) and epochs.is_integer() else epochs
-    return None
+def epochs_of(model: dict[str, Any]) -> float | None:
+    """Epochs of pre-training behind the weights, to three digits; None if unknown."""
+    epochs = model.get("epochs")
+    if not isinstance(epochs, int | float):
+        return None
+    return int(epochs) if epochs == int(epochs) else float(f"{epochs:.3g}")
 
 
 def _no_comparison(record: dict[str, Any]) -> list[str]:
@@ -143,13 +135,13 @@ def _no_comparison(record: dict[str, Any]) -> list[str]:
         reasons.append("raw pixels")
     if model.get("which") == "untrained":
         reasons.append("untrained weights")
-    classes = record.get("counts", {}).get("classes")
+    classes = (record.get("counts") or {}).get("classes")
     if TABLE_OF[record["evaluator"]] == "3" and classes is not None and classes != paper.COUNTS["ImageNet-1k"]["classes"]:
         reasons.append(f"not ImageNet-1k: {classes} classes")
     return reasons
 
 
-def _differences(record: dict[str, Any], key: Key, epochs: int | str | None) -> list[str]:
+def _differences(record: dict[str, Any], key: Key, epochs: float | None) -> list[str]:
     """The settings that differ from the paper's protocol, and the choices on which it is silent."""
     evaluator, model, config = record["evaluator"], record["model"], record["config"]
     checks: list[tuple[str, Any, Any]] = []  # name, ours, the paper's
@@ -177,7 +169,10 @@ def _differences(record: dict[str, Any], key: Key, epochs: int | str | None) -> 
     if evaluator == "linear_grid":
         silent.append("grid of learning rates without augmentation, chosen on held-out images (paper: best epoch on val)")
     if evaluator == "retrieval":
-        checks += [("whitening", record.get("whitening_dim"), None), ("distractors", config.get("distractors") or None, None)]
+        checks += [
+            ("whitening", (record.get("whitening") or {}).get("dimensions"), None),
+            ("distractors", config.get("distractors") or None, None),
+        ]
     if evaluator in ("retrieval", "recall"):
         silent.append(f"preset {config.get('preset')} (the paper is silent)")
         own = {name: config.get(name) for name in ("image_size", "multi_scale", "query_crop") if evaluator == "retrieval"}
