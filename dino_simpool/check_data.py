@@ -101,7 +101,8 @@ def report_layout(layout: str, root: str) -> None:
         raise ValueError(f"no data is given: say --data DIR, the folder that holds {layout}")
     problems = check_layout(layout, root)
     if distributed.is_main():
-        print("\n".join(problems or [f"check-data: {layout} in {root} is complete; no image was decoded"]))
+        whole = [f"check-data: {layout} in {root} is complete; no image was decoded"]
+        print("\n".join([*(problems or whole), *(f"note: {line}" for line in problems.notes)]))
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ValueError(f"{layout} in {root} is not as published: {count}, see above")

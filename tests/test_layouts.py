@@ -214,6 +214,27 @@ def test_what_is_wrong_is_said(layout: str, damage: Any, message: str, tmp_path:
             read(layout, root)
 
 
+def test_each_missing_file_is_named(tmp_path: Path) -> None:
+    BUILDERS["roxford5k"](tmp_path)
+    names = [f"{name}.jpg" for name in LANDMARKS["roxford5k"]["imlist"][2:5]]
+    for name in names:
+        (tmp_path / "roxford5k/jpg" / name).unlink()
+    folder = tmp_path / "roxford5k/jpg"
+    said = f"are missing, the first {folder / names[0]}, then jpg/{names[1]}, jpg/{names[2]}"
+    assert check_layout("roxford5k", str(tmp_path))[0] == f"database: 3 of 12 images that the ground truth names {said}"
+
+
+def test_imagenet_in_archives(tmp_path: Path) -> None:
+    root = BUILDERS["imagenet"](tmp_path)
+    expected = check_layout("imagenet", str(root))
+    for split in ("train", "val"):
+        shutil.make_archive(str(root / split), "tar", root / split)
+        shutil.rmtree(root / split)
+    assert check_layout("imagenet", str(root)) == expected and expected[0].startswith("imagenet: train: 5 found")
+    (root / "val.tar").write_bytes(b"")
+    assert "val.tar cannot be read as an archive" in check_layout("imagenet", str(root))[0]
+
+
 def test_all_problems_are_listed_and_the_reader_says_how_many(tmp_path: Path) -> None:
     BUILDERS["inshop"](tmp_path)
     for part in ("01_1_front", "01_4_full"):  # a query and a gallery image
@@ -232,7 +253,9 @@ def test_other_files_do_not_matter_where_lists_say_what_belongs(tmp_path: Path) 
         root = str(BUILDERS[layout](tmp_path))
         before, images = check_layout(layout, root), fine_grained(layout, root)[0]
         write_image(tmp_path / file, "extra")
-        assert check_layout(layout, root) == before
+        after = check_layout(layout, root)
+        assert after == before and not before.notes
+        assert after.notes == [f"1 images that no list names are not used, the first {tmp_path / file}"]
         assert fine_grained(layout, root)[0].digest() == images.digest()
 
 

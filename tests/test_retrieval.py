@@ -339,6 +339,11 @@ def test_whitening_and_distractors(data: Path, encoder: Encoder, tmp_path: Path)
     result = evaluate(encoder, options(data, distractors=str(tmp_path / "extra.npy")))
     assert result["counts"]["distractors"] == 6 and result["ranks"].shape == (3, 18)
     assert result["ranks"][:, 0].tolist() == [12, 13, 14] and result["mp1_medium"] == 0
+    named = evaluate(encoder, options(data, distractors=str(other)))  # images, prepared as the database
+    np.save(tmp_path / "other.npy", features[2].astype(np.float32))
+    from_file = evaluate(encoder, options(data, distractors=str(tmp_path / "other.npy")))
+    assert named["counts"] == from_file["counts"] and named["counts"]["distractors"] == len(features[2])
+    assert torch.equal(named["ranks"], from_file["ranks"])
     without = [[number for number in row if number < 12] for row in result["ranks"].tolist()]
     assert without == plain["ranks"].tolist()
 

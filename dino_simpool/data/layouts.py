@@ -10,7 +10,8 @@
 
 The root is the folder that holds the named one, or the named one itself. The splits are those of metric learning, with other
 classes in training than in test: of CUB and Cars that is not the official split, which divides the images of each class.
-Images are what the lists name, in their order; other files are not looked at. Everything is about the test part.
+Images are what the lists name, in their order; other files are not used, and `check_layout` only counts them. Everything is
+about the test part.
 
 What is missing or damaged stops a reader. Counts that differ from the official ones only make `check_layout` and the
 evaluators speak, so that a part of a data set can be used.
@@ -22,14 +23,14 @@ import dataclasses
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile
 
 from dino_simpool.data.ground_truth import read_ground_truth
-from dino_simpool.data.sources import IMAGE_SUFFIXES, ImageSet, class_folder
+from dino_simpool.data.sources import IMAGE_SUFFIXES, ImageSet, class_folder, folder_or_archive
 
 COUNTS: dict[str, dict[str, int]] = {
     "cub200": {"queries": 5_924, "classes": 100},
@@ -54,7 +55,18 @@ _HOME = {
 }
 """The folder of each data set, and something that lies in it."""
 
-Problems = list[str]
+SHOWN = 20
+"""Missing files that are named one by one."""
+
+
+class Problems(list[str]):
+    """What is wrong with a data set, a line each, and in `notes` what is only worth knowing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+
 Parts = dict[str, ImageSet]
 Reader = Callable[[Path, Problems], Parts]
 
@@ -79,19 +91,21 @@ def landmarks(name: str, root: str) -> tuple[ImageSet, ImageSet, list[dict[str, 
     return parts["database"], parts["queries"], read_ground_truth(home(name, root), name).relevant
 
 
-def check_layout(layout: str, root: str) -> list[str]:
+def check_layout(layout: str, root: str) -> Problems:
     """Everything that is missing, damaged or of another size than the official, a line each; empty if all is well.
 
-    layout: one of LAYOUTS. No image is opened. What stops a reader comes first, differing counts last.
+    layout: one of LAYOUTS. No image is opened. What stops a reader comes first, differing counts last. Images that no list
+    names are in the `notes`.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"there is no layout {layout}: known are {', '.join(LAYOUTS)}")
-    problems: Problems = []
+    problems = Problems()
     if layout == "imagenet":
         counts = _imagenet(Path(root), problems)
     else:
         counts = part_counts((_FINE_GRAINED | _LANDMARKS)[layout](home(layout, root), problems))
-    return problems + (differing_counts(layout, counts) if counts else [])
+    problems += differing_counts(layout, counts) if counts else []
+    return problems
 
 
 def part_counts(parts: Parts) -> dict[str, int]:
@@ -123,7 +137,7 @@ def home(layout: str, root: str) -> Path:
 def _read(layout: str, root: str, readers: dict[str, Reader]) -> Parts:
     if layout not in readers:
         raise ValueError(f"there is no layout {layout} here: known are {', '.join(readers)}")
-    problems: Problems = []
+    problems = Problems()
     parts = readers[layout](home(layout, root), problems)
     if problems:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
@@ -142,7 +156,7 @@ def _cub200(folder: Path, problems: Problems) -> Parts:
         problems.append(f"{folder / 'images.txt'}: folder {unnumbered[0]} has no class number, as in 101.White_Pelican")
         return {}
     test = [(f"images/{path}", name) for path, name in zip(paths, names, strict=True) if int(name.partition(".")[0]) > 100]
-    return _parts(folder, "images.txt", {"queries": test}, problems)
+    return _parts(folder, "images.txt", {"queries": test}, problems, named=[f"images/{path}" for _, path in rows])
 
 
 def _cars196(folder: Path, problems: Problems) -> Parts:
@@ -160,12 +174,15 @@ def _cars196(folder: Path, problems: Problems) -> Parts:
         problems.append(f"{path} holds no annotations with relative_im_path and class ({type(error).__name__}: {error})")
         return {}
     test = [(name, str(number)) for name, number in pairs if number > 98]
-    return _parts(folder, path.name, {"queries": test}, problems)
+    return _parts(folder, path.name, {"queries": test}, problems, named=[name for name, _ in pairs])
 
 
 def _sop(folder: Path, problems: Problems) -> Parts:
-    rows = _table(folder / "Ebay_test.txt", 4, problems, header=["image_id", "class_id", "super_class_id", "path"])
-    return _parts(folder, "Ebay_test.txt", {"queries": [(path, number) for _, number, _, path in rows]}, problems)
+    header = ["image_id", "class_id", "super_class_id", "path"]
+    rows = _table(folder / "Ebay_test.txt", 4, problems, header=header)
+    train = _table(folder / "Ebay_train.txt", 4, Problems(), header=header)  # not needed, but it lies beside the other
+    named = [path for _, _, _, path in (*rows, *train)] if train else []
+    return _parts(folder, "Ebay_test.txt", {"queries": [(path, n) for _, n, _, path in rows]}, problems, named=named)
 
 
 def _inshop(folder: Path, problems: Problems) -> Parts:
@@ -179,7 +196,7 @@ def _inshop(folder: Path, problems: Problems) -> Parts:
         part: [(f"Img/{name}", item) for name, item, status in rows if status == wanted]
         for part, wanted in (("queries", "query"), ("gallery", "gallery"))
     }
-    return _parts(folder, "Eval/list_eval_partition.txt", chosen, problems)
+    return _parts(folder, "Eval/list_eval_partition.txt", chosen, problems, named=[f"Img/{name}" for name, _, _ in rows])
 
 
 def _folder(folder: Path, problems: Problems) -> Parts:
@@ -201,7 +218,8 @@ def _landmarks(name: str) -> Reader:
             part: [(f"jpg/{image}.jpg", "") for image in names]
             for part, names in (("database", truth.database), ("queries", truth.queries))
         }
-        parts = _parts(folder, "the ground truth", chosen, problems)
+        named = [path for pairs in chosen.values() for path, _ in pairs]
+        parts = _parts(folder, "the ground truth", chosen, problems, named=named)
         if "queries" in parts:
             parts["queries"] = dataclasses.replace(parts["queries"], boxes=truth.boxes)
         return {part: lenient(images) for part, images in parts.items()}
@@ -259,8 +277,18 @@ def _table(
     return rows
 
 
-def _parts(folder: Path, source: str, chosen: dict[str, list[tuple[str, str]]], problems: Problems) -> Parts:
-    """Image sets of the chosen (path below folder, class or "") of each part, after a look at which files there are."""
+def _parts(
+    folder: Path, source: str, chosen: dict[str, list[tuple[str, str]]], problems: Problems, *, named: Sequence[str]
+) -> Parts:
+    """Image sets of the chosen (path below folder, class or "") of each part, after a look at which files there are.
+
+    named: all images that the lists of the data set name, of other parts too; none if that is not known.
+    """
+    there: dict[str, set[str]] = {}  # the files of each folder
+    for path in (*named, *(path for pairs in chosen.values() for path, _ in pairs)):
+        inside = path.rpartition("/")[0]
+        if inside not in there:
+            there[inside] = set(os.listdir(folder / inside)) if (folder / inside).is_dir() else set()
     classes = tuple(sorted({name for pairs in chosen.values() for _, name in pairs if name}, key=_numeric))
     number = {name: i for i, name in enumerate(classes)}
     parts = {}
@@ -274,10 +302,17 @@ def _parts(folder: Path, source: str, chosen: dict[str, list[tuple[str, str]]], 
         if len(set(paths)) < len(paths):
             twice = Counter(paths).most_common(1)[0][0]
             problems.append(f"{folder / source} names {twice} more than once in its {part}: it would find itself")
-        missing = _missing(folder, paths)
+        missing = [path for path in paths if path.rpartition("/")[2] not in there[path.rpartition("/")[0]]]
         if missing:
             of = f"{part}: {len(missing):,} of {len(paths):,} images that {source} names"
-            problems.append(f"{of} are missing, the first {folder / missing[0]}")
+            others = f", then {', '.join(missing[1:SHOWN])}" if len(missing) > 1 else ""
+            more = f" and {len(missing) - SHOWN:,} more" if len(missing) > SHOWN else ""
+            problems.append(f"{of} are missing, the first {folder / missing[0]}{others}{more}")
+    known = set(named)
+    files = (f"{inside}/{name}" for inside, names in there.items() for name in names if not name.startswith("."))
+    extra = sorted(path for path in files if path not in known and path.lower().endswith(IMAGE_SUFFIXES)) if known else []
+    if extra:
+        problems.notes.append(f"{len(extra):,} images that no list names are not used, the first {folder / extra[0]}")
     return parts
 
 
@@ -286,23 +321,18 @@ def _numeric(name: str) -> tuple[int, str]:
     return (int(name), "") if name.isdecimal() else (2**62, name)
 
 
-def _missing(folder: Path, paths: Iterable[str]) -> list[str]:
-    """Those of the paths that are no files; each folder is listed once."""
-    there: dict[str, set[str]] = {}
-    missing = []
-    for path in paths:
-        inside, _, name = path.rpartition("/")
-        if inside not in there:
-            there[inside] = set(os.listdir(folder / inside)) if (folder / inside).is_dir() else set()
-        if name not in there[inside]:
-            missing.append(path)
-    return missing
-
-
 def _imagenet(folder: Path, problems: Problems) -> dict[str, int]:
     """Counts of train and val; their classes must be the same."""
     counts, classes = {}, {}
     for split in ("train", "val"):
+        if (archive := folder_or_archive(str(folder / split))) != str(folder / split):
+            try:
+                images = class_folder(archive)
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
+            else:
+                counts[split], classes[split] = len(images), set(images.classes)
+            continue
         if not (folder / split).is_dir():
             problems.append(f"{folder / split} is missing: give a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
             continue
