@@ -424,7 +424,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str], arguments: 
 @pytest.mark.parametrize(
     ("script", "shown"),
     [("dino_simpool/__main__.py", "commands:"), ("eval/eval_knn.py", "--temperature"), ("eval/eval_linear.py", "--protocol"),
-     ("eval/eval_masks.py", "--max_images"), ("eval/eval_recall.py", "--map_at_r"), ("eval/eval_retrieval.py", "--whitening_dim"),
+     ("eval/eval_masks.py", "--max_images"), ("eval/eval_recall.py", "--map_at_r"), ("eval/eval_retrieval.py", "--preset"),
      ("eval/eval_resources.py", "--recipe"), ("eval/extract_features.py", "--level"), ("eval/search_images.py", "--index"),
      ("eval/visualize_attention.py", "--mass"), ("eval/make_tables.py", "--results"), ("eval/check_data.py", "--layout")],
 )  # fmt: skip
