@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,8 +154,14 @@ def _recall_alone(cfg: BenchKnnConfig, queue: Any) -> None:
     features, labels = make_features(cfg.images, cfg.products, cfg=cfg, seed=1)
     device = distributed.setup(cfg.device)
     first_positive(features.to(device), labels)
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    queue.put(largest * (1 if sys.platform == "darwin" else 1024) / 1e9)
+    queue.put(_largest_memory() / 1e9)
+
+
+def _largest_memory() -> int:
+    """Largest resident memory of this process in bytes."""
+    if sys.platform == "linux":  # where ru_maxrss has that of the process which started this one, if it is more
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -77,9 +77,12 @@ class _Bank:
 
     def settle(self, queries: Tensor, index: Tensor, k: int) -> Tensor:
         """The keys (b, k) of the best of the candidates (b, count), from float64 products."""
-        # Query by query: what is gathered stays in the processor's cache, and index_select is faster than indexing.
-        found = [self.rows.index_select(0, row).double() @ query for row, query in zip(index, queries, strict=True)]
-        return keys_of(torch.stack(found) / self.lengths[index], index).topk(k).values
+        # Query by query: what is gathered stays in the processor's cache, and index_select is faster than indexing. Results go
+        # where they belong, since many small tensors among the large temporary ones would leave the memory in pieces.
+        found = torch.empty(index.shape, dtype=torch.float64)
+        for row, query, out in zip(index, queries, found, strict=True):
+            torch.mv(self.rows.index_select(0, row).double(), query, out=out)
+        return keys_of(found / self.lengths[index], index).topk(k).values
 
     def search_all(self, queries: Tensor, k: int) -> Tensor:
         """The keys (b, k) of the best of all rows, from float64 products."""
