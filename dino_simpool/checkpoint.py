@@ -171,7 +171,8 @@ def load_encoder(
     else:
         state = read_state(path)
         saved, run = state["config"]["model"], state["config"]["run"]
-        seed, epochs = run["seed"], state["step"] / (state["num_images"] // run["batch_size"])
+        steps_per_epoch = state.get("num_images", 0) // run["batch_size"]
+        seed, epochs = run["seed"], state["step"] / steps_per_epoch if steps_per_epoch else None
         weights = {name: _encoder_part(state[name]) for name in ("teacher", "student")}
     config = from_dict(ModelConfig, {**saved, **overrides})
     with torch.random.fork_rng(devices=[]):

@@ -333,6 +333,8 @@ def test_the_epochs_behind_the_weights(tmp_path: Path) -> None:
     save_state(tmp_path, state(7))
     epochs = {which: load_encoder(tmp_path / "last.pth", which=which).epochs for which in ("teacher", "student", "untrained")}
     assert epochs == {"teacher": 7 / 3, "student": 7 / 3, "untrained": 0}
+    save_state(tmp_path, state(7, num_images=1))  # no training makes it
+    assert load_encoder(tmp_path / "last.pth").epochs is None
     export_encoder(tmp_path, network(11).encoder, epochs=7 / 3)
     assert load_encoder(tmp_path / "backbone.safetensors").epochs == 7 / 3
     export_encoder(tmp_path, network(11).encoder)
