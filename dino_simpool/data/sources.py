@@ -82,7 +82,7 @@ class ImageSet:
                 with open(self.path(index), "rb") as file:
                     return file.read()
             archive, stamp, place = member
-            most = _BYTES_PER_PIXEL * self.max_pixels
+            most = 2**20 + _BYTES_PER_PIXEL * self.max_pixels  # with room for headers and colour profiles
             return self._archives.read(_below(self.root, archive), stamp, place, most=most)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
