@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "DataLoader worker" not in str(error) or os.environ.get("DINO_SIMPOOL_TRACEBACK"):
             raise
         advice = "no memory is left, or too little shared memory (docker run --shm-size): give fewer workers"
-        return _fail(name, f"a loader process died; {advice}. The same command goes on from what was saved", 1)
+        return _fail(name, f"a loader process died; {advice}. A training goes on with the same command", 1)
     finally:
         if "dino_simpool.distributed" in sys.modules:
             sys.modules["dino_simpool.distributed"].cleanup()

@@ -36,17 +36,6 @@ def evaluation_mode(encoder: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def thin_images(encoder: nn.Module) -> Iterator[None]:
-    """Let a CNN take images whose map has a single row or column, as published CNNs do; elsewhere that is a mistake."""
-    least: int = encoder.least_map  # type: ignore[assignment]
-    encoder.least_map = 1  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        encoder.least_map = least  # type: ignore[assignment]
-
-
 def try_sizes(encoder: nn.Module, sizes: Sequence[int], *, device: torch.device) -> None:
     """One grey image of each size through the encoder in evaluation mode: a size that it cannot take is a ValueError now."""
     with evaluation_mode(encoder), torch.no_grad():

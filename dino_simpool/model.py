@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -65,7 +66,7 @@ class Encoder(nn.Module):
 
     trunk: Any  # of one of timm's classes
     least_map: int = 2
-    """Smallest side of a CNN's map that is taken, in positions. Retrieval, whose images come as they are, sets it to 1."""
+    """Smallest side of a CNN's map that is taken, in positions. 1 while images come as they are (`thin_images`)."""
 
     epochs: float | None = None
     """Of pre-training behind the weights, where a checkpoint says so (`load_encoder`)."""
@@ -182,6 +183,17 @@ def build_encoder(cfg: ModelConfig) -> Encoder:
         for linear in (pool.q, pool.k):
             nn.init.trunc_normal_(linear.weight, std=0.02)
     return Encoder(trunk, pool, norm=norm, config=cfg)
+
+
+@contextmanager
+def thin_images(encoder: Encoder) -> Iterator[None]:
+    """Let a CNN take images whose map has a single row or column, as published CNNs do; elsewhere that is a mistake."""
+    least = encoder.least_map
+    encoder.least_map = 1
+    try:
+        yield
+    finally:
+        encoder.least_map = least
 
 
 class DinoHead(nn.Module):

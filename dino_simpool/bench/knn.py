@@ -161,7 +161,7 @@ def _largest_memory() -> int:
     """Largest resident memory of this process in bytes."""
     if sys.platform == "linux":  # where ru_maxrss has that of the process which started this one, if it is more
         return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe(record: dict[str, Any]) -> str:

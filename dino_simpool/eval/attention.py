@@ -38,8 +38,8 @@ from dino_simpool.config import AttentionConfig
 from dino_simpool.data import IMAGE_SUFFIXES, LONGEST, ImageSet, find_images, index_loader
 from dino_simpool.eval import decoded, result_name, results_folder, run
 from dino_simpool.eval.masks import Box, evenly, seen_size
-from dino_simpool.features import evaluation_mode, progress_bar, thin_images
-from dino_simpool.model import Encoder
+from dino_simpool.features import evaluation_mode, progress_bar
+from dino_simpool.model import Encoder, thin_images
 from dino_simpool.pictures import fit_in, heat, mask_overlay, overlay, save_png, sheet, tile, unnormalize
 
 ROUNDING = 1e-12

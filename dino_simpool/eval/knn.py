@@ -120,7 +120,8 @@ def knn_accuracy(
     train_y, labels = torch.from_numpy(train_set.labels), classes_of(val_set, train_set)
     if max(ks) > len(train_set):
         say(f"warning: k = {max(ks)} is more than the {len(train_set)} training images; all of them vote")
-    broken: dict[str, set[int]] = {"bank": set(), "val": set()}
+    sets = {"bank": train_set, "val": val_set}
+    broken: dict[str, set[int]] = {name: set() for name in sets}
     train_x, test_x = (
         extract_features(
             encoder,
@@ -133,9 +134,9 @@ def knn_accuracy(
             description=f"k-NN {name}",
             broken=broken[name] if skip_broken else None,
         )
-        for name, images in (("bank", train_set), ("val", val_set))
+        for name, images in sets.items()
     )
-    for name, images in (("bank", train_set), ("val", val_set)):
+    for name, images in sets.items():
         if numbers := sorted(broken[name]):
             first = images.path(numbers[0])
             if len(numbers) == len(images):

@@ -40,9 +40,9 @@ from dino_simpool.data.layouts import differing_counts, landmarks, part_counts
 from dino_simpool.eval import chunks, decoded, run
 from dino_simpool.eval.neighbors import UNIT
 from dino_simpool.eval.whitening import Whitening, unit, whitening_set
-from dino_simpool.features import extract_features, thin_images
+from dino_simpool.features import extract_features
 from dino_simpool.logs import say
-from dino_simpool.model import Encoder
+from dino_simpool.model import Encoder, thin_images
 
 PROTOCOLS = {
     "easy": (("easy",), ("junk", "hard")),
