@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from test_distributed import group, run_processes, values
 
-from dino_simpool import checkpoint, config, distributed
+from dino_simpool import checkpoint, cli, config, distributed
 from dino_simpool.config import AttentionConfig, ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from dino_simpool.eval.attention import (
     FitTransform,
@@ -553,21 +553,26 @@ def test_impossible_options(arguments: tuple[str, ...], words: str) -> None:
         config.parse(AttentionConfig, list(arguments))
 
 
-# -- from outside
+# -- the command
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_command_from_outside(tmp_path: Path, family: str) -> None:
-    """The command, or its script, in a process of its own: files, record, and the words that it prints."""
+def test_the_command(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its files, record, and the words that it prints; once as its script, in a process of its own and elsewhere."""
     write_images(tmp_path / "data", [(427, 488), (40, 31)])
     weights = write_checkpoint(tmp_path / "run", encoder_of(family))
-    start = [str(ROOT / "eval/visualize_attention.py")] if family == "vit" else ["-m", "dino_simpool", "attention"]
     more = ["--checkpoint", str(weights), "--data", str(tmp_path / "data"), "--fit", "longer", "--image_size", "96"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *start, *more, "--workers", "0", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "2 images, 2 maps" in done.stdout and "entropy" in done.stdout
+    more += ["--workers", "0", "--device", "cpu"]
+    if family == "vit":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "eval/visualize_attention.py"), *more]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        assert cli.main(["attention", *more]) == 0
+        printed = capsys.readouterr().out
+    assert "2 images, 2 maps" in printed and "entropy" in printed
     results = tmp_path / "run/results"
     record = json.loads((results / "attention.json").read_text())
     assert record["config"]["fit"] == "longer" and record["preprocessing"]["image_size"] == 96

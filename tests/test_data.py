@@ -298,26 +298,6 @@ def test_transparent_colour_of_an_rgb_file(tmp_path):
     assert pixels(tmp_path / "x.png").tolist() == [[[255, 255, 255], [9, 9, 9]]]
 
 
-def test_cmyk(tmp_path):
-    color = np.broadcast_to(np.array([200, 40, 90], np.uint8), (16, 16, 3))
-    Image.fromarray(color).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
-    assert Image.open(tmp_path / "x.jpg").mode == "CMYK"
-    assert np.abs(pixels(tmp_path / "x.jpg").astype(int) - color).max() <= 4
-
-
-def test_animation_gives_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (4, 4), color) for color in ((255, 0, 0), (0, 0, 255))]
-    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-    assert (pixels(tmp_path / "x.gif") == [255, 0, 0]).all()
-
-
-def test_exif_orientation_is_ignored(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=exif)
-    assert read_rgb(str(tmp_path / "x.jpg")).size == (8, 4)
-
-
 def test_broken_files_are_named_in_one_line(tmp_path):
     write_image(tmp_path / "whole.jpg", size=(200, 200))
     write_image(tmp_path / "whole.png", size=(200, 200))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import CPU, CROP, EVALUATE, assert_equal_items, collect, message, png, write_image
+from test_data import CPU, CROP, EVALUATE, assert_equal_items, collect, message, png, tiff, write_image
 from torch.utils.data import DataLoader
 
 from dino_simpool import decode
@@ -73,6 +73,7 @@ def test_exif_orientation_is_applied_on_request_only(kind: str, value: int) -> N
     exif[ORIENTATION] = value
     file = stored(Image.fromarray(noise(5, 7)), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     as_stored = pixels(file)
+    assert as_stored.shape == (5, 7, 3)
     if kind != "JPEG":
         np.testing.assert_array_equal(as_stored, noise(5, 7))
     np.testing.assert_array_equal(pixels(file, exif_orientation=True), UPRIGHT.get(value, UPRIGHT[1])(as_stored))
@@ -242,6 +243,20 @@ def test_bytes_are_read_as_the_file_is(tmp_path: Path) -> None:
     write_image(tmp_path / "x.jpg")
     content = (tmp_path / "x.jpg").read_bytes()
     np.testing.assert_array_equal(pixels(content), pixels(str(tmp_path / "x.jpg")))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["png", "tif <", "tif >"])
+def test_16_bit_samples_keep_their_high_byte(tmp_path: Path, kind: str, channels: int) -> None:
+    """To the bit, and not rounded: 0x12FF is 0x12."""
+    samples = np.array([[0x0000, 0x00FF, 0x0100, 0x12FF], [0xF00F, 0x80FF, 0xFF00, 0xFFFF]], np.uint16)
+    samples = samples[..., None].repeat(channels, -1)
+    if kind == "png":
+        png(tmp_path / "x", samples)
+    else:
+        tiff(tmp_path / "x", samples, order=kind[-1])
+    expected = np.array([[0x00, 0x00, 0x01, 0x12], [0xF0, 0x80, 0xFF, 0xFF]], np.uint8)
+    np.testing.assert_array_equal(pixels(str(tmp_path / "x")), expected[..., None].repeat(3, -1))
 
 
 def test_examine_names_what_is_unusual(tmp_path: Path) -> None:

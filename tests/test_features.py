@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
+from test_distributed import group, run_processes, values
 from torch import Tensor, nn
 
 from dino_simpool import distributed
@@ -172,3 +173,18 @@ def test_two_processes_equal_one(tmp_path: Path):
                 assert probe[name] == expected[name], name
         losses = [[line["train_loss"] for line in probes[0]["curve"]] for probes in (results["probes"], one["probes"])]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def broken_numbers(root: str) -> set[int]:
+    distributed.setup("cpu")
+    broken: set[int] = set()
+    extract_features(TinyEncoder(), find_images(root), transform=TRANSFORM, batch_size=2, workers=0, device=CPU, broken=broken)
+    return broken
+
+
+def test_broken_images_are_known_to_every_process(tmp_path: Path):
+    """Images 1 and 4 of 5, the shares of different processes."""
+    write_images(tmp_path / "images", {"a": 5})
+    for number in (1, 4):
+        (tmp_path / f"images/a/{number:03d}.png").write_bytes(b"no image")
+    assert values(run_processes(broken_numbers, str(tmp_path / "images"), environments=group())) == [{1, 4}, {1, 4}]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from golden.load import load, meta, sub
+from PIL import Image
 from test_features import CPU, TRANSFORM, TinyEncoder, extract, write_images
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_simpool import eval as evaluation
 from dino_simpool.checkpoint import export_encoder, file_sha256
@@ -181,9 +182,9 @@ def test_zero_vectors_and_small_temperatures():
     assert ranks.tolist() == [[1, 0, 2], [2, 0, 1]]  # to a zero vector all are equally similar: the first one votes
 
 
-def accuracy(train: Path, val: Path, **settings):
+def accuracy(train: Path, val: Path, encoder: nn.Module | None = None, **settings):
     return knn_accuracy(
-        TinyEncoder(),
+        encoder or TinyEncoder(),
         class_folder(str(train)),
         class_folder(str(val)),
         transform=TRANSFORM,
@@ -210,6 +211,32 @@ def test_accuracy_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert found[str(k)]["top1"] == pytest.approx(100 * (ranks[:, 0] == truth).mean(), abs=1e-9)
         assert found[str(k)]["top5"] == pytest.approx(100 * np.mean(top5), abs=1e-9)
     assert found["1"]["top1"] == found["1"]["top5"]  # one neighbour votes for one class: the other places are nobody's
+
+
+def write_colours(root: Path, folders: dict[str, str]) -> Path:
+    """An image of one colour for each letter in a class folder: r, g, or x for a file that is no image."""
+    for name, letters in folders.items():
+        (root / name).mkdir(parents=True)
+        for number, letter in enumerate(letters):
+            path = root / name / f"{number}.png"
+            Image.new("RGB", (8, 8), {"r": "red", "g": "lime", "x": "black"}[letter]).save(path)
+            if letter == "x":
+                path.write_bytes(b"no image")
+    return root
+
+
+def test_broken_images_are_left_out_of_their_own_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Bank without 0 and 1, queries without 3: of the four left the two red ones of a and one of b are right, b's red one not.
+
+    Were the numbers of one set taken for the other, the bank would lose its only green image, or the queries those of a.
+    """
+    train = write_colours(tmp_path / "train", {"a": "xxr", "b": "g"})
+    val = write_colours(tmp_path / "val", {"a": "rr", "b": "gxr"})
+    found = accuracy(train, val, encoder=knn.Pixels(8), ks=(1,), skip_broken=True)
+    assert found == {"1": {"top1": 75.0, "top5": 75.0}}
+    said = capsys.readouterr().err
+    assert "k-NN bank is without 2 image(s) that cannot be read, such as" in said
+    assert "k-NN val is without 1 image(s) that cannot be read, such as" in said
 
 
 def test_foreign_class_is_named(tmp_path: Path):

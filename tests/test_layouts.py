@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import resource
 import shutil
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import pytest
 from miniatures import BUILDERS, LANDMARKS, write_image
 from PIL import Image
 
+from dino_simpool.data import ground_truth
 from dino_simpool.data.ground_truth import load_plain_pickle, read_ground_truth
 from dino_simpool.data.layouts import (
     COUNTS,
@@ -303,6 +308,63 @@ def test_a_truncated_landmark_image_is_read_with_a_warning(tmp_path: Path) -> No
 # -- pickles
 
 
+def is_plain(content: Any) -> bool:
+    """Whether it is of containers, text, bytes, numbers, arrays and dtypes only, and of what a pickle may name."""
+    if type(content) is np.ndarray and content.dtype.hasobject:
+        return all(map(is_plain, content.ravel().tolist()))
+    if type(content) is dict:
+        return all(map(is_plain, [*content, *content.values()]))
+    if type(content) in (list, tuple, set, frozenset):
+        return all(map(is_plain, content))
+    kinds = (type(None), bool, int, float, str, bytes, bytearray, np.ndarray, np.generic, np.dtype)
+    return isinstance(content, kinds) or content in ground_truth._CALLABLE.values()
+
+
+def interpreter() -> list[Any]:
+    """What a pickle might change without a word: the modules, and the functions that it may call."""
+    allowed = dict(ground_truth._CALLABLE)
+    functions = [each for each in allowed.values() if inspect.isfunction(each)]
+    return [set(sys.modules), allowed, [(each.__code__, each.__defaults__, dict(vars(each))) for each in functions]]
+
+
+def effects(pickles: list[bytes], load: Callable[[io.BytesIO], Any] = load_plain_pickle) -> set[str]:
+    """What loading pickles does besides to return plain data or to raise: no harmless one does anything.
+
+    Files that it opens, modules, names, processes, code: whatever Python tells audit hooks. These can never be removed, so that
+    it is loaded in a process of its own. EOFError if that crashes.
+    """
+
+    def watch() -> None:
+        found: set[str] = set()
+        watched = False
+        for protocol in range(6):  # the codecs that plain data needs are imported by now
+            load_plain_pickle(io.BytesIO(pickle.dumps(["ü", b"\xff", 0.5, np.arange(2), np.array(["a"])], protocol)))
+        before = interpreter()
+        sys.addaudithook(lambda event, _: found.add(event) if watched else None)
+        for data in pickles:
+            content, file = None, io.BytesIO(data)
+            watched = True
+            with contextlib.suppress(Exception):
+                content = load(file)
+            watched = False
+            if not is_plain(content):
+                found.add(f"makes a {type(content).__name__}")
+            with contextlib.suppress(Exception):
+                repr(content)  # reads all of it; text may have letters that there are not
+        if interpreter() != before:
+            found.add("changes the interpreter")
+        sender.send(found)
+
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=watch, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_pickles_of_any_protocol(protocol: int, tmp_path: Path) -> None:
     content = {
@@ -380,6 +442,7 @@ FORGED = {
 
 @pytest.mark.parametrize("name", FORGED)
 def test_bytes_of_a_file_become_no_objects_and_no_gigabytes(name: str, tmp_path: Path) -> None:
+    assert effects([FORGED[name]]) == set()
     (tmp_path / "gnd_rparis6k.pkl").write_bytes(FORGED[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"gnd_rparis6k\.pkl(: it|: the content|: the dtype| is damaged|: an array)") as error:
@@ -403,6 +466,7 @@ def test_damaged_pickles_raise_and_do_nothing_else() -> None:
     """4,000 of a real one, a byte or some bytes of it changed, cut or moved: what comes out is plain or an exception."""
     rng = np.random.default_rng(0)
     truth = LANDMARKS["rparis6k"] | {"arrays": [np.arange(5), np.array(["a", "bc"]), np.array([[1], {2}], object)]}
+    damaged = []
     for protocol in (0, 2, 4, 5):
         whole = pickle.dumps(truth, protocol=protocol)
         for _ in range(1000):
@@ -413,8 +477,8 @@ def test_damaged_pickles_raise_and_do_nothing_else() -> None:
                 data[start : start + length] = rng.choice(
                     np.array([bytes(rng.integers(0, 256, length, np.uint8)), bytes(data[other : other + length]), b""], object)
                 )
-            with contextlib.suppress(Exception):
-                repr(load_plain_pickle(io.BytesIO(bytes(data))))
+            damaged.append(bytes(data))
+    assert effects(damaged) == set()
 
 
 class Malicious:
@@ -447,14 +511,14 @@ def test_a_malicious_pickle_is_refused_and_nothing_is_executed(
     folder.mkdir()
     arguments = (argument.format(str(target)), "w") if function is open else (argument.format(str(target)),)
     content = LANDMARKS["roxford5k"] | {"extra": Malicious(function, *arguments)}
-    (folder / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    data = pickle.dumps(content, protocol=protocol)
+    (folder / "gnd_roxford5k.pkl").write_bytes(data)
     with pytest.raises(ValueError, match=f"gnd_roxford5k.pkl: it wants to use {refused}, which plain data does not need"):
         read_ground_truth(folder, "roxford5k")
-    assert not target.exists()
-    if function in (os.system, eval, exec):
-        with (folder / "gnd_roxford5k.pkl").open("rb") as file:
-            pickle.load(file)  # with the standard module it does what it says
-        assert target.exists()
+    assert effects([data]) == set() and not target.exists() and os.listdir(tmp_path) == ["roxford5k"]
+    if function in (os.system, eval, exec):  # with the standard module it does what it says
+        told = effects([data], pickle.load)
+        assert {"pickle.find_class", "os.system" if function is os.system else "open"} <= told and target.exists()
 
 
 @pytest.mark.parametrize(
@@ -476,7 +540,7 @@ def test_other_pickles_are_one_clear_line(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "gnd_rparis6k.pkl").write_bytes(data)
     with pytest.raises(ValueError, match=r"gnd_rparis6k\.pkl") as error:
         read_ground_truth(tmp_path, "rparis6k")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and effects([data]) == set()
     if b"rot13" in data:
         assert "bytes in the encoding rot13 are not known" in str(error.value)
 

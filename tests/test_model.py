@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from golden.load import assert_close, load, meta
 from timm.layers import DropPath
@@ -310,6 +311,28 @@ def test_class_attention_equals_plain_loops() -> None:
         scores = torch.stack([query[0, part] @ key[j, part] / 4 for j in range(7)])
         total += (scores.exp() / scores.exp().sum())[1:]
     torch.testing.assert_close(encoder.attention(images)[0].flatten(), total / total.sum())
+
+
+def test_registers_stand_behind_the_class_token() -> None:
+    """Features, patch tokens and the attention of the class token are those of timm's own model with the same weights."""
+    torch.manual_seed(0)
+    config, images = tiny("vit with registers", "cls"), torch.randn(2, 3, 56, 56, dtype=torch.float64)
+    encoder = build_encoder(config).double().eval().requires_grad_(False)
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    sizes = {"embed_dim": 32, "num_heads": 2, "depth": 2, "img_size": 56}
+    reference = timm.create_model(config.arch, num_classes=0, **sizes).double().eval().requires_grad_(False)
+    reference.load_state_dict({name.removeprefix("trunk."): value for name, value in encoder.state_dict().items()})
+    assert reference.num_prefix_tokens == 5
+    layer, seen = reference.blocks[-1].attn, {}
+    layer.fused_attn = False
+    layer.attn_drop.register_forward_hook(lambda *arguments: seen.update(attention=arguments[-1]))
+    tokens = reference.forward_features(images)
+    assert_close(encoder(images), tokens[:, 0], 1e-9, 1e-12)
+    assert_close(encoder.norm(encoder.tokens(images)), tokens[:, 5:], 1e-9, 1e-12)
+    heads = seen["attention"][:, :, 0, 5:]
+    heads = (heads / heads.sum(-1, keepdim=True)).view(2, 2, 4, 4)
+    assert_close(encoder.attention(images, per_head=True), heads, 1e-9, 1e-12)
 
 
 @pytest.mark.parametrize(

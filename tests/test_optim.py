@@ -175,6 +175,19 @@ def test_resuming_is_bit_equal(name: str) -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_the_momentum_is_the_one_of_the_options(name: str) -> None:
+    """Two steps by hand at momentum 0.5: 3 - 0.1 * 2 = 2.8, then 2.8 - 0.1 * (0.5 * 2 + 1) = 2.6; LARS is SGD for vectors."""
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor([3.0]))
+    optimizer = build_optimizer(OptimConfig(name=name, momentum=0.5), model)
+    set_hyperparameters(optimizer, 0.1, 0.04)
+    for gradient, expected in ((2.0, 2.8), (1.0, 2.6)):
+        model.scale.grad = torch.tensor([gradient])
+        optimizer.step()
+        assert model.scale.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_set_hyperparameters_decays_the_first_group_only() -> None:
     optimizer = build_optimizer(OptimConfig(), Tiny())
     set_hyperparameters(optimizer, 0.25, 0.5)

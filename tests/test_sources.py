@@ -400,6 +400,24 @@ def test_damage_inside_names_the_image(tmp_path):
         images.read(0)
 
 
+def test_an_archive_replaced_by_one_of_the_same_size_is_refused(tmp_path):
+    """By whoever opens it from then on; what a process has open stays what it was."""
+    path, other = (tar_of(tmp_path / f"{seed}.tar", ("1.jpg", image(seed))) for seed in (0, 1))
+    images, before = find_images(str(path)), os.stat(path)
+    assert images.read_bytes(0) == image(0)
+    later = before.st_mtime_ns + 2 * 10**9
+    os.utime(other, ns=(later, later))
+    os.replace(other, path)
+    after = os.stat(path)
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, later)
+    with pytest.raises(
+        ValueError, match=r"0\.tar/1\.jpg cannot .*\(the archive was changed since its files were listed"
+    ) as error:
+        pickle.loads(pickle.dumps(images)).read_bytes(0)
+    message(error)
+    assert images.read_bytes(0) == image(0)
+
+
 def test_an_archive_of_archives_is_told(tmp_path):
     inner = tar_of(tmp_path / "n01.tar", ("n01_1.jpg", image(0)))
     outer = tar_of(tmp_path / "all.tar", ("n01.tar", inner.read_bytes()))

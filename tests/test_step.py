@@ -367,6 +367,20 @@ def test_each_gradient_is_clipped_by_its_own_norm(clip: float) -> None:
         assert_close(c, g * min(1, clip / (float(g.norm()) + 1e-6)) if clip else g, 1e-9, 1e-14)
 
 
+def test_a_loss_scale_does_not_reach_the_clipping() -> None:
+    """Scaled by 2**16, which is exact: the same norm, clipped gradients and weights to the last bit as without a scale."""
+    plain, scaled = learner_of(config(optim="sgd")), learner_of(config(optim="sgd"))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=True)
+    views = views_of(4)
+    metrics = [step(learner, views, clip=0.01) for learner in (plain, scaled)]
+    assert metrics[0] == metrics[1]
+    ours, theirs = ({n: p.grad for n, p in x.student.named_parameters() if p.grad is not None} for x in (scaled, plain))
+    assert_equal_states(ours, theirs)
+    clipped = [g.norm() > 0.0099 for g in theirs.values()]
+    assert any(clipped) and not all(clipped)
+    assert_equal_states(scaled.student.state_dict(), plain.student.state_dict())
+
+
 def test_requests_and_features_come_back() -> None:
     learner = learner_of(config())
     _, features, granted = train_step(learner, [views_of(3)], VALUES, forward=learner.student, requests=(True, False))

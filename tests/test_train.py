@@ -34,11 +34,13 @@ from dino_simpool.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    TeacherConfig,
     TrainConfig,
     dump,
     parse,
 )
 from dino_simpool.logs import TIMING_FIELDS, read_log
+from dino_simpool.plan import make_plan
 from dino_simpool.step import NonFiniteLoss, build_learner
 from dino_simpool.train import train
 
@@ -201,6 +203,63 @@ def test_an_unlabelled_flat_folder_trains(images: Path, tmp_path: Path) -> None:
     assert read_state(tmp_path / "last.pth")["step"] == 2
 
 
+def test_each_step_uses_the_schedules_of_its_own_number(images: Path, tmp_path: Path) -> None:
+    """Rate, decay, momentum, temperature and frozen prototypes, each seen in what a step leaves, are those of plan.values."""
+    optim = OptimConfig(lr=0.05, warmup="2it", clip=3.0, freeze_last_layer="4it")
+    teacher = TeacherConfig(momentum=0.5, warmup_temperature=0.01, temperature=10.0, warmup="2ep")
+    cfg = config(images, tmp_path, model=VIT, optim=optim, log_every=1, knn_train=None, knn_val=None)
+    cfg = dataclasses.replace(cfg, teacher=teacher)
+    planned = [make_plan(cfg, NUM_IMAGES).values(step) for step in range(6)]
+    assert [v.lr for v in planned[:3]] == pytest.approx([0.0, 0.05 * 10 / 256, 0.05 * 10 / 256])
+    assert [v.teacher_temperature for v in planned] == [0.01] * 3 + [10.0] * 3
+    assert [v.freeze_last_layer for v in planned] == [True] * 4 + [False] * 2
+
+    student = teacher_before = dict(build_learner(cfg, torch.device("cpu")).student.state_dict())
+    for step, expected in enumerate(planned):
+        train(changed(cfg, stop_after_steps=step + 1))
+        state = read_state(tmp_path / "last.pth")
+        used = state["optimizer"]["param_groups"][0]
+        assert (state["step"], used["lr"], used["weight_decay"]) == (step + 1, expected.lr, expected.weight_decay)
+        moved = {name for name, value in state["student"].items() if not torch.equal(value, student[name])}
+        assert bool(moved) == (expected.lr > 0)
+        assert any("last_layer" in name for name in moved) == (not expected.freeze_last_layer)
+        for name, value in state["student"].items():
+            average = expected.momentum * teacher_before[name].double() + (1 - expected.momentum) * value.double()
+            assert_close(state["teacher"][name], average, 1e-6, 1e-7, f"teacher after step {step + 1}: {name}")
+        student, teacher_before = state["student"], state["teacher"]
+    entropies = [line["entropy_over_lnK"] for line in log_of(tmp_path) if line["kind"] == "step"]
+    assert max(entropies[:3]) < 0.5 and min(entropies[3:]) > 0.999  # sharp at 0.01, and flat at 10
+
+
+@pytest.mark.parametrize(
+    ("keep_every", "kept", "knn_every", "evaluated"), [(2, [2, 4], 2, [0, 2, 3]), (3, [3], 3, [0, 3]), (0, [], 0, [])]
+)
+def test_epochs_that_are_kept_and_evaluated(
+    images: Path, tmp_path: Path, keep_every: int, kept: list[int], knn_every: int, evaluated: list[int]
+) -> None:
+    """Of four epochs: kept after every keep_every, evaluated from the first (0) on every knn_every, and the last always."""
+    train(config(images, tmp_path, model=VIT, epochs=4, batch_size=34, keep_every=keep_every, knn_every=knn_every))
+    names = sorted(path.name for path in tmp_path.glob("epoch_*.pth"))
+    assert names == [f"epoch_{number:04}.pth" for number in kept]
+    assert [read_state(tmp_path / name)["step"] for name in names] == kept
+    epochs = [line for line in log_of(tmp_path) if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == [0, 1, 2, 3]
+    assert [line["epoch"] for line in epochs if "k-NN" in line] == evaluated
+    assert (tmp_path / "best.pth").exists() == bool(evaluated)
+
+
+def test_the_best_checkpoint_is_the_first_of_equals(whole: TrainConfig, images: Path, tmp_path: Path) -> None:
+    """A teacher with momentum 1 never changes, so all epochs tie; and in a run that learns it is the first with the maximum."""
+    train(dataclasses.replace(config(images, tmp_path, model=VIT, epochs=3), teacher=TeacherConfig(momentum=1.0)))
+    accuracies = {}
+    for out in (tmp_path, Path(whole.run.out)):
+        accuracies[out] = [line["k-NN"]["10"]["top1"] for line in log_of(out) if line["kind"] == "epoch"]
+        best = max(accuracies[out])
+        assert read_state(out / "last.pth")["best"] == best
+        assert read_state(out / "best.pth")["step"] == 3 * (1 + accuracies[out].index(best))
+    assert len(accuracies[tmp_path]) == 3 and len(set(accuracies[tmp_path])) == 1
+
+
 def test_other_seeds_are_other_runs(whole: TrainConfig, tmp_path: Path) -> None:
     train(changed(whole, out=tmp_path, seed=1, stop_after_steps=1))
     assert log_of(tmp_path)[0]["loss"] != log_of(Path(whole.run.out))[0]["loss"]
@@ -220,6 +279,33 @@ def test_stopped_after_every_step_and_resumed(whole: TrainConfig, tmp_path: Path
         assert log_of(tmp_path) == until
     train(changed(whole, out=tmp_path, workers=2))
     assert_same_run(tmp_path, Path(whole.run.out))
+
+
+def test_started_again_with_the_same_stop_it_goes_on_to_the_end(whole: TrainConfig, tmp_path: Path) -> None:
+    cfg = changed(whole, out=tmp_path, stop_after_steps=2)
+    for expected in (2, 6):
+        train(cfg)
+        assert read_state(tmp_path / "last.pth")["step"] == expected
+    assert_same_run(tmp_path, Path(whole.run.out))
+
+
+def test_saves_inside_an_epoch_come_save_minutes_apart(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 40 s by a clock that counts their lines in the log: a minute is over with each third step since a save."""
+    log, replace, saves = tmp_path / "log.jsonl", os.replace, []
+
+    def clock() -> float:
+        return 40.0 * sum(line["kind"] == "step" for line in read_log(log)) if log.exists() else 0.0
+
+    def recording(source: Any, target: Any) -> None:
+        replace(source, target)
+        if Path(target).name == "last.pth":
+            saves.append(read_state(target)["step"])
+
+    monkeypatch.setattr(time, "monotonic", clock)
+    monkeypatch.setattr(os, "replace", recording)
+    options = {"batch_size": 3, "accumulate": 1, "log_every": 1, "knn_train": None, "knn_val": None}
+    train(config(images, tmp_path, model=VIT, epochs=1, save_minutes=1.0, **options))
+    assert saves == [3, 6, 9, 11, 11]  # the epoch has 11 steps and is saved before and after its evaluation
 
 
 def test_a_finished_run_stays_as_it_is(whole: TrainConfig, tmp_path: Path) -> None:

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_step import assert_equal_states
 from test_train import VIT, changed, config, log_of
 
+from dino_simpool import distributed
+from dino_simpool.bad_files import BadFiles
 from dino_simpool.checkpoint import read_state
 from dino_simpool.config import CropsConfig, DataConfig, TrainConfig
+from dino_simpool.data import ImageSet
+from dino_simpool.feed import Feed
 from dino_simpool.train import train
 
 PLACES = ("cpu", "device")
@@ -84,3 +89,21 @@ def test_both_places_train_on_nearly_the_same_views(whole):
 def test_auto_is_the_cpu_where_the_device_is_one(sources, whole, tmp_path: Path):
     train(two_epochs(sources["folder"], "auto", tmp_path))
     assert log_of(tmp_path) == log_of(whole["cpu"])
+
+
+def test_images_per_second_are_those_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three of them, batches of 4 and 2 of this one and a clock that is told: each row counts from its last call on."""
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    loader = [([torch.zeros(size, 3, 8, 8)], torch.arange(size), [""] * size) for size in (4, 2, 4)]
+    images = ImageSet("", np.array(["x.jpg"] * 4))
+    feed = Feed(loader, torch.device("cpu"), list, BadFiles(images, tmp_path, max_share=0.0, found={}))
+    assert [len(views[0]) for views in feed.batches(2)] == [4, 2]
+    clock[0] += 2
+    window = feed.timings("window")
+    assert (window["images_per_second"], window["seconds"], window["data_wait_percent"]) == (3 * 6 / 2, 2, 0)
+    assert [len(views[0]) for views in feed.batches(1)] == [4]
+    clock[0] += 4
+    assert feed.timings("window")["images_per_second"] == 3 * 4 / 4
+    assert feed.timings("epoch")["images_per_second"] == 3 * 10 / 6
