@@ -6,14 +6,15 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Encoder", "SimPool", "attach_simpool", "build_encoder", "load_encoder"]
+__all__ = ["Encoder", "SimPool", "TrainConfig", "attach_simpool", "build_encoder", "load_encoder"]
 
 _HOME = {
-    "Encoder": "model",
-    "build_encoder": "model",
-    "SimPool": "simpool",
-    "attach_simpool": "simpool",
+    "Encoder": "models.encoder",
+    "build_encoder": "models.encoder",
+    "SimPool": "models.pooling.simpool",
+    "attach_simpool": "models.pooling.simpool",
     "load_encoder": "checkpoint",
+    "TrainConfig": "config",
 }
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from dino_simpool import distributed
-from dino_simpool.bad_files import write_bad_files
 from dino_simpool.config import CheckDataConfig
 from dino_simpool.data import ImageSet, default_workers, find_images, start_worker
-from dino_simpool.data.layouts import check_layout
-from dino_simpool.decode import BrokenImage, Examined, examine
+from dino_simpool.data.bad_files import write_bad_files
+from dino_simpool.data.decode import BrokenImage, Examined, examine
+from dino_simpool.layouts import check_layout
 from dino_simpool.logs import progress
 
 SHOWN = 20

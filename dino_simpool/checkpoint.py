@@ -21,7 +21,6 @@ image, view).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -34,30 +33,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dino_simpool.config import ModelConfig, from_dict, to_dict
-from dino_simpool.convert import load_strict
-from dino_simpool.model import Encoder, build_encoder
+from dino_simpool.files import write_atomically
+from dino_simpool.models.encoder import Encoder, build_encoder
+from dino_simpool.models.weights import load_strict
 
 FORMAT = 1
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, push it to the disk, then put it in place in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # safetensors makes files that only their owner can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # otherwise the new name itself may be lost with the power
-    finally:
-        os.close(folder)
 
 
 def save_state(out: Path, state: dict[str, Any]) -> None:
@@ -201,9 +181,3 @@ def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], i
 
 def _encoder_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.removeprefix("encoder."): tensor for key, tensor in state.items() if key.startswith("encoder.")}
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

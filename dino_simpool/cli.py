@@ -37,14 +37,14 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     ),
     "resources": (
         config.ResourcesConfig,
-        "dino_simpool.eval.resources:main",
+        "dino_simpool.bench.resources:main",
         "parameters and multiply-adds of an encoder, as Table 8 of the paper counts them",
     ),
-    "table": (config.TableConfig, "dino_simpool.eval.table:main", "results beside the figures of the paper, table by table"),
-    "extract": (config.ExtractConfig, "dino_simpool.eval.extract:main", "write the features of any images to a folder"),
+    "table": (config.TableConfig, "dino_simpool.report.table:main", "results beside the figures of the paper, table by table"),
+    "extract": (config.ExtractConfig, "dino_simpool.features.extract:main", "write the features of any images to a folder"),
     "search": (
         config.SearchConfig,
-        "dino_simpool.eval.search:main",
+        "dino_simpool.features.search:main",
         "find the images of an extracted set that are like others",
     ),
     "check-data": (

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_simpool import __version__, distributed
-from dino_simpool.bad_files import BadFiles
-from dino_simpool.checkpoint import check_same_run, export_encoder, keep_state, newest_state, save_state, write_atomically
+from dino_simpool.checkpoint import check_same_run, export_encoder, keep_state, newest_state, save_state
 from dino_simpool.config import ConfigError, TrainConfig, dump, to_dict
 from dino_simpool.data import (
     EvalTransform,
@@ -34,16 +33,18 @@ from dino_simpool.data import (
     keep_freed_memory,
     read_or_replace,
 )
+from dino_simpool.data.bad_files import BadFiles
+from dino_simpool.data.feed import Feed, build_feed, colors_on_device
+from dino_simpool.dino.learner import METRICS, Learner, NonFiniteLoss, build_learner, train_step
+from dino_simpool.dino.monitor import effective_rank, feature_spread, non_finite_names, write_failure
+from dino_simpool.dino.plan import Plan, make_plan
 from dino_simpool.eval.knn import knn_accuracy
-from dino_simpool.features import evaluation_mode, try_sizes
-from dino_simpool.feed import Feed, build_feed, colors_on_device
+from dino_simpool.features.encode import evaluation_mode, try_sizes
+from dino_simpool.files import write_atomically
 from dino_simpool.logs import RunLog, progress, say
-from dino_simpool.model import Encoder
-from dino_simpool.monitor import effective_rank, feature_spread, non_finite_names, write_failure
+from dino_simpool.models.encoder import Encoder
 from dino_simpool.pictures import overlay, strip, unnormalize
-from dino_simpool.plan import Plan, make_plan
 from dino_simpool.signals import stop_signals
-from dino_simpool.step import METRICS, Learner, NonFiniteLoss, build_learner, train_step
 
 
 def train(cfg: TrainConfig) -> Path:

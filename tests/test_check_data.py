@@ -17,8 +17,9 @@ from dino_simpool import check_data, cli
 from dino_simpool.check_data import Summary, check, describe
 from dino_simpool.config import MAX_PIXELS, CheckDataConfig
 from dino_simpool.data import find_images
-from dino_simpool.data.layouts import COUNTS, LAYOUTS, check_layout
-from dino_simpool.decode import Examined
+from dino_simpool.data.decode import Examined
+from dino_simpool.layouts import LAYOUTS, check_layout
+from dino_simpool.layouts.lists import COUNTS
 
 NUM_IMAGES = 50
 

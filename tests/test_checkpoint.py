@@ -15,18 +15,18 @@ from dino_simpool.checkpoint import (
     FORMAT,
     check_same_run,
     export_encoder,
-    file_sha256,
     keep_state,
     load_encoder,
     newest_state,
     read_state,
     save_state,
-    write_atomically,
 )
 from dino_simpool.config import ConfigError, from_dict, to_dict
 from dino_simpool.config import TrainConfig as Config
-from dino_simpool.convert import load_strict
-from dino_simpool.model import DinoHead, DinoModel, Encoder, build_encoder
+from dino_simpool.dino.model import DinoHead, DinoModel
+from dino_simpool.files import file_sha256, write_atomically
+from dino_simpool.models.encoder import Encoder, build_encoder
+from dino_simpool.models.weights import load_strict
 
 CONFIG = from_dict(
     Config,

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dino_simpool import distributed
 from dino_simpool.config import ModelConfig
 from dino_simpool.distributed import SyncBatchNorm
-from dino_simpool.model import build_encoder
+from dino_simpool.models.encoder import build_encoder
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["dino_simpool.train", "dino_simpool.cli", "torch.utils.tensorboard", "pytest"])

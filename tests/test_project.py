@@ -26,37 +26,23 @@ SOURCES = {
 }
 """Every module of the package by its dotted name."""
 
-LEVELS: list[tuple[float, dict[str, str]]] = [
-    # level, and of each module what it may import of ours: names, or all of a range of levels
-    (0, {"config": "", "simpool": "", "distributed": "", "convert": "", "pictures": "", "contact_sheet": "", "signals": ""}),
-    (0.5, {"decode": "config"}),
-    (1, {"loss": "distributed", "optim": "config distributed", "monitor": "distributed", "logs": "distributed"}),
-    (1, {"plan": "config", "synthetic": "config", "trunk": "config", "model": "config simpool trunk"}),
-    (1, {"augment": "config decode", "data": "config distributed augment decode logs"}),
-    (2, {"checkpoint": "config convert distributed model", "features": "distributed data"}),
-    (2.5, {"step": "config convert distributed loss model monitor optim plan"}),
-    (2.5, {"bad_files": "checkpoint data distributed logs", "feed": "config distributed augment data bad_files"}),
-    (3, {"eval": "0-2", "train": "0-2.5 eval.knn", "check_data": "bad_files config data decode distributed logs"}),
-    (4, {"report": "0-2 eval", "bench": "0-2 eval", "cli": "config"}),
-    (5, {"__main__": "cli"}),
-]
-SAME_LEVEL = {("model", "trunk"), ("data", "augment"), ("data", "logs"), ("train", "eval.knn"), ("feed", "bad_files")}
+LEVELS = (
+    {"config", "distributed", "signals", "pictures", "contact_sheet", "files"},
+    {"logs"},
+    {"data", "models", "synthetic"},
+    {"checkpoint", "dino", "layouts", "results"},
+    {"features"},
+    {"eval", "check_data"},
+    {"train", "report", "bench"},
+    {"cli"},
+    {"__main__"},
+)
+"""Modules and packages at the root: each imports from lower levels and from itself."""
 
 
-def level_table() -> dict[str, tuple[float, set[str]]]:
-    """Module -> its level, and the modules that it may import."""
-    level_of = {module: level for level, modules in LEVELS for module in modules}
-    table = {}
-    for level, modules in LEVELS:
-        for module, words in modules.items():
-            allowed = set(words.split())
-            for low, high in (word.split("-") for word in words.split() if "-" in word):
-                allowed |= {name for name, its in level_of.items() if float(low) <= its <= float(high)}
-            table[module] = (level, {name for name in allowed if "-" not in name})
-    return table
-
-
-MODULES = level_table()
+def level_of(module: str) -> int:
+    """The level of a module, by the first part of its name."""
+    return next(number for number, names in enumerate(LEVELS) if module.partition(".")[0] in names)
 
 
 def imports(source: str) -> set[str]:
@@ -74,19 +60,13 @@ def imports(source: str) -> set[str]:
     return {name for name in found if not name.startswith("__")}
 
 
-def row_of(module: str) -> str:
-    """The row of the table for a module: its own, else its package's."""
-    name = module.removeprefix("dino_simpool.")
-    return name if name in MODULES else name.partition(".")[0]
-
-
 def violations(module: str, imported: set[str]) -> list[str]:
-    level, allowed = MODULES[row_of(module)]
-    return [
-        f"{module} (level {level:g}) imports {name}"
-        for name in sorted(imported)
-        if row_of(name) != row_of(module) and name not in allowed and name.partition(".")[0] not in allowed
-    ]
+    """What a module imports but must not. Of the evaluators, train takes k-NN only."""
+    own = module.removeprefix("dino_simpool.").partition(".")[0]
+    refused = {name for name in imported if name.partition(".")[0] != own and level_of(name) >= level_of(own)}
+    if own == "train":
+        refused |= {name for name in imported if name.partition(".")[0] == "eval" and name != "eval.knn"}
+    return [f"{module} imports {name}" for name in sorted(refused)]
 
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name != "dino_simpool"])
@@ -94,25 +74,25 @@ def test_imports_go_downwards(module: str) -> None:
     assert violations(module, imports(SOURCES[module].read_text())) == []
 
 
-def test_the_table_of_levels_is_itself_in_order() -> None:
-    for module, (level, allowed) in MODULES.items():
-        for name in allowed:
-            other = MODULES[row_of(name)][0]
-            assert other < level or (other == level and (module, name) in SAME_LEVEL), f"{module} may not be allowed {name}"
+def test_every_module_has_one_level() -> None:
+    names = [name for level in LEVELS for name in level]
+    roots = {name.split(".")[1] for name in SOURCES if "." in name}
+    assert sorted(names) == sorted(roots)
 
 
 def test_the_search_for_imports_finds_them() -> None:
     source = (
-        "import dino_simpool.train\nfrom dino_simpool import __version__, step\nimport torch\n"
+        "import dino_simpool.train\nfrom dino_simpool import __version__, dino\nimport torch\n"
         "def f():\n    from dino_simpool.eval.knn import knn_rank\n"
     )
-    assert imports(source) == {"train", "step", "eval.knn"}
-    assert violations("dino_simpool.eval.linear", {"train", "eval.knn", "eval", "checkpoint"}) == [
-        "dino_simpool.eval.linear (level 3) imports train"
+    assert imports(source) == {"train", "dino", "eval.knn"}
+    assert violations("dino_simpool.eval.linear", {"train", "eval.knn", "check_data", "features"}) == [
+        "dino_simpool.eval.linear imports check_data",
+        "dino_simpool.eval.linear imports train",
     ]
-    assert violations("dino_simpool.train", {"eval.knn", "eval.linear", "report"}) == [
-        "dino_simpool.train (level 3) imports eval.linear",
-        "dino_simpool.train (level 3) imports report",
+    assert violations("dino_simpool.train", {"eval.knn", "eval.linear", "report", "dino.plan"}) == [
+        "dino_simpool.train imports eval.linear",
+        "dino_simpool.train imports report",
     ]
 
 
@@ -131,7 +111,8 @@ def test_the_command_line_names_modules_that_exist_and_the_options_that_they_tak
 def test_the_light_modules_import_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys, dino_simpool\n"
-        "from dino_simpool import cli, config, plan, synthetic\n"
+        "from dino_simpool import cli, config, synthetic\n"
+        "from dino_simpool.dino import plan\n"
         "assert dino_simpool.__version__ and 'SimPool' in dino_simpool.__all__\n"
         "heavy = {'torch', 'torchvision', 'timm', 'faiss'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -20,7 +20,7 @@ import torch
 from golden.load import assert_close
 from PIL import Image
 from test_distributed import group, run_processes, slurm_group, values
-from test_step import assert_equal_states
+from test_learner import assert_equal_states
 from torch import Tensor
 
 import dino_simpool.train as trainer
@@ -39,9 +39,9 @@ from dino_simpool.config import (
     dump,
     parse,
 )
+from dino_simpool.dino.learner import NonFiniteLoss, build_learner
+from dino_simpool.dino.plan import make_plan
 from dino_simpool.logs import TIMING_FIELDS, read_log
-from dino_simpool.plan import make_plan
-from dino_simpool.step import NonFiniteLoss, build_learner
 from dino_simpool.train import train
 
 # The bank has fewer images than the largest k, which k-NN says.

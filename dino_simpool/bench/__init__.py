@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from dino_simpool.checkpoint import write_atomically
-from dino_simpool.eval import versions
+from dino_simpool.files import write_atomically
 from dino_simpool.logs import say
+from dino_simpool.results import versions
 
 
 def interleave(

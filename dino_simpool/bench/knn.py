@@ -29,11 +29,11 @@ from torch.nn import functional as F
 from dino_simpool import distributed
 from dino_simpool.bench import interleave, machine, medians, table, write
 from dino_simpool.config import BenchKnnConfig
-from dino_simpool.eval import results_folder
 from dino_simpool.eval.knn import knn_rank, vote_each_k
-from dino_simpool.eval.neighbors import full_precision
-from dino_simpool.eval.ranking import DEVICE_TILE, TILE
 from dino_simpool.eval.recall import first_positive, precision_at_r, recall_of
+from dino_simpool.features.neighbors import full_precision
+from dino_simpool.features.ranking import DEVICE_TILE, TILE
+from dino_simpool.results import results_folder
 
 TEMPERATURE = 0.07
 RECALL_KS = (1, 10, 100)

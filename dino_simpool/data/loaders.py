@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino_simpool import distributed
-from dino_simpool.augment import to_tensor
+from dino_simpool.data.augment import to_tensor
+from dino_simpool.data.decode import BrokenImage, EncodedImage
 from dino_simpool.data.replace import read_or_replace
 from dino_simpool.data.sources import ImageSet
-from dino_simpool.decode import BrokenImage, EncodedImage
 
 PREFETCH = 4
 """Batches that each loader process has ready: an image that takes long stops nobody."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dino_simpool.decode import BrokenImage
+from dino_simpool.data.decode import BrokenImage
 
 T = TypeVar("T")
 

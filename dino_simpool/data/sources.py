@@ -23,9 +23,9 @@ from dino_simpool.data.archives import (
     is_compressed,
 )
 from dino_simpool.data.cache import load_index
+from dino_simpool.data.decode import BrokenImage, EncodedImage
 from dino_simpool.data.index import Index, join
 from dino_simpool.data.scan import is_list, stamps
-from dino_simpool.decode import BrokenImage, EncodedImage
 from dino_simpool.logs import say
 
 _BYTES_PER_PIXEL = 8

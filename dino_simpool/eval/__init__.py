@@ -7,33 +7,24 @@ in place of a general entry (dataset, split, preprocessing) that does not fit.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
-import PIL
-import timm
 import torch
-import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dino_simpool import __version__, distributed
-from dino_simpool.checkpoint import file_sha256, load_encoder, write_atomically
-from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, EvalConfig, to_dict
+from dino_simpool import distributed
+from dino_simpool.checkpoint import load_encoder
+from dino_simpool.config import EvalConfig, to_dict
 from dino_simpool.data import ImageSet, class_folder
-from dino_simpool.model import Encoder
-
-NAMED_OPTIONS = ("dataset", "layout", "preset")
-"""Options whose values are part of the name of a results file."""
-MAX_BYTES = 2**28
-"""Size of each working array of an evaluator."""
+from dino_simpool.features.encode import preprocessing
+from dino_simpool.files import write_atomically
+from dino_simpool.results import _device_name, describe, model_record, result_name, results_folder, versions
 
 
 def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConfig) -> dict[str, Any]:
@@ -77,35 +68,6 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
     return record
 
 
-def result_name(evaluator: str, cfg: EvalConfig) -> str:
-    """The name of the results file without suffix: knn, knn_pixels, knn_untrained, knn_student, knn_epoch_0020, linear_grid ...
-
-    The default folder is shared by all checkpoints of a run, hence those other than its newest are named in it.
-    """
-    if getattr(cfg, "features", None) == "pixels":
-        return f"{evaluator}_pixels"
-    evaluator = "_".join([evaluator, *filter(None, (getattr(cfg, name, "") for name in NAMED_OPTIONS))])
-    if cfg.which == "untrained":
-        return f"{evaluator}_untrained"
-    parts = [evaluator] if cfg.which == "teacher" else [evaluator, cfg.which]
-    checkpoint = Path(cfg.checkpoint).stem
-    return "_".join(parts if cfg.out or checkpoint in ("last", "backbone") else [*parts, checkpoint])
-
-
-def preprocessing(encoder: Encoder | None, cfg: EvalConfig) -> dict[str, Any]:
-    """The settings of the evaluation transform, as its arguments: image_size, resize, mean, std.
-
-    Size and normalisation belong to the encoder; cfg may ask for another size. resize: by default image_size * 256 / 224, cut
-    to a whole number as published. ValueError if there is neither encoder nor size.
-    """
-    size = cfg.image_size or (encoder.config.image_size if encoder is not None else None)
-    if size is None:
-        raise ValueError("without a checkpoint the size of the images is unknown: give --image_size")
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if encoder is None else (encoder.config.mean, encoder.config.std)
-    own = encoder.config.resize if encoder is not None and cfg.image_size is None else None
-    return {"image_size": size, "resize": cfg.resize or own or size * 256 // 224, "mean": tuple(mean), "std": tuple(std)}
-
-
 def class_folders(cfg: EvalConfig) -> tuple[ImageSet, ImageSet]:
     """The labelled images to learn from and to measure on; cfg.subset_per_class limits the former.
 
@@ -134,52 +96,3 @@ def classes_of(images: ImageSet, train: ImageSet) -> Tensor:
             f"({len(missing)} such): use the same class folders in both"
         )
     return torch.from_numpy(np.array([number[name] for name in images.classes], dtype=np.int64)[images.labels])
-
-
-def chunks(count: int, row_bytes: int, *, max_bytes: int = MAX_BYTES, most: int | None = None) -> Iterator[slice]:
-    """Slices that cover range(count), each of as many rows of `row_bytes` as fit in max_bytes (1 at least, `most` at most)."""
-    step = max(1, max_bytes // max(1, row_bytes))
-    step = step if most is None else min(step, most)
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-
-def describe(record: dict[str, Any], path: Path) -> str:
-    """What is printed: the metrics to two decimals, what they were measured on, and where they are."""
-    model, config = record["model"], record["config"]
-    what = f"{model['which']} of {model['checkpoint']}" if model else "raw pixels"
-    what = f"raw pixels, as {what} sees them" if model and config.get("features") == "pixels" else what
-    counts = ", ".join(f"{number} {name}" for name, number in record.get("counts", {}).items())
-    lines = [f"{record['evaluator']}: {what}", f"  {record['dataset']}/{record['split']} ({counts})"]
-    lines += [f"  {name:<18} {value:8.2f}{'' if name == 'ratio' else ' %'}" for name, value in record["metrics"].items()]
-    return "\n".join([*lines, f"  written to {path}"])
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    packages = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, np, faiss, PIL)}
-    return {"dino_simpool": __version__, "python": platform.python_version(), **packages}
-
-
-def results_folder(out: str, checkpoint: str) -> Path:
-    """The folder for the results, `out` or beside the checkpoint, made and tried by the main process before hours are spent."""
-    if not out and not checkpoint:
-        raise ValueError("without a checkpoint there is no place for the results: give --out DIR")
-    folder = Path(out) if out else Path(checkpoint).parent / "results"
-    if distributed.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "writable", lambda path: path.touch())
-            (folder / "writable").unlink()
-        except OSError as error:
-            raise ValueError(f"cannot write to {folder} ({error.strerror}): give another --out") from error
-    return folder
-
-
-def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any]:
-    """An encoder in the record: its options, its checkpoint with SHA-256, which weights of it, and the epochs behind them."""
-    source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which, "epochs": encoder.epochs}
-    return dataclasses.asdict(encoder.config) | source
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -33,14 +33,15 @@ from PIL import Image
 from torch import Tensor
 
 from dino_simpool import distributed
-from dino_simpool.augment import to_tensor
 from dino_simpool.config import AttentionConfig
 from dino_simpool.data import IMAGE_SUFFIXES, LONGEST, ImageSet, find_images, index_loader
-from dino_simpool.eval import decoded, result_name, results_folder, run
+from dino_simpool.data.augment import to_tensor
+from dino_simpool.eval import decoded, run
 from dino_simpool.eval.masks import Box, evenly, seen_size
-from dino_simpool.features import evaluation_mode, progress_bar
-from dino_simpool.model import Encoder, thin_images
+from dino_simpool.features.encode import evaluation_mode, progress_bar
+from dino_simpool.models.encoder import Encoder, thin_images
 from dino_simpool.pictures import fit_in, heat, mask_overlay, overlay, save_png, sheet, tile, unnormalize
+from dino_simpool.results import result_name, results_folder
 
 ROUNDING = 1e-12
 """Masses that differ by less are equal: a cell on the border of the mask must not depend on the order of a sum."""

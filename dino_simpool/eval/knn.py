@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from dino_simpool import distributed
 from dino_simpool.config import KnnConfig
 from dino_simpool.data import EvalTransform, ImageSet
-from dino_simpool.eval import chunks, class_folders, classes_of, preprocessing, run
-from dino_simpool.eval.neighbors import neighbors
-from dino_simpool.features import extract_features
+from dino_simpool.eval import class_folders, classes_of, run
+from dino_simpool.features.chunks import chunks
+from dino_simpool.features.encode import extract_features, preprocessing
+from dino_simpool.features.neighbors import neighbors
 from dino_simpool.logs import say
-from dino_simpool.model import Encoder
+from dino_simpool.models.encoder import Encoder
 
 KS = (10, 20, 100, 200)
 """The numbers of neighbours of the published evaluation; the paper reports 10."""

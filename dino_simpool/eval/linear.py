@@ -32,14 +32,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dino_simpool import distributed
-from dino_simpool.augment import CROP_NUMBERS, crop_box, to_tensor, uniforms
 from dino_simpool.config import LinearConfig
 from dino_simpool.data import EvalTransform, ImageSet, MultiCropDataset, default_workers, epoch_order
-from dino_simpool.decode import EncodedImage
-from dino_simpool.eval import chunks, class_folders, classes_of, preprocessing, run
-from dino_simpool.features import encode, evaluation_mode, extract_features
+from dino_simpool.data.augment import CROP_NUMBERS, crop_box, to_tensor, uniforms
+from dino_simpool.data.decode import EncodedImage
+from dino_simpool.eval import class_folders, classes_of, run
+from dino_simpool.features.chunks import chunks
+from dino_simpool.features.encode import encode, evaluation_mode, extract_features, preprocessing
 from dino_simpool.logs import progress, say
-from dino_simpool.model import Encoder
+from dino_simpool.models.encoder import Encoder
 
 MOMENTUM = 0.9
 INIT_STD = 0.01

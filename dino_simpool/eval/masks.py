@@ -24,9 +24,9 @@ from torch import nn
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig
 from dino_simpool.data import EvalTransform, class_folder, index_loader
-from dino_simpool.eval import decoded, preprocessing, run
-from dino_simpool.features import evaluation_mode
-from dino_simpool.model import Encoder
+from dino_simpool.eval import decoded, run
+from dino_simpool.features.encode import evaluation_mode, preprocessing
+from dino_simpool.models.encoder import Encoder
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom in pixels"""

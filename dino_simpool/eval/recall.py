@@ -29,13 +29,15 @@ from torch import Tensor
 from dino_simpool import distributed
 from dino_simpool.config import RecallConfig
 from dino_simpool.data import EvalTransform, ImageSet
-from dino_simpool.data.layouts import differing_counts, fine_grained, part_counts
-from dino_simpool.eval import chunks, decoded, preprocessing, run
-from dino_simpool.eval.neighbors import neighbors
-from dino_simpool.eval.ranking import NOTHING, Labelled, best_positive, count_nearer
-from dino_simpool.features import extract_features
+from dino_simpool.eval import decoded, run
+from dino_simpool.features.chunks import chunks
+from dino_simpool.features.encode import extract_features, preprocessing
+from dino_simpool.features.neighbors import neighbors
+from dino_simpool.features.ranking import NOTHING, Labelled, best_positive, count_nearer
+from dino_simpool.layouts.lists import differing_counts, part_counts
+from dino_simpool.layouts.metric_learning import fine_grained
 from dino_simpool.logs import say
-from dino_simpool.model import Encoder
+from dino_simpool.models.encoder import Encoder
 
 Ties = Literal["stable", "optimistic"]
 

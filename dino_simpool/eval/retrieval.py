@@ -33,16 +33,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_simpool.augment import to_tensor
 from dino_simpool.config import RetrievalConfig
 from dino_simpool.data import ImageSet, find_images
-from dino_simpool.data.layouts import differing_counts, landmarks, part_counts
-from dino_simpool.eval import chunks, decoded, run
-from dino_simpool.eval.neighbors import UNIT
-from dino_simpool.eval.whitening import Whitening, unit, whitening_set
-from dino_simpool.features import extract_features
+from dino_simpool.data.augment import to_tensor
+from dino_simpool.eval import decoded, run
+from dino_simpool.features.chunks import chunks
+from dino_simpool.features.encode import extract_features
+from dino_simpool.features.neighbors import UNIT
+from dino_simpool.features.whitening import Whitening, unit, whitening_set
+from dino_simpool.layouts.landmarks import landmarks
+from dino_simpool.layouts.lists import differing_counts, part_counts
 from dino_simpool.logs import say
-from dino_simpool.model import Encoder, thin_images
+from dino_simpool.models.encoder import Encoder, thin_images
 
 PROTOCOLS = {
     "easy": (("easy",), ("junk", "hard")),

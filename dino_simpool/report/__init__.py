@@ -18,13 +18,14 @@ import torch
 import yaml
 
 from dino_simpool import distributed
-from dino_simpool.checkpoint import load_encoder, read_state, write_atomically
+from dino_simpool.checkpoint import load_encoder, read_state
 from dino_simpool.config import ReportConfig, TrainConfig, from_dict
-from dino_simpool.eval import versions
+from dino_simpool.files import write_atomically
 from dino_simpool.logs import read_log
 from dino_simpool.report import page
 from dino_simpool.report.chart import Point, line_chart, short
 from dino_simpool.report.panels import attention_cards, crop_cards, ramp_css
+from dino_simpool.results import versions
 
 Record = dict[str, Any]
 

@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_simpool.augment import MultiCrop
 from dino_simpool.config import EvalConfig, TrainConfig
 from dino_simpool.data import EvalTransform, find_images, folder_or_archive, read_or_replace
-from dino_simpool.eval import preprocessing
+from dino_simpool.data.augment import MultiCrop
 from dino_simpool.eval.attention import mass_mask
 from dino_simpool.eval.masks import Box, cell_coverage, evenly, mask_path, read_mask, seen_box, seen_size, shares
-from dino_simpool.model import Encoder
+from dino_simpool.features.encode import preprocessing
+from dino_simpool.models.encoder import Encoder
 from dino_simpool.pictures import enlarge, paint, to_bytes, unnormalize
 
 RAMP = [(255, 221, 87, 0), (252, 141, 50, 150), (214, 40, 57, 215), (140, 12, 74, 240)]

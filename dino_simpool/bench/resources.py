@@ -1,0 +1,146 @@
+"""Parameters and multiply-adds of an encoder for one image, as the paper counts them and in full: Table 8.
+
+Source: "Keep It SimPool", Table 8, whose figures are those of a hook counter like THOP. One multiply-add is one "FLOP"; counted
+are convolutions and linear layers without bias, and 4 per number that enters a stock BatchNorm or LayerNorm (the norms of
+ConvNeXt were a class of their own, so they are left out); attention products, powers and minima are not. Columns:
+
+    params          trainable parameters, with a classifier of num_classes
+    macs_thop       as above; of SimPool (N + 1) D^2, its keys being a linear layer of all tokens, and its norm
+    macs_full       also 2 n^2 D of each attention layer of n tokens, and 2 N D of SimPool
+    macs_executed   the same with W_k folded into SimPool's query (`simpool`), as this package computes it
+
+The forward pass runs on torch's meta device: sizes only, so that it takes no time and memory whatever the encoder.
+
+N positions that are pooled, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from dino_simpool import distributed
+from dino_simpool.checkpoint import load_encoder
+from dino_simpool.config import ModelConfig, ResourcesConfig, TrainConfig, parse, to_dict
+from dino_simpool.files import write_atomically
+from dino_simpool.models.encoder import Encoder, build_encoder
+from dino_simpool.models.pooling.simpool import SimPool, as_tokens
+from dino_simpool.models.trunk import find_arch
+from dino_simpool.results import model_record, results_folder, versions
+
+
+def resources(encoder: Encoder, *, image_size: int | None = None, num_classes: int = 1000) -> dict[str, int]:
+    """params, macs_thop, macs_full and macs_executed of an encoder for one image of image_size pixels a side.
+
+    image_size: null for that of its config. num_classes: of a linear classifier on it, 0 for none. The encoder is not changed.
+    ValueError if the image is too small for it, or its attention is of an unknown kind.
+    """
+    dim, params = encoder.embed_dim, sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    parts = count_multiply_adds(encoder.config, image_size or encoder.config.image_size)
+    thop = parts["layers"] + parts["norms"] + parts["pool_layers"] + dim * num_classes
+    full = thop + parts["attention"] + parts["pool_attention"]
+    return {
+        "params": params + (dim + 1) * num_classes,
+        "macs_thop": thop,
+        "macs_full": full,
+        "macs_executed": full - parts["pool_layers"] - parts["pool_attention"] + parts["pool_executed"],
+    }
+
+
+def count_multiply_adds(cfg: ModelConfig, image_size: int) -> Counter[str]:
+    """Multiply-adds for one square image: layers, norms, attention; of SimPool pool_layers, pool_attention, pool_executed.
+
+    pool_executed is what takes the place of the other two when the keys are folded. SimPool's norm is among the norms.
+    """
+    with torch.device("meta"):
+        encoder = build_encoder(cfg).eval()
+        image = torch.empty(1, 3, image_size, image_size)
+    if unknown := [b for b in getattr(encoder.trunk, "blocks", ()) if not isinstance(getattr(b, "attn", None), Attention)]:
+        raise ValueError(f"{cfg.arch} has {type(unknown[0]).__name__}, whose attention is not counted: use a standard ViT")
+    is_convnext = find_arch(cfg.arch)[0] == "convnext"
+    parts: Counter[str] = Counter()
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if isinstance(module, _ConvNd):
+            parts["layers"] += output.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            parts["layers"] += output.numel() * module.in_features
+        elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)) and not is_convnext:
+            parts["norms"] += 4 * inputs[0].numel()
+        elif isinstance(module, Attention):
+            tokens = inputs[0].shape[1]
+            parts["attention"] += 2 * tokens**2 * module.num_heads * module.head_dim
+        elif isinstance(module, SimPool):  # its layers are weights in functions, which no hook sees
+            _, positions, dim = as_tokens(inputs[0]).shape
+            parts["norms"] += 4 * positions * dim
+            parts["pool_layers"] += (positions + 1) * dim**2
+            parts["pool_attention"] += 2 * positions * dim
+            parts["pool_executed"] += 2 * dim**2 + (module.num_heads + 1) * positions * dim
+
+    for module in encoder.modules():
+        module.register_forward_hook(hook)
+    with torch.no_grad():
+        encoder(image)
+    return parts
+
+
+def main(cfg: ResourcesConfig) -> None:
+    """The command resources."""
+    distributed.setup("cpu")
+    encoder, source = encoder_of(cfg)
+    folder = results_folder(cfg.out, cfg.checkpoint) if cfg.out or cfg.checkpoint else None
+    image_size = cfg.image_size or encoder.config.image_size
+    metrics = resources(encoder, image_size=image_size, num_classes=cfg.num_classes)
+    record = {
+        "evaluator": "resources", "dataset": None, "split": None, "metrics": metrics, "units": "parameters, multiply-adds",
+        "config": to_dict(cfg), "image_size": image_size, "num_classes": cfg.num_classes, "model": source,
+        "versions": versions(),
+    }  # fmt: skip
+    if not distributed.is_main():
+        return
+    print(describe(encoder.config, metrics, image_size=image_size, num_classes=cfg.num_classes))
+    if folder is None:
+        print("  not written: no --out DIR and no checkpoint")
+        return
+    path = folder / "resources.json"
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write_text(text))
+    print(f"  written to {path}")
+
+
+def encoder_of(cfg: ResourcesConfig) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder of the checkpoint, of the recipe or of the model options, and its record. ValueError if two are given."""
+    given = {"checkpoint": cfg.checkpoint, "recipe": cfg.recipe, "model": cfg.model if cfg.model != ModelConfig() else None}
+    names = [name for name, value in given.items() if value]
+    if len(names) > 1:
+        raise ValueError(
+            f"{' and '.join(names)} are given: an encoder comes from one of --checkpoint, --recipe and --model.arch"
+        )
+    if cfg.checkpoint:
+        encoder = load_encoder(cfg.checkpoint)
+        return encoder, model_record(encoder, cfg.checkpoint, "teacher")
+    model = parse(TrainConfig, ["--config", cfg.recipe]).model if cfg.recipe else cfg.model
+    with torch.device("meta"):
+        return build_encoder(model), to_dict(model)
+
+
+def describe(model: ModelConfig, metrics: dict[str, int], *, image_size: int, num_classes: int) -> str:
+    """What is printed: the counts, in full and in millions or billions."""
+    head = f"with a classifier of {num_classes} classes" if num_classes else "without a classifier"
+    exponent = f", gamma {model.gamma}" if model.pool == "simpool" else ""
+    lines = [f"resources: {model.arch}, {model.pool}{exponent}, 1 x 3 x {image_size} x {image_size}, {head}"]
+    of: dict[str, tuple[str, Callable[[int], str]]] = {
+        "params": ("parameters", lambda count: f"{count / 1e6:.3f} M"),
+        "macs_thop": ("multiply-adds, as Table 8 counts them", lambda count: f"{count / 1e9:.3f} G"),
+        "macs_full": ("  with the products of attention", lambda count: f"{count / 1e9:.3f} G"),
+        "macs_executed": ("  as executed, SimPool's keys folded", lambda count: f"{count / 1e9:.3f} G"),
+    }
+    lines += [f"  {of[name][0]:<38} {count:>16,} {of[name][1](count):>11}" for name, count in metrics.items()]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What DINO is: a student that learns from its own moving average."""

@@ -1,0 +1,1 @@
+"""Encoder in, arrays out: features, attention, neighbors."""

@@ -1,0 +1,154 @@
+"""How many gallery images are nearer to a query than the best one of its class: a count, so nothing is sorted.
+
+The best positive is known from float64 products within each class. Float32 products of all pairs, a tile at a time, then count
+what is nearer; what comes as near to it as float32 errs is counted by float64 products rounded to 2**-30, as in neighbors.py.
+So the result is exact, whatever the tiles and processes. If the queries are their own gallery, a tile serves its columns as
+well as its rows, hence half of the products are enough.
+
+Q queries, M gallery images, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dino_simpool.features.chunks import MAX_BYTES, chunks
+from dino_simpool.features.neighbors import UNIT, full_precision, keys_of, lengths_of, margin
+
+TILE = 1024
+"""Side of a tile on a CPU: two of them stay in its cache."""
+DEVICE_TILE = 8192
+"""Side of a tile elsewhere."""
+NOTHING = -(2**62)
+"""A key below those of all similarities."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Features in the order of their labels, so that images of one class are neighbours, on the device of the features."""
+
+    rows: Tensor  # (M, D), of any length
+    lengths: Tensor  # (M,) float64
+    labels: Tensor  # (M,) int64, ascending
+    number: Tensor  # (M,) int64, the place of each where it came from
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor) -> Labelled:
+        """Features (M, D) and labels (M,) in any order. ValueError if a feature is not finite."""
+        labels, order = labels.to(features.device).long().sort(stable=True)
+        rows = features[order]
+        return cls(rows, lengths_of(rows), labels, order)
+
+    def exact(self, index: Tensor | slice) -> Tensor:
+        """Some rows, of unit length in float64."""
+        return self.rows[index].double() / self.lengths[index, None]
+
+    def unit(self) -> Tensor:
+        """All rows, of unit length in float32, (M, D)."""
+        unit = torch.empty(self.rows.shape, device=self.rows.device)
+        for part in chunks(len(unit), 16 * unit.shape[1]):
+            unit[part] = self.exact(part)
+        return unit
+
+
+def best_positive(queries: Labelled, gallery: Labelled, *, own: bool) -> Tensor:
+    """The key (neighbors.py) of the nearest positive of each query, (Q,) int64, with its `number`; NOTHING if there is none.
+
+    own: queries and gallery are the same, and nobody is positive to himself.
+    """
+    best = torch.full_like(queries.labels, NOTHING)
+    start = torch.searchsorted(gallery.labels, queries.labels).tolist()
+    stop = torch.searchsorted(gallery.labels, queries.labels, right=True).tolist()
+    for first in range(0, len(best), 64):
+        rows = slice(first, min(first + 64, len(best)))
+        exact = queries.exact(rows)
+        begin, end = start[rows.start], stop[rows.stop - 1]  # all gallery images of these classes, and of those between
+        for part in chunks(end - begin, 8 * (exact.shape[1] + 4 * len(exact))):
+            columns = slice(begin + part.start, begin + part.stop)
+            key = keys_of(exact @ gallery.exact(columns).T, gallery.number[columns])
+            positive = queries.labels[rows, None] == gallery.labels[columns]
+            if own:
+                positive &= queries.number[rows, None] != gallery.number[columns]
+            best[rows] = torch.maximum(best[rows], torch.where(positive, key, NOTHING).amax(1))
+    return best
+
+
+def count_nearer(
+    queries: Labelled, gallery: Labelled, best: Tensor, *, own: bool, tile: int | None, part: tuple[int, int]
+) -> Tensor:
+    """How many gallery images are nearer than the best positive, (Q, 2) int64: by the stable order, and more similar than it.
+
+    Arguments as of, and from, `best_positive`. tile: side of a tile, None as fits the device. part: (i, n) counts every n-th
+    tile from the i-th on only.
+    """
+    device = queries.rows.device
+    side = tile or (TILE if device.type == "cpu" else DEVICE_TILE)
+    unit = queries.unit()
+    gallery_unit = unit if own else gallery.unit()
+    counter = _Counter.of(queries, gallery, best)
+    product, mask = (torch.empty(side * side, device=device) for _ in range(2))
+    with full_precision():
+        for turn, (rows, columns) in enumerate(_tiles(len(unit), len(gallery_unit), side, own=own)):
+            if turn % part[1] != part[0]:
+                continue
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            similarity, space = (memory[: shape[0] * shape[1]].view(shape) for memory in (product, mask))
+            torch.mm(unit[rows], gallery_unit[columns].T, out=similarity)
+            if own and rows == columns:
+                similarity.fill_diagonal_(-2)  # less than any: nobody finds himself
+            counter.add(similarity, rows, columns, space)
+            if own and rows != columns:
+                counter.add(similarity.T, columns, rows, space.T)
+    return counter.nearer
+
+
+def _tiles(queries: int, gallery: int, side: int, *, own: bool) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the tiles that cover all pairs; if both are the same images, of the upper triangle."""
+    for i in range(0, queries, side):
+        for j in range(i if own else 0, gallery, side):
+            yield slice(i, min(i + side, queries)), slice(j, min(j + side, gallery))
+
+
+@dataclass(frozen=True, eq=False)
+class _Counter:
+    queries: Labelled
+    gallery: Labelled
+    best: Tensor  # (Q,) keys
+    low: Tensor  # (Q, 1) float32: what is below is certainly not nearer
+    high: Tensor  # (Q, 1) float32: what is above is certainly nearer
+    nearer: Tensor  # (Q, 2) int64, the counts so far
+
+    @classmethod
+    def of(cls, queries: Labelled, gallery: Labelled, best: Tensor) -> _Counter:
+        level = torch.where(best > NOTHING, (best >> 32).double() / UNIT, torch.inf)[:, None]
+        error = margin(queries.rows.shape[1])
+        low, high = (level - error).float(), (level + error).float()
+        return cls(queries, gallery, best, low, high, torch.zeros(len(best), 2, dtype=torch.int64, device=best.device))
+
+    def add(self, similarity: Tensor, rows: slice, columns: slice, space: Tensor) -> None:
+        """Count a tile (b, c) of float32 similarities. space: memory of its shape and strides."""
+        low, high = self.low[rows], self.high[rows]
+        # A comparison into float32, and the sum of that (exact up to 2**24), are faster than with booleans.
+        certain = torch.gt(similarity, high, out=space).sum(1)
+        unsure = (torch.ge(similarity, low, out=space).sum(1) - certain).nonzero()[:, 0]
+        self.nearer[rows] += certain.long()[:, None]
+        if len(unsure):  # in few tiles: positives, which are as near as they are, lie on the diagonal or beside it
+            near = similarity[unsure]
+            self._settle((near >= low[unsure]) & (near <= high[unsure]), rows.start + unsure, columns)
+
+    def _settle(self, near: Tensor, rows: Tensor, columns: slice) -> None:
+        """Count what of the marked pairs (rows, columns) is nearer in float64."""
+        row, column = near.nonzero(as_tuple=True)
+        query, other = rows[row], columns.start + column
+        if 8 * len(row) > near.numel():  # so many near-ties that the product of all is cheaper
+            similarity = (self.queries.exact(rows) @ self.gallery.exact(columns).T)[near]
+        else:
+            # Parts that fit in the processor's cache.
+            parts = chunks(len(row), 16 * self.queries.rows.shape[1], max_bytes=MAX_BYTES // 64)
+            similarity = torch.cat([(self.queries.exact(query[p]) * self.gallery.exact(other[p])).sum(1) for p in parts])
+        key, best = keys_of(similarity, self.gallery.number[other]), self.best[query]
+        self.nearer.index_add_(0, query, torch.stack([key > best, key >> 32 > best >> 32], 1).long())

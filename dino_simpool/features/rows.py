@@ -1,0 +1,128 @@
+"""A large .npy file that several processes fill, block by block, and that survives being killed at any point.
+
+    NAME.partial.npy              while the work goes on: the array at its full size, zeros where nothing was written yet
+    NAME.progress_0.json ...      of each process: the blocks whose rows are on the disk, as [[first, last + 1], ...]
+    NAME.npy                      afterwards, in their place
+
+Rows are pushed to the disk before the record that names them. So a recorded block is there even after a power cut, and any
+other one is computed again, by whichever process is there then. Rows are written by place and not through a memory map: a full
+disk is then an error and not a crash, and machines that share the file never write back each other's part of a page.
+
+M rows in blocks of `block`, the last one smaller; one process writes a block as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from dino_simpool.files import write_atomically
+
+SAVE_SECONDS = 10.0
+"""Work of a process that a kill may cost."""
+
+
+class RowFile:
+    """An array of `shape` (M, ...) in float32 at `path`. As a context, it is open for `write`, and saved at the end."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], *, block: int, rank: int = 0) -> None:
+        self.path, self.shape, self.block = path, shape, block
+        self.partial = path.with_suffix(".partial.npy")
+        self.row_bytes = 4 * math.prod(shape[1:])
+        self._record = path.with_suffix(f".progress_{rank}.json")
+        self._written: list[list[int]] = []
+        self._file, self._offset, self._saved = -1, 0, 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the file is there, with every row."""
+        return self.path.exists()
+
+    def missing_bytes(self) -> int:
+        """What the disk needs room for until the file is finished."""
+        size = self.shape[0] * self.row_bytes
+        if self.finished:
+            return 0
+        return max(0, size - self.partial.stat().st_blocks * 512) if self.partial.exists() else size
+
+    def create(self) -> None:
+        """Start anew, with no row written. By one process, before any opens the file."""
+        self.forget()
+        write_atomically(self.partial, lambda path: np.lib.format.open_memmap(path, "w+", np.float32, self.shape).flush())
+
+    def remaining(self) -> np.ndarray:
+        """Numbers of the blocks that no process has recorded, ascending."""
+        done = np.zeros(-(-self.shape[0] // self.block), bool)
+        for record in self._records():
+            for first, stop in json.loads(record.read_text()):
+                done[first:stop] = True
+        return np.flatnonzero(~done)
+
+    def rows_of(self, blocks: np.ndarray) -> np.ndarray:
+        """The numbers of the rows in some blocks."""
+        rows = (blocks[:, None] * self.block + np.arange(self.block)).reshape(-1)
+        return rows[rows < self.shape[0]]
+
+    def write(self, block: int, rows: np.ndarray) -> None:
+        """Put the rows (up to `block`, ...) of one block in place. They are recorded now and then, and at the end."""
+        assert rows.shape == (len(self.rows_of(np.array([block]))), *self.shape[1:]), f"rows {rows.shape} of {self.shape}"
+        data = memoryview(rows.astype(np.float32).tobytes())
+        place = self._offset + block * self.block * self.row_bytes
+        while data:
+            count = os.pwrite(self._file, data, place)
+            data, place = data[count:], place + count
+        if self._written and self._written[-1][1] == block:
+            self._written[-1][1] += 1
+        else:
+            self._written.append([block, block + 1])
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Record what was written, after it is on the disk."""
+        os.fsync(self._file)
+        write_atomically(self._record, lambda path: path.write_text(json.dumps(self._written)))
+        self._saved = time.monotonic()
+
+    def finish(self) -> None:
+        """Give the file its name, after all processes have left their contexts. By one process."""
+        assert not len(self.remaining()), f"{self.partial} is not complete"
+        os.replace(self.partial, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self.forget()
+
+    def forget(self) -> None:
+        """Remove the records, and what a killed process left half written. By one process, while none has the file open."""
+        for old in [*self._records(), *self.path.parent.glob(f".{self.path.stem}.*.tmp")]:
+            old.unlink()
+
+    def __enter__(self) -> RowFile:
+        try:
+            array = np.lib.format.open_memmap(self.partial, "r")
+        except ValueError as error:
+            raise ValueError(f"{self.partial} is damaged ({error}): remove {self.path.parent} and start again") from error
+        if array.shape != self.shape or array.dtype != np.float32:
+            raise ValueError(f"{self.partial} holds {array.shape} and not {self.shape}: remove {self.path.parent}")
+        self._offset, self._saved = array.offset, time.monotonic()
+        self._written = json.loads(self._record.read_text()) if self._record.exists() else []
+        self._file = os.open(self.partial, os.O_RDWR)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.save()  # after an error too: what is done stays done
+        finally:
+            os.close(self._file)
+
+    def _records(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.stem}.progress_*.json"))

@@ -1,0 +1,202 @@
+"""Which images of an extracted set are like these? The rows of highest cosine similarity, from the index of `extract --index`.
+
+The index finds candidates in float32. Their cosines are then computed in float64 and rounded to 1e-6, which is what features
+in float32 are exact to; of equal ones the lower row is nearer. If rounding could have hidden a neighbour (many near-ties), all
+rows are compared instead. The weights must be those of the index, and the queries are prepared as its images were.
+
+M images of the index, Q queries, D width of a feature.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from dino_simpool import distributed
+from dino_simpool.checkpoint import load_encoder
+from dino_simpool.config import SearchConfig, to_dict
+from dino_simpool.contact_sheet import Tile, contact_sheet
+from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, find_images
+from dino_simpool.features.chunks import chunks
+from dino_simpool.features.encode import extract_features
+from dino_simpool.features.extract import make_transform, read_meta
+from dino_simpool.files import file_sha256, write_atomically
+from dino_simpool.models.encoder import Encoder
+from dino_simpool.results import versions
+
+SPARE = 32
+"""Candidates beyond k."""
+NEAR = 1e-5
+"""Similarities of the index that differ by more than this are in their true order."""
+BLUE, GOLD = (31, 119, 180), (230, 159, 0)
+
+
+def main(cfg: SearchConfig) -> None:
+    """The command `dino-simpool search`."""
+    device = distributed.setup(cfg.device)
+    for name, value in (("index", cfg.index), ("query", cfg.query), ("out", cfg.out)):
+        if not value:
+            raise ValueError(f"no {name} is given: say --index DIR --query IMAGE --out OUT, DIR as `extract --index` wrote it")
+    meta, features, index = open_index(cfg.index)
+    settings = meta["settings"]
+    images, queries = (
+        each.decoded(max_pixels=meta["source"]["max_pixels"], exif_orientation=settings["images"]["exif_orientation"])
+        for each in (images_of(cfg, meta), query_images(cfg.query))
+    )
+    encoder = encoder_of(cfg, meta).to(device)
+    vectors = extract_features(
+        encoder, queries, transform=make_transform(settings["preprocessing"]), batch_size=settings["batch_size"],
+        workers=cfg.workers, device=device, precision=settings["precision"], description="queries",
+    )  # fmt: skip
+    if not distributed.is_main():
+        return
+    found = [neighbors_of(cfg, i, vector, queries, images, features, index) for i, vector in enumerate(vectors.numpy())]
+    source = {name: meta["source"][name] for name in ("checkpoint", "sha256", "which")}
+    record = {
+        "evaluator": "search", "dataset": meta["source"]["data"], "counts": {"images": len(images), "queries": len(queries)},
+        "queries": found, "config": to_dict(cfg), "preprocessing": settings["preprocessing"],
+        "model": settings["model"] | source, "extraction": meta["hash"], "versions": versions(), "device": device.type,
+        "processes": distributed.world_size(), "dtype": settings["precision"],
+    }  # fmt: skip
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
+    shown = enumerate(found[: cfg.sheet_rows])
+    rows = [tiles(queries, i, result["query"], result["neighbors"][: cfg.sheet_columns], images) for i, result in shown]
+    write_atomically(out / "contact_sheet.png", lambda path: contact_sheet(rows, lead=1).save(path, format="PNG"))
+    print(describe(found, out))
+
+
+def nearest(features: np.ndarray, index: faiss.Index, query: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k rows of highest cosine to a query: similarities float64 in steps of 1e-6, descending, and row numbers.
+
+    features: (M, D), what the index was built of. query: (D,), of any length. k above M counts as M. Equal similarities: lower
+    row first.
+    """
+    query = query.astype(np.float64)
+    unit = query / max(float(np.linalg.norm(query)), 1e-12)
+    k, count = min(k, len(features)), min(k + SPARE, len(features))
+    similarity, found = index.search(unit.astype(np.float32)[None], count)
+    rows = np.sort(found[0])
+    if count < len(features) and similarity[0, k - 1] - similarity[0, -1] < NEAR:
+        rows = np.arange(len(features))
+    cosines = np.empty(len(rows))
+    for part in chunks(len(rows), 16 * features.shape[1]):
+        block = features[rows[part]].astype(np.float64)
+        cosines[part] = block @ unit / np.maximum(np.linalg.norm(block, axis=1), 1e-12)
+    cosines = cosines.round(6)
+    best = np.argsort(-cosines, kind="stable")[:k]
+    return cosines[best], rows[best]
+
+
+def open_index(folder: str) -> tuple[dict[str, Any], np.ndarray, faiss.Index]:
+    """meta.json, the features (M, D) and the index of a folder. ValueError if one is missing or does not fit the others."""
+    meta, path = read_meta(folder), Path(folder) / "index.faiss"
+    missing = [name for name in ("features.npy", "index.faiss") if not (Path(folder) / name).is_file()]
+    if meta is None or missing:
+        raise ValueError(f"{folder} has no {(['meta.json'] if meta is None else missing)[0]}: write it with `extract --index`")
+    if not meta["source"]:
+        raise ValueError(f"{folder}/meta.json does not say which checkpoint made it: write it with `dino-simpool extract`")
+    features = np.load(Path(folder) / "features.npy", mmap_mode="r")
+    try:
+        index = faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} cannot be read (truncated, or not an index): write it again with `extract --index`"
+        ) from error
+    if features.shape != (index.ntotal, index.d):
+        raise ValueError(f"{path} holds {index.ntotal} x {index.d} numbers, features.npy {features.shape}: write it again")
+    return meta, features, index
+
+
+def encoder_of(cfg: SearchConfig, meta: dict[str, Any]) -> Encoder:
+    """The encoder that made an index. ValueError or FileNotFoundError if its checkpoint is not there or is another one now."""
+    source = meta["source"]
+    path = cfg.checkpoint or source["checkpoint"]
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"the checkpoint of the index, {path}, is not there: say --checkpoint where it is now")
+    if (now := file_sha256(path)) != source["sha256"]:
+        raise ValueError(
+            f"{path} is not the checkpoint that made the index (SHA-256 {now[:12]}, the index has {source['sha256'][:12]}): "
+            "extract again, or give the one that made it with --checkpoint"
+        )
+    return load_encoder(path, which=source["which"], **meta["settings"]["model"])
+
+
+def images_of(cfg: SearchConfig, meta: dict[str, Any]) -> ImageSet:
+    """The images of an index, to be shown. ValueError or FileNotFoundError if they are not there or have other names now."""
+    sources = [cfg.data] if isinstance(cfg.data, str) and cfg.data else list(cfg.data) or meta["source"]["data"]
+    try:
+        images = find_images([os.path.abspath(source) for source in sources])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the images of the index: {error}; say --data where they are now") from error
+    if images.digest() != meta["settings"]["images"]["names"]:
+        count = meta["settings"]["images"]["count"]
+        raise ValueError(
+            f"{', '.join(sources)} has {len(images)} images and not the {count} of the index, or other names: extract again, "
+            "or say --data where those are now"
+        )
+    if images.sizes_digest() != meta["sizes"]:
+        raise ValueError(f"{', '.join(sources)} has other files under the names of the index: extract again")
+    return images
+
+
+def query_images(query: str | tuple[str, ...]) -> ImageSet:
+    """The queries: image files as they are named, or the images of a folder or of a text file of paths."""
+    paths = [query] if isinstance(query, str) else list(query)
+    files = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES) and not os.path.isdir(path)]
+    if not files:
+        return find_images(paths)
+    if len(files) < len(paths):
+        raise ValueError(
+            f"query mixes images such as {files[0]} with other sources: give only images, or only folders and lists"
+        )
+    if missing := [path for path in files if not os.path.isfile(path)]:
+        raise FileNotFoundError(f"query {missing[0]} does not exist: give an image, a folder of images or a text file of paths")
+    return ImageSet("", np.array(files))
+
+
+def neighbors_of(
+    cfg: SearchConfig, number: int, vector: np.ndarray, queries: ImageSet, images: ImageSet, features: np.ndarray,
+    index: faiss.Index,
+) -> dict[str, Any]:  # fmt: skip
+    """What results.json says of one query: its name and its neighbours, nearest first."""
+    own = os.path.realpath(queries.path(number))
+    similarities, rows = nearest(features, index, vector, k=cfg.k + cfg.exclude_self)
+    neighbors = [
+        {
+            "name": images.name(row),
+            "row": row,
+            "similarity": similarity,
+            "query_itself": os.path.realpath(images.path(row)) == own,
+        }
+        for similarity, row in zip(similarities.tolist(), rows.tolist(), strict=True)
+    ]
+    kept = [neighbor for neighbor in neighbors if not (cfg.exclude_self and neighbor["query_itself"])][: cfg.k]
+    return {"query": queries.name(number), "neighbors": [{"rank": i, **neighbor} for i, neighbor in enumerate(kept, 1)]}
+
+
+def tiles(queries: ImageSet, number: int, name: str, neighbors: list[dict[str, Any]], images: ImageSet) -> list[Tile]:
+    """A row of the contact sheet: the query in blue, then its neighbours, the query itself among them in gold."""
+    row = [Tile(queries.read(number), ("query", os.path.basename(name)), BLUE)]
+    for neighbor in neighbors:
+        itself = neighbor["query_itself"]
+        caption = f"{neighbor['rank']}.  {neighbor['similarity']:.4f}" + ("  (itself)" if itself else "")
+        row.append(Tile(images.read(neighbor["row"]), (caption, neighbor["name"]), GOLD if itself else None))
+    return row
+
+
+def describe(found: list[dict[str, Any]], out: Path) -> str:
+    """What is printed: of each query the rank, the similarity and the name of its neighbours."""
+    lines = []
+    for result in found:
+        lines.append(result["query"])
+        for neighbor in result["neighbors"]:
+            itself = "  (the query itself)" if neighbor["query_itself"] else ""
+            lines.append(f"  {neighbor['rank']:>3}  {neighbor['similarity']:.4f}  {neighbor['name']}{itself}")
+    return "\n".join([*lines, f"written to {out / 'results.json'} and {out / 'contact_sheet.png'}"])

@@ -1,0 +1,72 @@
+"""Whitening of features, learned from other images than those that are searched.
+
+Source: PCA in utils.py of facebookresearch/dino, as its eval_copy_detection.py uses it: unit features, 256 dimensions,
+eigenvalues to the power -0.5. The SimPool paper does without.
+
+M images, D width of a feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dino_simpool.data import ImageSet, find_images
+from dino_simpool.features.chunks import chunks
+from dino_simpool.layouts.landmarks import lenient
+
+
+def unit(features: Tensor) -> Tensor:
+    """The rows (M, D) in float64 with length 1; a row of zeros stays."""
+    return F.normalize(features.double(), dim=1)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Decorrelation to equal variances, learned on unit features: x -> (x - mean) @ matrix."""
+
+    mean: Tensor
+    """(D,) float64."""
+    matrix: Tensor
+    """(D, kept) float64: eigenvectors of the covariance, each over the root of its eigenvalue, the largest first."""
+
+    @classmethod
+    def learn(cls, features: Tensor, dim: int) -> Whitening:
+        """From features (M, D), keeping `dim` dimensions; eigenvalues below 1e-5 of the largest are raised to that.
+
+        ValueError if all are alike.
+        """
+        mean = unit(features).mean(0)
+        centered = unit(features) - mean
+        values, vectors = torch.linalg.eigh(centered.T @ centered / len(centered))
+        if not values[-1] > 1e-12:
+            raise ValueError(f"the {len(features)} features to learn the whitening from are all alike: give other images")
+        kept = slice(len(values) - dim, None)
+        matrix = vectors[:, kept] / values.clamp_min(1e-5 * values[-1].item())[kept].sqrt()
+        return cls(mean, matrix.flip(1))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(M, kept) float64 of features (M, D) of any length."""
+        parts = [(unit(features[rows]) - self.mean) @ self.matrix for rows in chunks(len(features), 16 * features.shape[1])]
+        return torch.cat(parts)
+
+
+def whitening_set(source: str, width: int, *, dim: int | None) -> tuple[ImageSet | None, int]:
+    """The images to learn from, None without a source, and the dimensions to keep.
+
+    source: a folder or a text file of paths. width: D. dim: None for 256, or D if that is less. ValueError if so many images of
+    this width have fewer dimensions: what remains would be noise, blown up to the variance of the rest.
+    """
+    dim = min(256, width) if dim is None else dim
+    if not source:
+        return None, dim
+    images = find_images(source)
+    if dim > width or dim >= len(images):
+        raise ValueError(
+            f"whitening_dim is {dim}: features of width {width} from {len(images)} images have no more than "
+            f"{min(width, len(images) - 1)} dimensions that vary"
+        )
+    return lenient(images), dim

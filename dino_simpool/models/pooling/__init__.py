@@ -1,0 +1,1 @@
+"""Poolings: many tokens in, one feature out."""

@@ -1,0 +1,187 @@
+"""SimPool, attention-based pooling, and the two poolings that it replaces: the class token and the global average.
+
+Source: Psomas et al., "Keep It SimPool: Who Said Supervised Transformers Suffer from Attention Deficit?", ICCV 2023,
+Algorithm 2, with X the tokens of one image, X' = LayerNorm(X) and m the minimum of X' over the image:
+
+    q = W_q mean_j x_j,   a_j = softmax_j(q . W_k x'_j / sqrt(D)),   u = (sum_j a_j (x'_j - m + eps)^gamma)^(1/gamma)
+
+Deviations, none of which changes a number of the published single-head module: W_k is folded into the query, q . W_k x'_j =
+(W_k^T q) . x'_j, which saves its (N, D) x (D, D) product; a batch of one stays a batch; the outputs of several heads are always
+put side by side. The published code takes the minimum over the whole batch, here `min_over="batch"`.
+
+Letters: B images, N tokens, D width, H heads.   This module needs torch only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which products on the device of x keep their dtype; the meta device has no autocast to switch off."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """Tokens (B, N, D) of x, which is tokens (B, N, D) or maps (B, D, H, W), read row by row. Another shape is a ValueError."""
+    if x.ndim == 3:
+        return x
+    if x.ndim == 4:
+        return x.flatten(2).transpose(1, 2)
+    raise ValueError(f"pooling got a tensor of shape {tuple(x.shape)}: give tokens (B, N, D) or maps (B, D, H, W)")
+
+
+class SimPool(nn.Module):
+    """Attention pooling with one query, the mean of the tokens, and a generalised mean of exponent gamma.
+
+    dim: width D of the tokens.   gamma: exponent, None for the plain average (paper: 1.25 for ViT, 2 for CNN).
+    beta: add a learnable scalar after pooling, as in the published ViT weights; it exists only with a gamma.
+    min_over: range of the minimum, the image (paper) or the whole batch (published training code).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        gamma: float | None = None,
+        num_heads: int = 1,
+        beta: bool = False,
+        min_over: Literal["image", "batch"] = "image",
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"SimPool(num_heads={num_heads}): the width {dim} must be a multiple of it, choose another number")
+        if gamma is not None and not 0 < gamma < math.inf:
+            raise ValueError(f"SimPool(gamma={gamma}): give a number above 0, or None for the plain average")
+        if beta and gamma is None:
+            raise ValueError("SimPool(beta=True) needs a gamma: give one, or leave beta False")
+        if min_over not in ("image", "batch"):
+            raise ValueError(f"SimPool(min_over={min_over!r}): allowed are image (paper) and batch (published training)")
+        self.gamma, self.num_heads, self.min_over, self.eps = gamma, num_heads, min_over, eps
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.beta = nn.Parameter(torch.zeros(1)) if beta else None
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Pools tokens (B, N, D) or maps (B, D, H, W) to (B, D); with return_attention also their attention.
+
+        The attention is (B, N), or (B, H, W) for maps; it sums to 1 over the positions and is the mean over the heads. Half
+        precision is computed in float32, also under autocast; both outputs have the dtype of the parameters.
+        """
+        precision = self._precision()
+        with without_autocast(x):
+            tokens = as_tokens(x).to(precision)
+            values = self._normalise(tokens)
+            attention = self._attention(tokens, values)
+            pooled = self._pool(values, attention).to(self.norm.weight.dtype)
+        if not return_attention:
+            return pooled
+        weights = attention.mean(1).to(pooled.dtype)
+        return pooled, weights.unflatten(1, x.shape[2:]) if x.ndim == 4 else weights
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys K = W_k LayerNorm(x) of eq. 14, (B, N, D), of tokens (B, N, D) or maps (B, D, H, W)."""
+        with without_autocast(x):
+            values = self._normalise(as_tokens(x).to(self._precision()))
+            return F.linear(values, self.k.weight.to(values.dtype)).to(self.k.weight.dtype)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Attention (B, H, N) of every head, of tokens (B, N, D) or maps (B, D, h, w); sums to 1 over the positions."""
+        with without_autocast(x):
+            tokens = as_tokens(x).to(self._precision())
+            return self._attention(tokens, self._normalise(tokens)).to(self.norm.weight.dtype)
+
+    def _precision(self) -> torch.dtype:
+        # A softmax, a power and a root: 1e-6^1.25 is already the smallest number of float16.
+        return torch.float64 if self.norm.weight.dtype == torch.float64 else torch.float32
+
+    def _normalise(self, tokens: Tensor) -> Tensor:
+        weight, bias = self.norm.weight.to(tokens.dtype), self.norm.bias.to(tokens.dtype)
+        return F.layer_norm(tokens, self.norm.normalized_shape, weight, bias, self.norm.eps)
+
+    def _attention(self, tokens: Tensor, values: Tensor) -> Tensor:
+        """(B, H, N) attention of the mean of the raw tokens to the normalised ones, both (B, N, D)."""
+        dim = tokens.shape[-1]
+        query = F.linear(tokens.mean(1), self.q.weight.to(tokens.dtype)).unflatten(1, (self.num_heads, -1))
+        keys = self.k.weight.to(tokens.dtype).unflatten(0, (self.num_heads, -1))
+        folded = torch.einsum("bhc,hcd->bhd", query, keys) / math.sqrt(dim // self.num_heads)
+        return (folded @ values.transpose(1, 2)).softmax(-1)
+
+    def _pool(self, values: Tensor, attention: Tensor) -> Tensor:
+        """Generalised mean (B, D) of values (B, N, D) under attention (B, H, N); head h pools the h-th slice of the width."""
+        if self.gamma is None:
+            return self._average(values, attention)
+        # The minimum stays in the graph: the published gradients flow through it.
+        minimum = values.amin((1, 2), keepdim=True) if self.min_over == "image" else values.amin()
+        powers = self._average((values - minimum + self.eps) ** self.gamma, attention)
+        # A large gamma may underflow to 0, where the root has an infinite slope.
+        pooled = powers.clamp_min(torch.finfo(powers.dtype).tiny) ** (1 / self.gamma)
+        return pooled if self.beta is None else pooled + self.beta.to(pooled.dtype)
+
+    def _average(self, values: Tensor, attention: Tensor) -> Tensor:
+        by_head = values.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return (attention.unsqueeze(2) @ by_head).flatten(1)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, num_heads={self.num_heads}, min_over={self.min_over}"
+
+
+class _MapOut(nn.Module):
+    """A pooling whose result stays a map (B, D, 1, 1), for heads that normalise or flatten it themselves."""
+
+    def __init__(self, pool: SimPool) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x)[..., None, None]
+
+
+def attach_simpool(
+    model: Any,
+    *,
+    gamma: float | None = None,
+    num_heads: int = 1,
+    beta: bool = False,
+    min_over: Literal["image", "batch"] = "image",
+) -> SimPool:
+    """Replaces the global pooling of a timm or torchvision model by a new SimPool, in place, and returns the SimPool.
+
+    timm: ViTs (their prefix tokens stay but are not pooled) and CNNs with one global pooling; torchvision: CNNs that average
+    the last map. The attention of a timm CNN is `pool(model.forward_features(x), return_attention=True)[1]`. Anything else is
+    a ValueError.
+    """
+    parameter: Tensor = next(model.parameters())
+
+    def new(dim: int) -> SimPool:
+        pool = SimPool(dim, gamma=gamma, num_heads=num_heads, beta=beta, min_over=min_over)
+        return pool.to(parameter.device, parameter.dtype)
+
+    if hasattr(model, "attn_pool") and hasattr(model, "num_prefix_tokens"):  # timm ViT
+        model.attn_pool = pool = new(model.num_features)
+        model.pool_include_prefix = False
+        return pool
+    owners: tuple[Any, Any] = (model, getattr(model, "head", None))
+    for owner in owners:  # timm CNN: the pooling belongs to the model or to its head
+        old = getattr(owner, "global_pool", None)
+        if isinstance(old, nn.Module):
+            pool = new(model.num_features)
+            owner.global_pool = _MapOut(pool) if isinstance(old.flatten, nn.Identity) else pool
+            return pool
+    if isinstance(getattr(model, "avgpool", None), nn.AdaptiveAvgPool2d) and model.avgpool.output_size in (1, (1, 1)):
+        classifier = model.fc if hasattr(model, "fc") else model.classifier
+        pool = new(next(layer for layer in classifier.modules() if isinstance(layer, nn.Linear)).in_features)
+        model.avgpool = _MapOut(pool)
+        return pool
+    raise ValueError(
+        f"{type(model).__name__} has no global pooling that SimPool could replace: give a ViT or CNN of timm, or "
+        "a CNN of torchvision that averages its last map"
+    )

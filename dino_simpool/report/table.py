@@ -1,0 +1,225 @@
+"""Results beside the figures of the paper: results.json files in, its tables out, with what was measured differently.
+
+A row is one metric of one file. It gets the paper's figure (`paper`) if network, pooling, epochs of pre-training and data set
+have one; settings that differ from the paper's protocol are named in it. Raw pixels, untrained weights and class folders of
+other than 1000 classes have no figure to be compared with. The release's figure stands there where it differs.
+
+Epochs are those that the checkpoint had behind it; unknown ones are compared with 100 and said to be unknown. A ViT whose norm
+is before the pooling counts as supervised, everything else as self-supervised.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dino_simpool.config import TableConfig
+from dino_simpool.files import write_atomically
+from dino_simpool.report import paper
+from dino_simpool.report.paper import Figure, Key
+
+TABLE_OF = {"knn": "3", "linear": "3", "linear_grid": "3", "retrieval": "C4", "recall": "C5", "resources": "8"}
+OTHERS = "Other results"
+METRICS = {
+    "knn": {"top1_k10": "k-NN"},
+    "linear": {"best_top1": "probe"},
+    "linear_grid": {"top1": "probe"},
+    "retrieval": {"map_medium": "medium", "map_hard": "hard"},
+    "recall": {f"recall_{k}": f"R@{k}" for k in (1, 2, 4, 10, 20, 100)},
+}
+"""The paper's names of metrics; others keep their own."""
+COLUMNS = ("network", "method", "epochs", "data", "metric", "ours", "paper", "difference", "release", "differs", "file")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one result, in the paper's unit."""
+
+    table: str
+    network: str
+    method: str
+    epochs: str
+    data: str
+    metric: str
+    ours: float
+    figure: Figure | None
+    release: Figure | None
+    differences: tuple[str, ...]
+    file: str
+
+
+def main(cfg: TableConfig) -> None:
+    """The command table."""
+    if not cfg.results:
+        raise ValueError("no results are given: say table FILE_OR_FOLDER ..., such as the folders of training runs")
+    text = render([row for path in find_results(cfg.results) for row in rows_of(read_result(path), path)], cfg.format)
+    if cfg.out:
+        write_atomically(Path(cfg.out), lambda file: file.write_text(text))
+    else:
+        print(text, end="")
+
+
+def find_results(places: Iterable[str]) -> list[Path]:
+    """The files given, and of folders all results/*.json in and below them, or else the *.json in them; each once.
+
+    ValueError if there is none in a place.
+    """
+    found: dict[Path, Path] = {}
+    for place in map(Path, places):
+        files = [place] if place.is_file() else sorted(place.glob("**/results/*.json")) or sorted(place.glob("*.json"))
+        if not files:
+            raise ValueError(f"there are no results in {place}: give a file, a folder of them, or the folder of a run")
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What an evaluator wrote. ValueError names a file that is something else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): leave it out, or evaluate again") from None
+    kinds = {"evaluator": str, "metrics": dict, "config": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(name), kind)]
+    wrong += [] if wrong or not record.get("model") or {"arch", "pool"} <= set(record["model"]) else ["a model"]
+    if wrong or not all(isinstance(value, int | float) for value in record["metrics"].values()):
+        raise ValueError(f"{path} is no result of an evaluator (it lacks {', '.join(wrong) or 'numbers'}): leave it out")
+    return record
+
+
+def rows_of(record: dict[str, Any], path: Path) -> list[Row]:
+    """The rows of a result; path: of its file."""
+    evaluator, model = record["evaluator"], record.get("model")
+    table = TABLE_OF.get(evaluator, "") if model else ""
+    network, method = (paper.network_of(model), paper.method_of(model)) if model else ("", "raw pixels")
+    epochs = epochs_of(model) if table != "8" and model else None
+    data = "ImageNet-1k" if table == "3" else "" if table == "8" else str(record.get("dataset") or "")
+    regime = paper.SUPERVISED if (model or {}).get("norm_order") == "norm_then_pool" else paper.SELF
+    printed = 0 if table == "8" else epochs if epochs == 300 else 100
+    key = Key(table, network, method, "" if table == "8" else regime, int(printed), data, "")
+    refused = _no_comparison(record) if table else []
+    differences = refused or (_differences(record, key, epochs) if table else [])
+    has_gamma = method == paper.SIMPOOL and (model or {}).get("gamma") is not None
+    rows = []
+    for name, value in record["metrics"].items():
+        own = key._replace(metric=METRICS.get(evaluator, {}).get(name, name))
+        figure = None if refused else paper.PAPER.get(own)
+        release = None if refused else paper.RELEASE.get((own, has_gamma))
+        scale = 1 if evaluator != "resources" else 1e6 if name == "params" else 1e9
+        place = str(record.get("dataset") or "") if refused or not table else data
+        said = tuple(differences) if figure or refused else ()
+        known = "" if epochs is None else str(epochs)
+        rows.append(Row(table, network, method, known, place, own.metric, value / scale, figure, release, said, str(path)))
+    return rows
+
+
+def epochs_of(model: dict[str, Any]) -> float | None:
+    """Epochs of pre-training behind the weights, to three digits; None if unknown."""
+    epochs = model.get("epochs")
+    if not isinstance(epochs, int | float):
+        return None
+    return int(epochs) if epochs == int(epochs) else float(f"{epochs:.3g}")
+
+
+def _no_comparison(record: dict[str, Any]) -> list[str]:
+    """Why no figure of the paper is to be compared with."""
+    reasons = []
+    model = record.get("model") or {}
+    if record["config"].get("features") == "pixels":
+        reasons.append("raw pixels")
+    if model.get("which") == "untrained":
+        reasons.append("untrained weights")
+    classes = (record.get("counts") or {}).get("classes")
+    if TABLE_OF[record["evaluator"]] == "3" and classes is not None and classes != paper.COUNTS["ImageNet-1k"]["classes"]:
+        reasons.append(f"not ImageNet-1k: {classes} classes")
+    return reasons
+
+
+def _differences(record: dict[str, Any], key: Key, epochs: float | None) -> list[str]:
+    """The settings that differ from the paper's protocol, and the choices on which it is silent."""
+    evaluator, model, config = record["evaluator"], record["model"], record["config"]
+    checks: list[tuple[str, Any, Any]] = []  # name, ours, the paper's
+    silent: list[str] = []
+    if evaluator == "resources":
+        checks += [("image size", record.get("image_size"), 224), ("classes", record.get("num_classes"), 1000)]
+    else:
+        checks += [("weights", model.get("which"), "teacher"), ("precision", record.get("dtype"), "fp32")]
+        checks += [("exif_orientation", config.get("exif_orientation", False), False)]
+        checks += [("epochs of pre-training", "unknown" if epochs is None else epochs, key.epochs)]
+        if key.method == paper.SIMPOOL:
+            checks += [("gamma", model.get("gamma"), paper.gamma_of(key.network)), ("min_over", model.get("min_over"), "image")]
+            checks += [("heads of SimPool", model.get("num_heads"), 1)]
+    preprocessing = record.get("preprocessing") or {}
+    if evaluator in ("knn", "linear", "linear_grid", "recall"):
+        checks += [(name, preprocessing.get(name), value) for name, value in (("image_size", 224), ("resize", 256))]
+    if evaluator == "knn":
+        checks += [("temperature", config.get("temperature"), 0.07)]
+    if key.table == "3":
+        checks += [("subset_per_class", config.get("subset_per_class"), None)]
+    if evaluator == "linear":
+        probe = record.get("probe") or {}
+        checks += [("probe epochs", config.get("epochs"), 100), ("probe lr", config.get("lr"), 1e-3)]
+        checks += [("probe batch", probe.get("batch_size"), 1024)]
+    if evaluator == "linear_grid":
+        silent.append("grid of learning rates without augmentation, chosen on held-out images (paper: best epoch on val)")
+    if evaluator == "retrieval":
+        checks += [
+            ("whitening", (record.get("whitening") or {}).get("dimensions"), None),
+            ("distractors", config.get("distractors") or None, None),
+        ]
+    if evaluator in ("retrieval", "recall"):
+        silent.append(f"preset {config.get('preset')} (the paper is silent)")
+        own = {name: config.get(name) for name in ("image_size", "multi_scale", "query_crop") if evaluator == "retrieval"}
+        silent += [f"{name} {_plain(value)} in place of the preset's" for name, value in own.items() if value is not None]
+    if evaluator == "recall" and (ties := config.get("ties", "published")) != "published":
+        silent.append(f"ties {ties} in place of the published")
+    counts = record.get("counts") or {}
+    checks += [(f"{name}:", counts.get(name), number) for name, number in paper.COUNTS.get(key.dataset, {}).items()]
+    return [f"{name} {_plain(ours)} (paper: {_plain(its)})" for name, ours, its in checks if ours != its] + silent
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else f"{value:,}" if type(value) is int else str(value)
+
+
+def render(rows: Sequence[Row], form: str) -> str:
+    """All rows in the tables of the paper, in its order; other evaluators in one more table. form: text, markdown or csv."""
+    if form == "csv":
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["table", *COLUMNS])
+        writer.writerows([row.table or OTHERS, *_cells(row, exact=True)] for row in rows)
+        return file.getvalue()
+    parts = []
+    for table, title in {**paper.TITLES, "": OTHERS}.items():
+        lines = [list(COLUMNS), *(_cells(row) for row in rows if row.table == table)]
+        if len(lines) > 1:
+            kept = [column for column in zip(*lines, strict=True) if any(column[1:])]
+            parts.append(_drawn(title, list(zip(*kept, strict=True)), form))
+    return "\n".join(parts)
+
+
+def _cells(row: Row, *, exact: bool = False) -> list[str]:
+    ours = repr(row.ours) if exact else f"{row.ours:.2f}"
+    paper_value = f"{row.figure.value:g}" if row.figure else ""
+    difference = f"{round(row.ours - row.figure.value, 2) + 0.0:+.2f}" if row.figure else ""  # no -0.00
+    release = f"{row.release.value:g}" if row.release else ""
+    numbers = [ours, paper_value, difference, release]
+    return [row.network, row.method, row.epochs, row.data, row.metric, *numbers, "; ".join(row.differences), row.file]
+
+
+def _drawn(title: str, lines: list[tuple[str, ...]], form: str) -> str:
+    """One table under its title; the first line is its head."""
+    if form == "markdown":
+        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        body = [f"| {' | '.join(line)} |" for line in cells]
+        return "\n".join([f"### {title}", "", body[0], "|" + "---|" * len(lines[0]), *body[1:]]) + "\n"
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([title, *(f"  {line}" for line in body)]) + "\n"

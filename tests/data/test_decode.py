@@ -1,0 +1,458 @@
+"""Awkward and broken image files, each made here: what becomes of them, and what takes the place of the broken ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import CPU, CROP, EVALUATE, assert_equal_items, collect, message, png, tiff, write_image
+from torch.utils.data import DataLoader
+
+from dino_simpool.config import MAX_PIXELS
+from dino_simpool.data import ImageSet, decode, find_images, index_loader, read_or_replace, train_loader
+from dino_simpool.data.decode import BrokenImage, EncodedImage, examine, read_rgb
+from dino_simpool.data.replace import MAX_ATTEMPTS, replacement
+
+ORIENTATION = 0x0112
+
+
+def noise(height: int, width: int, *, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """Colours that a JPEG file keeps."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([40 + 4 * rows, 200 - 3 * columns, 60 + 2 * (rows + columns)], -1).astype(np.uint8)
+
+
+def stored(image: Image.Image, kind: str, **options: object) -> bytes:
+    """The bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(source: str | bytes, **options: object) -> np.ndarray:
+    image = read_rgb(source, **options)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+# -- orientation
+
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+"""What makes an image upright, from the EXIF standard: where the first row and column of the file belong."""
+
+
+@pytest.mark.parametrize("value", [0, *UPRIGHT, 9])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_exif_orientation_is_applied_on_request_only(kind: str, value: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = value
+    file = stored(Image.fromarray(noise(5, 7)), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    as_stored = pixels(file)
+    assert as_stored.shape == (5, 7, 3)
+    if kind != "JPEG":
+        np.testing.assert_array_equal(as_stored, noise(5, 7))
+    np.testing.assert_array_equal(pixels(file, exif_orientation=True), UPRIGHT.get(value, UPRIGHT[1])(as_stored))
+    assert ("EXIF-rotated" in examine(file).kinds) == (2 <= value <= 8)
+
+
+def test_an_orientation_anywhere_before_the_pixels_counts() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    turned = stored(Image.fromarray(noise(5, 7)), "JPEG", exif=exif)
+    thumbnail = b"\xff\xed" + struct.pack(">H", 60_002) + bytes(60_000)  # as Photoshop writes it, and it comes first
+    description = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    xmp = b"\xff\xe1" + struct.pack(">H", len(description) + 2) + description
+    plain = stored(Image.fromarray(noise(5, 7)), "JPEG")
+    for file in (turned[:2] + 2 * thumbnail + turned[2:], plain[:2] + xmp + plain[2:]):
+        image = EncodedImage(file, exif_orientation=True)
+        np.testing.assert_array_equal(image.pixels(), np.asarray(image.rgb()))
+        np.testing.assert_array_equal(image.pixels(), np.rot90(pixels(plain), -1))
+
+
+def test_orientation_goes_with_grey_palette_and_transparency() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for mode in ("L", "P", "RGBA", "I;16", "1"):
+        image = Image.fromarray(noise(5, 7)).convert("L" if mode == "I;16" else mode).convert(mode)
+        file = stored(image, "PNG", exif=exif)
+        np.testing.assert_array_equal(pixels(file, exif_orientation=True), np.rot90(pixels(file), -1))
+
+
+def test_a_tiff_file_is_turned_by_pillow_and_not_twice() -> None:
+    file = stored(Image.fromarray(noise(5, 7)), "TIFF", tiffinfo={ORIENTATION: 6})
+    for option in (False, True):
+        np.testing.assert_array_equal(pixels(file, exif_orientation=option), np.rot90(noise(5, 7), -1))
+
+
+def test_damaged_exif_data_leaves_the_image_readable() -> None:
+    whole = stored(Image.fromarray(smooth(8, 8)), "JPEG")
+    for text in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage and more of it"):
+        file = whole[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(text)) + text + whole[2:]
+        for option in (False, True):
+            np.testing.assert_array_equal(pixels(file, exif_orientation=option), pixels(whole))
+
+
+def test_an_image_set_reads_as_it_is_told(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 8
+    Image.fromarray(noise(5, 7)).save(tmp_path / "x.png", exif=exif)
+    images = find_images(str(tmp_path))
+    turned = images.decoded(max_pixels=35, exif_orientation=True)
+    assert images.read(0).size == (7, 5) and turned.read(0).size == (5, 7)
+    boxed = dataclasses.replace(turned, boxes=np.array([[1.0, 2.0, 4.0, 7.0]]))
+    np.testing.assert_array_equal(np.asarray(boxed.read(0)), np.rot90(noise(5, 7))[2:7, 1:4])  # of the image that is read
+    with pytest.raises(BrokenImage, match=r"x\.png cannot be read .*more than max_pixels 34"):
+        images.decoded(max_pixels=34, exif_orientation=False).read(0)
+
+
+# -- sizes
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 5000), (5000, 1), (3, 2000), (40_000, 2), (1, 65_000)])
+def test_images_of_one_pixel_and_long_ones_go_all_the_way(size: tuple[int, int]) -> None:
+    """One colour in, the same colour out, in every crop and in evaluation; the largest array stays small."""
+    file = EncodedImage(stored(Image.new("RGB", size, (255, 0, 102)), "PNG"))
+    assert file.rgb().size == size
+    parts = CROP(file, seed=0, epoch=0, index=0)
+    views = [*(view[0] for view in CROP.finish([part[None] for part in parts])), EVALUATE(file.rgb())]
+    assert [tuple(view.shape) for view in views] == [(3, 16, 16)] * 2 + [(3, 8, 8)] * 2 + [(3, 16, 16)]
+    assert all(torch.equal(view, view[:, :1, :1].expand_as(view)) for view in views)
+    expected = (np.array([1, 0, 0.4]) - EVALUATE.mean) / EVALUATE.std
+    np.testing.assert_allclose(views[-1][:, 0, 0].double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(300, 1), (1, 301), (1000, 2), (3, 1001)])
+def test_evaluation_of_a_long_image_is_that_of_all_of_it(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+    image = Image.fromarray(noise(*size))
+    cut = EVALUATE(image)
+    monkeypatch.setattr("dino_simpool.data.loaders.LONGEST", 10**6)
+    whole = EVALUATE(image)
+    assert not torch.equal(whole[:, :1, :1].expand_as(whole), whole)
+    torch.testing.assert_close(cut, whole, rtol=0, atol=0 if min(size) == 1 else 0.03)  # 0.03: two grey levels
+
+
+def claims(width: int, height: int) -> bytes:
+    """A PNG file of a few bytes whose header says that it is large."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT5\xaf\x06\x1e"
+    )
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (13_378, 13_378), (MAX_PIXELS + 1, 1)])
+def test_a_decompression_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(BrokenImage, match=r"bomb cannot be read as an image \(it has more than max_pixels 178,956,970; raise"):
+        read_rgb(claims(*size), name="bomb")
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_max_pixels_is_the_largest_that_is_read() -> None:
+    file = stored(Image.fromarray(noise(5, 7)), "PNG")
+    limit = Image.MAX_IMAGE_PIXELS
+    assert read_rgb(file, max_pixels=35).size == (7, 5)
+    with pytest.raises(BrokenImage, match="more than max_pixels 34"):
+        read_rgb(file, max_pixels=34)
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_pillows_own_limit_gives_way_to_a_larger_one_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both limits made small: Pillow refuses what has more than twice its own, and crops of such a size, too."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 200)
+    file = stored(Image.fromarray(noise(30, 10)), "PNG")
+    for limit in (100, 200):
+        with pytest.raises(BrokenImage, match=f"more than max_pixels {limit}"):
+            read_rgb(file, max_pixels=limit)
+        assert Image.MAX_IMAGE_PIXELS == 100
+    image = read_rgb(file, max_pixels=300)
+    np.testing.assert_array_equal(np.asarray(image.crop((0, 0, 10, 29))), noise(30, 10)[:29])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # somebody wants none
+    assert read_rgb(file, max_pixels=300).size == (10, 30) and Image.MAX_IMAGE_PIXELS is None
+
+
+# -- kinds of files
+
+
+def test_a_progressive_jpeg_has_the_same_pixels() -> None:
+    image = Image.fromarray(smooth(33, 21))
+    progressive = stored(image, "JPEG", progressive=True)
+    assert Image.open(io.BytesIO(progressive)).info["progressive"]
+    np.testing.assert_array_equal(pixels(progressive), pixels(stored(image, "JPEG")))
+
+
+def test_cmyk_and_ycck_as_adobe_writes_them() -> None:
+    """Both hold inverted samples. YCCK is made from CMYK by hand: Pillow does not write it."""
+    inks = np.concatenate([smooth(16, 16), np.full((16, 16, 1), 30, np.uint8)], -1)
+    expected = (255 - inks[..., :3].astype(float)) * (255 - 30) / 255
+    cmyk = stored(Image.fromarray(inks, "CMYK"), "JPEG", quality=100)
+    assert np.abs(pixels(cmyk) - expected).max() <= 4
+    # In a YCCK file Y, Cb and Cr are those of the inks as if they were R, G and B, and K is inverted; the encoder inverts all
+    # four, and its Adobe marker must say 2 (YCCK) instead of 0 (CMYK).
+    luma = 255 - np.asarray(Image.fromarray(smooth(16, 16)).convert("YCbCr"))
+    file = stored(Image.fromarray(np.concatenate([luma, inks[..., 3:]], -1), "CMYK"), "JPEG", quality=100)
+    marker = file.index(b"Adobe") + 11
+    assert file[marker] == 0
+    ycck = file[:marker] + b"\2" + file[marker + 1 :]
+    assert np.abs(pixels(ycck) - expected).max() <= 4
+    assert "CMYK" in examine(cmyk).kinds and "CMYK" in examine(ycck).kinds
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_the_first_of_several_frames(kind: str) -> None:
+    first, second = (Image.new("RGB", (8, 8), color) for color in ((250, 0, 0), (0, 0, 250)))
+    file = stored(first, kind, save_all=True, append_images=[second])
+    assert np.abs(pixels(file).astype(int) - [250, 0, 0]).max() <= 4
+    assert "several frames" in examine(file).kinds
+    assert "several frames" not in examine(stored(first, "JPEG" if kind == "MPO" else kind)).kinds
+
+
+def test_the_ending_of_a_name_is_not_believed(tmp_path: Path) -> None:
+    for kind, name in (("PNG", "x.jpg"), ("BMP", "x.png"), ("GIF", "x.tif")):
+        image = Image.new("RGB", (4, 3), (9, 99, 199))
+        (tmp_path / name).write_bytes(stored(image, kind))
+        np.testing.assert_array_equal(pixels(str(tmp_path / name)), np.asarray(image))
+
+
+def test_bytes_are_read_as_the_file_is(tmp_path: Path) -> None:
+    write_image(tmp_path / "x.jpg")
+    content = (tmp_path / "x.jpg").read_bytes()
+    np.testing.assert_array_equal(pixels(content), pixels(str(tmp_path / "x.jpg")))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["png", "tif <", "tif >"])
+def test_16_bit_samples_keep_their_high_byte(tmp_path: Path, kind: str, channels: int) -> None:
+    """To the bit, and not rounded: 0x12FF is 0x12."""
+    samples = np.array([[0x0000, 0x00FF, 0x0100, 0x12FF], [0xF00F, 0x80FF, 0xFF00, 0xFFFF]], np.uint16)
+    samples = samples[..., None].repeat(channels, -1)
+    if kind == "png":
+        png(tmp_path / "x", samples)
+    else:
+        tiff(tmp_path / "x", samples, order=kind[-1])
+    expected = np.array([[0x00, 0x00, 0x01, 0x12], [0xF0, 0x80, 0xFF, 0xFF]], np.uint8)
+    np.testing.assert_array_equal(pixels(str(tmp_path / "x")), expected[..., None].repeat(3, -1))
+
+
+def test_examine_names_what_is_unusual(tmp_path: Path) -> None:
+    ordinary = Image.fromarray(noise(32, 40))
+    samples = np.full((32, 40, 3), 40_000, np.uint16)
+    png(tmp_path / "grey.png", np.ascontiguousarray(samples[..., :1]))
+    png(tmp_path / "rgb.png", samples)
+    cases = [
+        (stored(ordinary, "JPEG"), ()),
+        (stored(ordinary, "PNG"), ()),
+        (stored(ordinary.convert("L"), "JPEG"), ("grey",)),
+        (stored(ordinary.convert("1"), "PNG"), ("grey",)),
+        (stored(ordinary.convert("LA"), "PNG"), ("grey", "transparent")),
+        (stored(ordinary.convert("P"), "PNG"), ("palette",)),
+        (stored(ordinary.convert("RGBA"), "PNG"), ("transparent",)),
+        ((tmp_path / "grey.png").read_bytes(), ("grey", "16-bit")),
+        ((tmp_path / "rgb.png").read_bytes(), ("16-bit",)),
+        (stored(Image.new("RGB", (31, 31)), "PNG"), ("tiny",)),
+        (stored(Image.new("RGB", (32, 320)), "PNG"), ()),
+        (stored(Image.new("RGB", (32, 321)), "PNG"), ("long",)),
+    ]
+    for file, kinds in cases:
+        assert examine(file).kinds == kinds
+    found = examine(stored(ordinary, "PNG"))
+    assert (found.width, found.height) == (40, 32)
+
+
+def test_examine_says_huge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "HUGE", 40 * 32 - 1)
+    assert examine(stored(Image.new("RGB", (40, 32)), "PNG")).kinds == ("huge",)
+
+
+# -- broken files
+
+TEXT = b"<!DOCTYPE html><html>404 not found</html>"
+
+
+def whole_files() -> dict[str, bytes]:
+    image = Image.fromarray(noise(64, 64))
+    files = {kind.lower(): stored(image, kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")}
+    return {**files, "progressive": stored(image, "JPEG", progressive=True), "cmyk": stored(image.convert("CMYK"), "JPEG")}
+
+
+@pytest.mark.parametrize("kind", whole_files())
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.97])
+def test_a_truncated_file_is_broken(kind: str, share: float) -> None:
+    file = whole_files()[kind]
+    assert read_rgb(file).size == (64, 64)
+    with pytest.raises(BrokenImage) as caught:
+        read_rgb(file[: int(share * len(file))], name="cut.jpg")
+    assert caught.value.name == "cut.jpg" and caught.value.reason and message(caught).startswith("cut.jpg cannot be read as")
+    with pytest.raises(BrokenImage):
+        examine(file[: int(share * len(file))])
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [(b"", "it is empty"), (TEXT, "it is no image of a known format"), (b"\xff\xd8\xff", "it is no image of a known format")],
+)
+def test_what_is_no_image(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    for source, name in ((str(path), str(path)), (content, "an image")):
+        with pytest.raises(BrokenImage) as caught:
+            read_rgb(source)
+        assert (caught.value.name, caught.value.reason) == (name, reason)
+        assert message(caught) == f"{name} cannot be read as an image ({reason}): repair or remove it"
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    """A folder named as an image is not taken for one when images are looked for, and cannot be read as one."""
+    write_image(tmp_path / "x.jpg" / "y.jpg")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    images = find_images(str(tmp_path))
+    assert [images.name(i) for i in range(len(images))] == ["gone.jpg", "x.jpg/y.jpg"]
+    for name, reason in (
+        ("x.jpg", "Is a directory"),
+        ("missing.jpg", "No such file or directory"),
+        ("gone.jpg", "No such file"),
+    ):
+        with pytest.raises(BrokenImage, match=f"{name} cannot be read as an image \\({reason}"):
+            read_rgb(str(tmp_path / name))
+
+
+def test_a_broken_image_can_be_pickled() -> None:
+    error = BrokenImage("a/b.jpg", "it is empty")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is BrokenImage and (again.name, again.reason, str(again)) == (error.name, error.reason, str(error))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_process_raises_the_same_error(tmp_path: Path, workers: int) -> None:
+    path = tmp_path / "x.jpg"
+    path.touch()
+    items = iter(index_loader(find_images(str(tmp_path)), EVALUATE, [0], batch_size=1, workers=workers, device=CPU))
+    with pytest.raises(BrokenImage) as caught:
+        next(items)
+    assert str(caught.value).strip().endswith(f"{path} cannot be read as an image (it is empty): repair or remove it")
+
+
+# -- what takes the place of a broken image
+
+
+def test_a_replacement_is_any_other_image_and_always_the_same() -> None:
+    """Evenly drawn: 3-sigma bounds on each of 6 others, over epochs; other attempts, seeds and images draw on their own."""
+    drawn = [replacement(2, total=7, seed=3, epoch=epoch, attempt=0) for epoch in range(3000)]
+    counts = Counter(drawn)
+    assert set(counts) == {0, 1, 3, 4, 5, 6} and all(abs(n - 500) < 3 * (3000 * 5 / 36) ** 0.5 for n in counts.values())
+    assert drawn == [replacement(2, total=7, seed=3, epoch=epoch, attempt=0) for epoch in range(3000)]
+    for change in ({"seed": 4}, {"attempt": 1}, {"seed": -1}):
+        other = [replacement(2, **{"total": 7, "seed": 3, "epoch": epoch, "attempt": 0, **change}) for epoch in range(3000)]
+        assert 400 < sum(a == b for a, b in zip(drawn, other, strict=True)) < 600
+    assert replacement(1, total=2, seed=0, epoch=0, attempt=0) == 0
+
+
+def read_unless(broken: set[int]) -> Callable[[int], int]:
+    def read(index: int) -> int:
+        if index in broken:
+            raise BrokenImage(f"{index}.jpg", f"reason {index}")
+        return index
+
+    return read
+
+
+def test_read_or_replace_tries_one_after_the_other() -> None:
+    order = [replacement(0, total=9, seed=0, epoch=5, attempt=attempt) for attempt in range(MAX_ATTEMPTS)]
+    assert read_or_replace(read_unless({4}), 0, total=9, seed=0, epoch=5) == (0, "")
+    broken = {0}
+    while len(broken) < 9:
+        first = next(index for index in order if index not in broken)
+        assert read_or_replace(read_unless(broken), 0, total=9, seed=0, epoch=5) == (first, "reason 0")
+        broken.add(first)
+    with pytest.raises(BrokenImage, match=r"0\.jpg cannot be read as an image \(reason 0; nor can any of 100 others"):
+        read_or_replace(read_unless(broken), 0, total=9, seed=0, epoch=5)
+    with pytest.raises(BrokenImage, match=r"^0\.jpg cannot be read as an image \(reason 0\): repair or remove it$"):
+        read_or_replace(read_unless({0}), 0, total=1, seed=0, epoch=0)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, ImageSet, set[int]]:
+    """Forty images, the same with some of them broken, and which."""
+    root = tmp_path_factory.mktemp("pair")
+    for number in range(40):
+        for name in ("whole", "spoilt"):
+            write_image(root / name / f"{number:02}.jpg", seed=number)
+    broken = {0, 7, 19, 20, 39}
+    for number, content in zip(sorted(broken), (b"", TEXT, b"\xff\xd8\xff", b"GIF89a", TEXT), strict=True):
+        (root / "spoilt" / f"{number:02}.jpg").write_bytes(content)
+    return find_images(str(root / "whole")), find_images(str(root / "spoilt")), broken
+
+
+def load(images: ImageSet, **changes: int) -> DataLoader:
+    settings = {"seed": 5, "batch_size": 4, "accumulate": 1, "start_step": 0, "total_steps": 20, "rank": 0, "world_size": 1}
+    return train_loader(images, CROP, workers=changes.pop("workers", 0), device=CPU, **settings | changes)
+
+
+def test_intact_images_have_the_crops_they_always_had(pair: tuple[ImageSet, ImageSet, set[int]]) -> None:
+    """And a broken one those of another image, drawn as for the broken one."""
+    whole, spoilt, broken = pair
+    for step, (ours, theirs) in enumerate(zip(load(spoilt), load(whole), strict=True)):
+        views, indices, problems = ours
+        assert torch.equal(indices, theirs[1]) and not any(theirs[2])
+        for place, index in enumerate(indices.tolist()):
+            epoch = step // 10
+            source = index
+            if index in broken:
+                attempts = (replacement(index, total=40, seed=5, epoch=epoch, attempt=a) for a in range(MAX_ATTEMPTS))
+                source = next(other for other in attempts if other not in broken)
+            expected = CROP(whole.encoded(source), seed=5, epoch=epoch, index=index)
+            assert all(torch.equal(view[place], other) for view, other in zip(views, expected, strict=True))
+            assert bool(problems[place]) == (index in broken)
+            if index not in broken:
+                assert all(torch.equal(view[place], other[place]) for view, other in zip(views, theirs[0], strict=True))
+
+
+def test_replacements_depend_on_no_worker_process_or_start(pair: tuple[ImageSet, ImageSet, set[int]]) -> None:
+    _, spoilt, broken = pair
+    items = collect(load(spoilt))
+    problems = [each for _, _, problems in load(spoilt) for each in problems]
+    assert sum(map(bool, problems)) == 2 * len(broken)
+    assert_equal_items(collect(load(spoilt, workers=2)), items)
+    assert [each for _, _, problems in load(spoilt, workers=2) for each in problems] == problems
+    assert_equal_items(collect(load(spoilt, start_step=7)), items[7:])
+    halves = [collect(load(spoilt, batch_size=2, rank=rank, world_size=2)) for rank in range(2)]
+    for step, (views, index) in enumerate(items):
+        assert torch.equal(index, torch.cat([half[step][1] for half in halves]))
+        assert all(torch.equal(view, torch.cat([half[step][0][v] for half in halves])) for v, view in enumerate(views))
+
+
+def test_evaluation_replaces_nothing(pair: tuple[ImageSet, ImageSet, set[int]]) -> None:
+    _, spoilt, _ = pair
+    with pytest.raises(BrokenImage, match=r"07\.jpg cannot be read as an image \(it is no image of a known format\)"):
+        collect(index_loader(spoilt, EVALUATE, [5, 6, 7], batch_size=3, workers=0, device=CPU))
+
+
+def test_a_folder_that_went_away_stops_the_loader(pair: tuple[ImageSet, ImageSet, set[int]], tmp_path: Path) -> None:
+    whole, _, _ = pair
+    gone = dataclasses.replace(whole, root=os.path.join(tmp_path, "unmounted"))
+    with pytest.raises(BrokenImage, match=r"No such file or directory; nor can any of 100 others"):
+        next(iter(load(gone)))

@@ -1,0 +1,109 @@
+"""Trainings from a folder, archives and a mixture, with the colours made in both places: the same bits, stopped or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_learner import assert_equal_states
+from test_train import VIT, changed, config, log_of
+
+from dino_simpool import distributed
+from dino_simpool.checkpoint import read_state
+from dino_simpool.config import CropsConfig, DataConfig, TrainConfig
+from dino_simpool.data import ImageSet
+from dino_simpool.data.bad_files import BadFiles
+from dino_simpool.data.feed import Feed
+from dino_simpool.train import train
+
+PLACES = ("cpu", "device")
+BROKEN = 2
+"""The number of the image that is; its turn is in the second step."""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | tuple[str, ...]]:
+    """20 images, one of them broken, as a folder, a tar, a zip, and half as a folder and half as a tar."""
+    root = tmp_path_factory.mktemp("sources")
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        path = root / "all" / "ab"[number // 10] / f"{number:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+        coarse.resize((40, 30), Image.Resampling.BICUBIC).save(path)
+    path = root / "all" / "ab"[BROKEN // 10] / f"{BROKEN:02}.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    for name, part in (("all", root / "all"), ("b", root / "all" / "b")):
+        with tarfile.open(root / f"{name}.tar", "w") as archive:
+            archive.add(part, name)
+    with zipfile.ZipFile(root / "all.zip", "w") as packed:
+        for path in sorted((root / "all").rglob("*.jpg")):
+            packed.write(path, path.relative_to(root))
+    mixed = (str(root / "all" / "a"), str(root / "b.tar"))
+    return {"folder": str(root / "all"), "tar": str(root / "all.tar"), "zip": str(root / "all.zip"), "mixed": mixed}
+
+
+def two_epochs(root: str | tuple[str, ...], place: str, out: Path, **run) -> TrainConfig:
+    """Two epochs of two steps."""
+    run = {"batch_size": 8, "accumulate": 1, "log_every": 1, "keep_every": 0, "knn_train": None, "knn_val": None} | run
+    cfg = config(Path(), out, model=VIT, **run)
+    data = DataConfig(root=root, workers=0, augment_on=place)
+    return dataclasses.replace(cfg, data=data, crops=CropsConfig(global_size=16, local_size=8, num_local=1))
+
+
+@pytest.fixture(scope="module")
+def whole(sources, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """From the folder, in this process alone and never interrupted, by the place of the colours."""
+    return {place: train(two_epochs(sources["folder"], place, tmp_path_factory.mktemp(place))) for place in PLACES}
+
+
+@pytest.mark.parametrize("source", ["folder", "tar", "zip", "mixed"])
+@pytest.mark.parametrize("place", PLACES)
+def test_stopped_inside_an_epoch_and_resumed_from_any_source(sources, whole, tmp_path: Path, place: str, source: str):
+    """With other numbers of workers before and after. The broken image has its turn, and is replaced by the same one."""
+    cfg = two_epochs(sources[source], place, tmp_path)
+    train(changed(cfg, workers=1, stop_after_steps=1))
+    assert read_state(tmp_path / "last.pth")["step"] == 1
+    train(changed(cfg, workers=2))
+    ours, reference = (read_state(out / "last.pth") for out in (tmp_path, whole[place]))
+    for name in sorted(reference.keys() - {"config", "images"}):  # the mixture calls the images by longer names
+        assert_equal_states({name: ours[name]}, {name: reference[name]}, name)
+    assert log_of(tmp_path) == log_of(whole[place]) and list(reference["bad_files"]) == [BROKEN]
+    if source != "mixed":
+        assert ours["images"] == reference["images"]
+        assert (tmp_path / "bad_files.txt").read_bytes() == (whole[place] / "bad_files.txt").read_bytes()
+
+
+def test_both_places_train_on_nearly_the_same_views(whole):
+    """Not the same bits, which would mean that the option does nothing."""
+    cpu, device = ([line["loss"] for line in log_of(whole[place]) if line["kind"] == "step"] for place in PLACES)
+    assert len(cpu) == 4 and cpu != device and cpu == pytest.approx(device, rel=0.02)
+
+
+def test_auto_is_the_cpu_where_the_device_is_one(sources, whole, tmp_path: Path):
+    train(two_epochs(sources["folder"], "auto", tmp_path))
+    assert log_of(tmp_path) == log_of(whole["cpu"])
+
+
+def test_images_per_second_are_those_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three of them, batches of 4 and 2 of this one and a clock that is told: each row counts from its last call on."""
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    loader = [([torch.zeros(size, 3, 8, 8)], torch.arange(size), [""] * size) for size in (4, 2, 4)]
+    images = ImageSet("", np.array(["x.jpg"] * 4))
+    feed = Feed(loader, torch.device("cpu"), list, BadFiles(images, tmp_path, max_share=0.0, found={}))
+    assert [len(views[0]) for views in feed.batches(2)] == [4, 2]
+    clock[0] += 2
+    window = feed.timings("window")
+    assert (window["images_per_second"], window["seconds"], window["data_wait_percent"]) == (3 * 6 / 2, 2, 0)
+    assert [len(views[0]) for views in feed.batches(1)] == [4]
+    clock[0] += 4
+    assert feed.timings("window")["images_per_second"] == 3 * 4 / 4
+    assert feed.timings("epoch")["images_per_second"] == 3 * 10 / 6

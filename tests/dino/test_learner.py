@@ -1,0 +1,439 @@
+"""One step of training: four iterations of the published code reproduced, and what must hold of any step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden.load import assert_close, load, meta, sub
+from torch import Tensor
+
+from dino_simpool.config import (
+    CropsConfig,
+    HeadConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from dino_simpool.dino.learner import METRICS, Learner, NonFiniteLoss, build_learner, compile_blocks, train_step
+from dino_simpool.dino.plan import StepValues, make_plan
+from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.weights import from_official, load_strict, to_official
+
+CPU = torch.device("cpu")
+VIT = ModelConfig(arch="vit_tiny", gamma=1.25, patch_size=8, width=16, depth=2, heads=2, image_size=32)
+CNN = ModelConfig(arch="resnet18", gamma=2.0, width=8, depth=(1, 1), stem="small", image_size=16)
+VALUES = StepValues(lr=0.01, weight_decay=0.04, momentum=0.99, teacher_temperature=0.05, freeze_last_layer=False)
+
+
+def config(model: ModelConfig = VIT, *, optim: str = "adamw", **head: Any) -> TrainConfig:
+    head = {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 12} | head
+    return TrainConfig(model=model, head=HeadConfig(**head), optim=OptimConfig(name=optim))
+
+
+def learner_of(cfg: TrainConfig, dtype: torch.dtype = torch.float32) -> Learner:
+    """A learner on the CPU whose tensors are all of a dtype; converting in place keeps the optimiser's parameters."""
+    learner = build_learner(cfg, CPU)
+    for module in (learner.student, learner.teacher, learner.loss):
+        module.to(dtype)
+    return learner
+
+
+def views_of(batch: int, *, num_local: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [32, 32] + [16] * num_local
+    return [torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+def step(learner: Learner, *batches: list[Tensor], values: StepValues = VALUES, **options: Any) -> dict[str, float]:
+    """One step on some micro-batches; its metrics by name."""
+    metrics, _, _ = train_step(learner, batches, values, forward=learner.student, accumulate=len(batches), **options)
+    return dict(zip(METRICS, metrics.tolist(), strict=True))
+
+
+def assert_equal_states(ours: Any, other: Any, where: str = "state") -> None:
+    """Bit for bit, whatever is nested in them."""
+    assert type(ours) is type(other), where
+    if isinstance(ours, Tensor):
+        assert ours.dtype == other.dtype and torch.equal(ours, other), where
+    elif isinstance(ours, dict):
+        assert list(ours) == list(other), where
+        for key in ours:
+            assert_equal_states(ours[key], other[key], f"{where}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(other), where
+        for number, pair in enumerate(zip(ours, other, strict=True)):
+            assert_equal_states(*pair, f"{where}[{number}]")
+    else:
+        assert ours == other, where
+
+
+# -- the published training
+
+
+def golden_config(settings: dict[str, Any]) -> TrainConfig:
+    """The run of a golden file: one step an epoch. The published schedule takes the scaled rate, we scale it by batch / 256."""
+    backbone, batch = settings["backbone"], settings["B"]
+    if backbone["family"] == "vit":
+        sizes = {"arch": "vit_tiny", "width": backbone["embed_dim"], "depth": backbone["depth"], "heads": backbone["num_heads"]}
+        quirks = {"patch_size": backbone["patch_size"], "beta": True, "pos_interp": "dino_always"}
+    else:
+        sizes = {"arch": "resnet18", "width": backbone["base"], "depth": tuple(backbone["layers"])}
+        quirks = {}
+    return TrainConfig(
+        model=ModelConfig(**sizes, **quirks, gamma=backbone["gamma"], min_over="batch", image_size=settings["img"]),
+        head=HeadConfig(
+            out_dim=settings["out_dim"],
+            hidden_dim=settings["hidden"],
+            bottleneck_dim=settings["bottleneck"],
+            batch_norm=settings["use_bn"],
+            norm_last_layer=settings["norm_last_layer"],
+        ),
+        teacher=TeacherConfig(
+            momentum=settings["momentum_teacher"],
+            warmup_temperature=settings["warmup_teacher_temp"],
+            temperature=settings["teacher_temp"],
+            warmup=settings["warmup_teacher_temp_epochs"],
+        ),
+        loss=LossConfig(),
+        crops=CropsConfig(global_size=settings["img"], local_size=settings["loc"], num_local=settings["local"]),
+        optim=OptimConfig(
+            name=settings["optimizer"],
+            lr=settings["lr"] * 256 / batch,
+            min_lr=settings["min_lr"],
+            warmup=settings["warmup_epochs"],
+            weight_decay=settings["weight_decay"],
+            weight_decay_end=settings["weight_decay_end"],
+            clip=settings["clip_grad"],
+            freeze_last_layer=settings["freeze_last_layer"],
+        ),
+        run=RunConfig(epochs=settings["epochs"], batch_size=batch),
+    )
+
+
+def allow_maps_of_one_position(encoder: Encoder, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Encoder._pooled_input of a CNN without its refusal: the golden ResNet sees local crops of 32 px, which it makes 1 x 1."""
+    maps = encoder.trunk.forward_features(images)
+    return maps, (maps.shape[-2], maps.shape[-1])
+
+
+def copy_position_gradients(encoder: Encoder, embedding: Tensor, grid: tuple[int, int], *, square: bool) -> Tensor:
+    """Encoder._positions as the reference computed it on its CPU: at the native grid torch's bicubic interpolation by 4.1 / 4
+    resamples, but its backward pass takes equal sizes for a copy (on CUDA its forward pass does so too)."""
+    result = resampled_positions(encoder, embedding, grid, square=square)
+    return embedding + (result - embedding).detach() if grid == encoder.trunk.patch_embed.grid_size else result
+
+
+resampled_positions = Encoder._positions
+
+
+def assert_golden_model(
+    ours: dict[str, Tensor], reference: dict[str, np.ndarray], tolerance: tuple[float, float], name: str
+) -> None:
+    """All weights under their published names; two parameters get gradients of rounding noise only, which Adam blows up."""
+    official = to_official(ours)
+    assert sorted(official) == sorted(reference)
+    for key, value in reference.items():
+        mine = official[key].detach().numpy()
+        if key == "backbone.simpool.beta":
+            continue
+        if key.endswith("qkv.bias"):  # the middle third is the key's
+            width = len(value) // 3
+            mine, value = np.delete(mine, slice(width, 2 * width)), np.delete(value, slice(width, 2 * width))
+        assert_close(mine, value, *tolerance, f"{name} {key}")
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")])
+@pytest.mark.parametrize("name", ["open_train_vit_adamw", "open_train_resnet_lars"])
+def test_four_iterations_of_the_published_training(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedules, loss, entropy, KL divergence, center, student and teacher with their BatchNorm statistics."""
+    data = load(name)
+    settings, exact = meta(data, "train"), dtype == torch.float64
+    adamw = settings["optimizer"] == "adamw"
+    if adamw:
+        monkeypatch.setattr(Encoder, "_positions", copy_position_gradients)
+    else:
+        monkeypatch.setattr(Encoder, "_pooled_input", allow_maps_of_one_position)
+    cfg = golden_config(settings)
+    plan = make_plan(cfg, settings["B"])
+    learner = learner_of(cfg, dtype)
+    start = from_official({key: torch.tensor(value) for key, value in sub(data, "train/param").items()})
+    for model in (learner.student, learner.teacher):
+        load_strict(model, start, source=name)
+    out, images = sub(data, "train/out64" if exact else "train/out"), sub(data, "train/in")
+    if exact:  # weights of the float64 run are stored as float32
+        of_loss, of_weights = (1e-6, 1e-8), (1e-6, 1e-6) if adamw else (1e-5, 1e-5)
+    else:
+        of_loss, of_weights = ((1e-5, 1e-6), (1e-5, 2e-5)) if adamw else ((1e-4, 1e-5), (1e-4, 5e-4))
+    for number in range(settings["steps"]):
+        views = [torch.tensor(images[f"it{number}_crop{i}"]).to(dtype) for i in range(2 + settings["local"])]
+        values = plan.values(number)
+        metrics = step(learner, views, values=values, clip=cfg.optim.clip)
+        scheduled = {"lr": values.lr, "wd": values.weight_decay, "momentum": values.momentum}
+        for key, value in scheduled.items():
+            if f"it{number}_{key}" in out:
+                assert_close(value, out[f"it{number}_{key}"], 1e-12, 1e-12, f"{key} of step {number}")
+        for key, ours in (("loss", metrics["loss"]), ("entropy", metrics["entropy"]), ("KL_div", metrics["kl"])):
+            assert_close(ours, out[f"it{number}_{key}"], *of_loss, f"{key} of step {number}")
+        assert_close(learner.loss.center, out[f"it{number}_center"], *of_loss, f"center after step {number}")
+        if number in settings["save_steps"]:
+            for part in ("student", "teacher"):
+                reference = sub(out, f"it{number}_{part}")
+                assert_golden_model(getattr(learner, part).state_dict(), reference, of_weights, f"{part} after step {number}")
+
+
+# -- any step
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd", "lars"])
+def test_two_halves_accumulated_are_one_batch(optim: str) -> None:
+    """Loss, entropy, gradients, center, weights and teacher over two steps, without BatchNorm."""
+    whole, halves = (learner_of(config(optim=optim), torch.float64) for _ in range(2))
+    for number in range(2):
+        views = views_of(6, dtype=torch.float64, seed=number)
+        one = step(whole, views)
+        two = step(halves, [v[:3] for v in views], [v[3:] for v in views])
+        assert one == pytest.approx(two, rel=1e-10)
+        for (name, p), q in zip(whole.student.named_parameters(), halves.student.parameters(), strict=True):
+            if p.requires_grad:
+                assert_close(q.grad, p.grad, 1e-7, 1e-12, f"gradient of {name}")
+    assert_close(halves.loss.center, whole.loss.center, 1e-12, 1e-14)
+    assert whole.loss.center.abs().max() > 1e-3
+    for part in ("student", "teacher"):
+        for (name, p), q in zip(getattr(whole, part).named_parameters(), getattr(halves, part).parameters(), strict=True):
+            if not name.endswith("qkv.bias"):  # of its key's third the gradient is noise, which Adam blows up
+                assert_close(q.detach(), p.detach(), 1e-6, 1e-9, f"{part} {name}")
+
+
+@pytest.mark.parametrize("broken", ["first", "second"])
+def test_a_non_finite_loss_changes_nothing(broken: str) -> None:
+    """NonFiniteLoss comes before the update, wherever in the step the number is; the learner can then go on."""
+    learner = learner_of(config())
+    step(learner, views_of(4))
+    before = copy.deepcopy(learner.state())
+    good, bad = views_of(2, seed=1), views_of(2, seed=2)
+    bad[3][1, 0, 0, 0] = torch.nan  # one pixel of one local crop: no other view or image sees it
+    batches = (bad, good) if broken == "first" else (good, bad)
+    with pytest.raises(NonFiniteLoss, match="loss is nan in step 2"):
+        step(learner, *batches)
+    assert_equal_states(learner.state(), before)
+    twin = learner_of(config())
+    twin.load(before)
+    for each in (learner, twin):
+        step(each, good, good)
+    assert_equal_states(learner.state(), twin.state())
+    assert learner.step == 2
+
+
+def test_an_infinite_loss_is_refused() -> None:
+    learner = learner_of(config())
+    learner.loss.center[0, 0] = -torch.inf
+    with pytest.raises(NonFiniteLoss):
+        step(learner, views_of(2))
+
+
+@pytest.mark.parametrize("model", [VIT, CNN], ids=["vit", "cnn"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_float32(model: ModelConfig, precision: str) -> None:
+    """Products in half precision; parameters, center, loss and what is saved stay float32."""
+    cfg = config(model, batch_norm=model is CNN)
+    half, full = learner_of(cfg), learner_of(cfg)
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=precision == "fp16")
+    for number in range(3):
+        views = views_of(4, seed=number)
+        one, two = step(half, views, precision=precision, clip=3.0), step(full, views, clip=3.0)
+        assert one["loss"] == pytest.approx(two["loss"], rel=0.05)
+        assert np.isfinite(list(one.values())).all()
+    changed = 0.0
+    for (name, p), q in zip(half.student.named_parameters(), full.student.parameters(), strict=True):
+        assert p.dtype == torch.float32 and p.isfinite().all(), name
+        changed += float((p - q).detach().abs().sum())
+    assert changed > 0  # or autocast did nothing
+    assert half.loss.center.dtype == torch.float32
+
+
+def test_float16_that_overflows_skips_the_step_and_lowers_the_scale() -> None:
+    learner = learner_of(config())
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = copy.deepcopy(learner.student.state_dict())
+    step(learner, views_of(4), precision="fp16")
+    assert_equal_states(learner.student.state_dict(), before)
+    assert learner.scaler.get_scale() == 2.0**59
+
+
+@pytest.mark.parametrize("model", [VIT, CNN], ids=["vit", "cnn"])
+@pytest.mark.parametrize("num_local", [0, 2])
+def test_a_batch_of_one(model: ModelConfig, num_local: int) -> None:
+    """One image, with BatchNorm in the head and in the CNN; with and without local views."""
+    learner = learner_of(config(model, batch_norm=True))
+    before = copy.deepcopy(learner.student.state_dict())
+    assert np.isfinite(list(step(learner, views_of(1, num_local=num_local)).values())).all()
+    after = learner.student.state_dict()
+    assert not any(torch.equal(after[name], before[name]) for name in after if name.endswith("weight"))
+
+
+def test_stochastic_depth_is_the_students_only() -> None:
+    """The same step from two random states: one teacher, two students; without it one student."""
+    for drop_path, teacher_too in ((0.5, False), (0.0, False), (0.5, True)):
+        cfg = TrainConfig(
+            model=ModelConfig(**vars(VIT) | {"drop_path": drop_path}),
+            head=HeadConfig(out_dim=32, hidden_dim=24, bottleneck_dim=12),
+            teacher=TeacherConfig(drop_path=0.5 if teacher_too else 0.0),
+        )
+        features, gradients = [], []
+        for seed in (1, 2):
+            learner = learner_of(cfg)
+            assert learner.teacher.training and learner.student.training
+            torch.manual_seed(seed)
+            _, feature, _ = train_step(learner, [views_of(8)], VALUES, forward=learner.student)
+            features.append(feature)
+            gradients.append(learner.student.head.fc1.weight.grad)
+        assert torch.equal(*features) == (not teacher_too)
+        assert torch.equal(*gradients) == (drop_path == 0)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd", "lars"])
+def test_frozen_prototypes_have_no_optimiser_state(optim: str) -> None:
+    """No moments and no decay while frozen; Adam's bias correction starts when they are freed."""
+    learner = learner_of(config(optim=optim, norm_last_layer=False))
+    scale, directions = (getattr(learner.student.head.last_layer.parametrizations.weight, f"original{i}") for i in (0, 1))
+    before = scale.clone(), directions.clone()
+    frozen = StepValues(**vars(VALUES) | {"freeze_last_layer": True})
+    for number in range(2):
+        step(learner, views_of(3, seed=number), values=frozen)
+    assert torch.equal(scale, before[0]) and torch.equal(directions, before[1])
+    assert scale not in learner.optimizer.state and directions not in learner.optimizer.state
+    assert len(learner.optimizer.state) == sum(p.requires_grad for p in learner.student.parameters()) - 2
+    step(learner, views_of(3, seed=2))
+    assert not torch.equal(scale, before[0]) and not torch.equal(directions, before[1])
+    if optim == "adamw":
+        assert learner.optimizer.state[directions]["step"] == 1
+        assert learner.optimizer.state[learner.student.head.fc1.weight]["step"] == 3
+
+
+def test_norm_last_layer_keeps_prototypes_at_unit_norm() -> None:
+    learner = learner_of(config(norm_last_layer=True))
+    before = learner.student.head.last_layer.weight.detach().clone()
+    step(learner, views_of(3))
+    after = learner.student.head.last_layer.weight.detach()
+    assert not torch.equal(before, after)
+    assert_close(after.norm(dim=1), torch.ones(32), 1e-6, 1e-6)
+
+
+def test_the_teacher_follows_the_student_after_its_step() -> None:
+    """Parameters by the moving average, BatchNorm statistics by its own forward passes; never by gradient."""
+    learner = learner_of(config(CNN, batch_norm=True), torch.float64)
+    old = {name: p.clone() for name, p in learner.teacher.named_parameters()}
+    step(learner, views_of(4, dtype=torch.float64))
+    student = dict(learner.student.named_parameters())
+    for name, p in learner.teacher.named_parameters():
+        assert not p.requires_grad
+        assert_close(p, 0.99 * old[name] + 0.01 * student[name].detach(), 1e-12, 1e-14, name)
+    mean = "encoder.trunk.bn1.running_mean"
+    buffers = dict(learner.teacher.named_buffers()), dict(learner.student.named_buffers())
+    assert not torch.equal(buffers[0][mean], buffers[1][mean])
+    # The student's trunk runs once for each size of view, the teacher's once; each head once.
+    assert [int(b["encoder.trunk.bn1.num_batches_tracked"]) for b in buffers] == [1, 2]
+    assert [int(b["head.bn1.num_batches_tracked"]) for b in buffers] == [1, 1]
+
+
+def test_the_first_step_of_a_schedule_changes_no_weight() -> None:
+    """A rate of 0, as the published warm-up begins; the center and the sums move all the same."""
+    learner = learner_of(config())
+    before = copy.deepcopy(learner.student.state_dict())
+    metrics = step(learner, views_of(4), values=StepValues(**vars(VALUES) | {"lr": 0.0}))
+    assert_equal_states(learner.student.state_dict(), before)
+    assert_equal_states(learner.teacher.state_dict(), before)
+    assert learner.loss.center.abs().max() > 0
+    assert learner.sums.tolist() == [[1.0, *metrics.values()]] * 2
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_each_gradient_is_clipped_by_its_own_norm(clip: float) -> None:
+    """The logged norm is that of all gradients before the clipping."""
+    free, clipped = learner_of(config(optim="sgd"), torch.float64), learner_of(config(optim="sgd"), torch.float64)
+    views = views_of(4, dtype=torch.float64)
+    norm, same = step(free, views)["grad_norm"], step(clipped, views, clip=clip)["grad_norm"]
+    gradients = [p.grad for p in free.student.parameters() if p.grad is not None]
+    assert norm == same == pytest.approx(sum(float((g**2).sum()) for g in gradients) ** 0.5)
+    ours = [p.grad for p in clipped.student.parameters() if p.grad is not None]
+    for g, c in zip(gradients, ours, strict=True):
+        assert_close(c, g * min(1, clip / (float(g.norm()) + 1e-6)) if clip else g, 1e-9, 1e-14)
+
+
+def test_a_loss_scale_does_not_reach_the_clipping() -> None:
+    """Scaled by 2**16, which is exact: the same norm, clipped gradients and weights to the last bit as without a scale."""
+    plain, scaled = learner_of(config(optim="sgd")), learner_of(config(optim="sgd"))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=True)
+    views = views_of(4)
+    metrics = [step(learner, views, clip=0.01) for learner in (plain, scaled)]
+    assert metrics[0] == metrics[1]
+    ours, theirs = ({n: p.grad for n, p in x.student.named_parameters() if p.grad is not None} for x in (scaled, plain))
+    assert_equal_states(ours, theirs)
+    clipped = [g.norm() > 0.0099 for g in theirs.values()]
+    assert any(clipped) and not all(clipped)
+    assert_equal_states(scaled.student.state_dict(), plain.student.state_dict())
+
+
+def test_requests_and_features_come_back() -> None:
+    learner = learner_of(config())
+    _, features, granted = train_step(learner, [views_of(3)], VALUES, forward=learner.student, requests=(True, False))
+    assert granted == [True, False]
+    assert features.shape == (2, 3, 12)
+    assert_close(features.norm(dim=-1), torch.ones(2, 3), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd", "lars"])
+def test_a_state_goes_on_bit_equal(optim: str) -> None:
+    """Through a file of tensors and plain values, taken while the prototypes were frozen."""
+    learner = learner_of(config(CNN, optim=optim, batch_norm=True))
+    step(learner, views_of(4), values=StepValues(**vars(VALUES) | {"freeze_last_layer": True}))
+    twin = learner_of(config(CNN, optim=optim, batch_norm=True))
+    twin.load(copy.deepcopy(learner.state()))
+    for number in range(2):
+        for each in (learner, twin):
+            step(each, views_of(4, seed=number))
+    assert_equal_states(learner.state(), twin.state())
+    assert twin.step == 3
+
+
+def test_a_float32_state_goes_on_in_float16() -> None:
+    """And back: a run without a loss scale has none to hand over."""
+    plain, scaled = learner_of(config()), learner_of(config())
+    scaled.scaler = torch.amp.GradScaler("cpu")
+    scaled.load(plain.state())
+    step(scaled, views_of(2), precision="fp16")
+    plain.load(scaled.state())
+    step(plain, views_of(2))
+    assert plain.step == 2
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    learner = learner_of(config())
+    state = learner.state()
+    with pytest.raises(ValueError, match=r"weights of the student do not fit.*missing"):
+        learner_of(config(CNN)).load(state)
+    del state["teacher"]["encoder.pool.q.weight"]
+    with pytest.raises(ValueError, match=r"weights of the teacher do not fit.*1 missing: encoder\.pool\.q\.weight"):
+        learner.load(state)
+
+
+def test_the_seed_decides_the_start() -> None:
+    first, same, other = (
+        build_learner(TrainConfig(**vars(config()) | {"run": RunConfig(seed=s)}), CPU).state() for s in (1, 1, 2)
+    )
+    assert_equal_states(first, same)
+    assert not torch.equal(first["student"]["head.fc1.weight"], other["student"]["head.fc1.weight"])
+
+
+def test_compile_says_when_it_does_not_know_the_blocks() -> None:
+    learner = learner_of(config())
+    learner.student.encoder.trunk.blocks = torch.nn.Sequential()
+    with pytest.raises(ValueError, match=r"run\.compile does not know the blocks of vit_tiny"):
+        compile_blocks(learner.student)

@@ -1,0 +1,249 @@
+"""Schedules against the public code's, durations, and what the plan says about short runs and small data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from golden.load import assert_close, cases, load, meta
+
+from dino_simpool.config import HeadConfig, OptimConfig, RunConfig, TeacherConfig, TrainConfig
+from dino_simpool.dino.plan import cosine_schedule, duration_steps, make_plan, teacher_temperature
+
+IMAGENET = 1281167
+
+
+def make_config(*, batch: int = 256, epochs: int | float | str = 100, **changes: object) -> TrainConfig:
+    """A recipe with some options changed: optim_lr=.. sets optim.lr."""
+    cfg = TrainConfig(run=RunConfig(batch_size=batch, epochs=epochs))
+    for key, value in changes.items():
+        section, _, name = key.partition("_")
+        cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{name: value})})
+    return cfg
+
+
+@pytest.mark.parametrize("case", cases(load("open_schedules")))
+def test_schedule_golden(case: str) -> None:
+    data = load("open_schedules")
+    settings = meta(data, case)
+    per_epoch = settings["niter_per_ep"]
+    total = settings["epochs"] * per_epoch
+    ours = [
+        cosine_schedule(
+            step,
+            total,
+            settings["base_value"],
+            settings["final_value"],
+            warmup_steps=settings.get("warmup_epochs", 0) * per_epoch,
+            warmup_start=settings.get("start_warmup_value", 0.0),
+        )
+        for step in range(total)
+    ]
+    assert_close(ours, data[f"{case}/out/schedule"], 1e-12, 1e-18)
+
+
+def test_schedule_corners() -> None:
+    values = [cosine_schedule(step, 10, 1.0, 0.1, warmup_steps=4) for step in range(10)]
+    assert values[:5] == [0.0, 1 / 3, 2 / 3, 1.0, 1.0], "the warm-up includes both ends, so the peak occurs twice"
+    assert 0.1 < values[-1] < 0.2, "the end is approached, not reached"
+    assert cosine_schedule(0, 10, 1.0, 0.1, warmup_steps=1) == 0.0, "a warm-up of one step is its start"
+    assert cosine_schedule(0, 10, 1.0, 0.1) == 1.0
+    assert cosine_schedule(0, 1, 1.0, 0.1) == 1.0
+
+
+@pytest.mark.parametrize("case", cases(load("open_dino_loss")))
+def test_teacher_temperature_golden(case: str) -> None:
+    data = load("open_dino_loss")
+    s = meta(data, case)
+    ours = [
+        teacher_temperature(epoch, s["warmup_teacher_temp_epochs"], s["warmup_teacher_temp"], s["teacher_temp"])
+        for epoch in range(s["nepochs"])
+    ]
+    assert_close(ours, data[f"{case}/out/teacher_temp_schedule"], 1e-12)
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1, 2, 30])
+def test_teacher_temperature_is_a_linspace(warmup_epochs: int) -> None:
+    expected = [*np.linspace(0.04, 0.07, warmup_epochs), *[0.07] * 5]
+    assert_close([teacher_temperature(e, warmup_epochs, 0.04, 0.07) for e in range(warmup_epochs + 5)], expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [(10, 70), (0.5, 4), ("10", 70), ("10ep", 70), ("0.5ep", 4), ("5000it", 5000), ("1e3img", 31), ("1e6img", 31250),
+     ("5%", 10), ("100%", 200), (0, 0), ("0it", 0)],
+)  # fmt: skip
+def test_durations(duration: int | float | str, steps: int) -> None:
+    assert duration_steps(duration, steps_per_epoch=7, total_steps=200, batch_size=32, name="optim.warmup") == steps
+
+
+def test_duration_errors() -> None:
+    with pytest.raises(ValueError, match=r"run\.epochs.*5%"):
+        duration_steps("5%", steps_per_epoch=7, total_steps=None, batch_size=32, name="run.epochs")
+    with pytest.raises(ValueError, match="soon"):
+        duration_steps("soon", steps_per_epoch=7, total_steps=9, batch_size=32, name="optim.warmup")
+
+
+def test_published_vit_run() -> None:
+    """README of SimPool, ViT-S: batch 800, learning rate 5e-4 per 256, against the formulas of the public code."""
+    plan = make_plan(make_config(batch=800), IMAGENET)
+    per_epoch = IMAGENET // 800
+    total = 100 * per_epoch
+    assert (plan.steps_per_epoch, plan.total_steps, plan.epochs) == (per_epoch, total, 100)
+    assert (plan.warmup_steps, plan.teacher_warmup_epochs, plan.freeze_steps) == (10 * per_epoch, 30, per_epoch)
+    assert plan.warnings == plan.suggestions == ()
+    first, peak, after = (plan.values(step) for step in (0, 10 * per_epoch - 1, 10 * per_epoch + 5000))
+    assert (first.lr, first.momentum, first.teacher_temperature) == (0, 0.996, 0.04)
+    assert first.weight_decay == pytest.approx(0.04, rel=1e-12)
+    assert peak.lr == 5e-4 * 800 / 256 == 1.5625e-3
+    progress = 5000 / (total - 10 * per_epoch)
+    assert_close(after.lr, 1e-5 + 0.5 * (1.5625e-3 - 1e-5) * (1 + math.cos(math.pi * progress)), 1e-12)
+    assert plan.values(per_epoch - 1).freeze_last_layer and not plan.values(per_epoch).freeze_last_layer
+    for epoch in (0, 1, 17, 29, 30, 99):
+        of_epoch = [plan.values(step).teacher_temperature for step in (epoch * per_epoch, (epoch + 1) * per_epoch - 1)]
+        assert of_epoch[0] == of_epoch[1] == pytest.approx([*np.linspace(0.04, 0.07, 30), *[0.07] * 70][epoch])
+    last = plan.values(total - 1)
+    assert 1e-5 < last.lr < 1.001e-5 and 0.3999 < last.weight_decay < 0.4 and 0.999999 < last.momentum < 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "images", "changes"),
+    [
+        pytest.param(800, IMAGENET, {}, id="ViT-S"),
+        pytest.param(1280, IMAGENET, {"optim_name": "lars", "optim_lr": 0.3, "head_out_dim": 60000}, id="R-50"),
+        pytest.param(480, IMAGENET, {"optim_lr": 1e-3, "teacher_warmup": 50, "optim_freeze_last_layer": 3}, id="ConvNeXt-S"),
+        pytest.param(800, 260 * 1000, {}, id="ImageNet-20 %"),
+    ],
+)
+@pytest.mark.parametrize("epochs", [100, 300])
+def test_no_advice_for_published_runs(batch: int, images: int, changes: dict, epochs: int) -> None:
+    plan = make_plan(make_config(batch=batch, epochs=epochs, **changes), images)
+    assert plan.warnings == plan.suggestions == ()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "total", "num_epochs"),
+    [(1, 31, 1), (0.1, 3, 1), (2.5, 78, 3), ("5it", 5, 1), ("32it", 32, 2), ("3200img", 100, 4), ("1img", 1, 1)],
+)
+def test_any_length_runs(epochs: int | float | str, total: int, num_epochs: int) -> None:
+    """Shorter than the warm-ups: these are scaled, said so, and every value is in its range."""
+    plan = make_plan(make_config(batch=32, epochs=epochs), 1000)
+    assert (plan.total_steps, plan.epochs) == (total, num_epochs)
+    assert plan.warmup_steps == round(0.1 * total)
+    assert len(plan.warnings) >= 2 and "optim.warmup" in plan.warnings[0] and "teacher.warmup" in plan.warnings[1]
+    for step in range(total):
+        values = plan.values(step)
+        assert 0 <= values.lr <= plan.peak_lr and 0.0399 < values.weight_decay < 0.4 and 0.996 <= values.momentum < 1
+        assert 0.04 <= values.teacher_temperature <= 0.07
+    assert plan.table().count("\n") >= 2
+
+
+@pytest.mark.parametrize(
+    ("warmup", "epochs"),
+    [("4it", 0), ("5it", 0), ("6it", 1), ("14it", 1), ("15it", 2), ("16it", 2), ("25it", 2), ("26it", 3), (1.7, 2), ("9%", 1)],
+)
+def test_teacher_warmup_is_rounded_to_whole_epochs(warmup: float | str, epochs: int) -> None:
+    """To the nearest, halves to the even one, at ten steps an epoch; the first epoch behind it has the final temperature."""
+    plan = make_plan(make_config(batch=100, epochs=10, teacher_warmup=warmup), 1000)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.teacher_warmup_epochs) == (10, 100, epochs)
+    assert plan.values(10 * epochs).teacher_temperature == 0.07
+    if epochs:
+        assert plan.values(10 * epochs - 10).teacher_temperature == pytest.approx(0.04 if epochs == 1 else 0.07)
+
+
+def test_a_scaled_teacher_warmup_is_rounded_twice() -> None:
+    """30% of 26 steps is 7.8, so 8 steps; of ten an epoch, so one epoch."""
+    plan = make_plan(make_config(batch=100, epochs="26it"), 1000)
+    assert "teacher.warmup (30: 300 steps) is longer than the run (26 steps): scaled to 8 steps, 30%" in plan.warnings[1]
+    assert plan.teacher_warmup_epochs == 1
+
+
+def test_a_warmup_as_long_as_the_run_is_kept() -> None:
+    plan = make_plan(make_config(batch=100, epochs=10, optim_warmup=10, teacher_warmup=10), 1000)
+    assert plan.warmup_steps == plan.total_steps == 100
+    assert not any("warmup" in text for text in plan.warnings)
+    assert plan.values(99).lr == plan.peak_lr
+    assert plan.values(99).teacher_temperature == pytest.approx(0.07)
+
+
+def test_one_batch_is_enough_data_and_less_is_not() -> None:
+    assert make_plan(make_config(batch=10), 10).steps_per_epoch == 1
+    with pytest.raises(ValueError, match=r"batch_size is 11.* 10 images.*10 or less"):
+        make_plan(make_config(batch=11), 10)
+    with pytest.raises(ValueError, match="no images"):
+        make_plan(make_config(), 0)
+
+
+def test_warnings_name_the_option() -> None:
+    rising = make_plan(make_config(batch=4, epochs=1000), 1000)
+    assert any("optim.min_lr" in text for text in rising.warnings)
+    for freeze, accident in ((1, True), ("5it", False), ("100%", False)):
+        plan = make_plan(make_config(epochs=1, optim_warmup="10%", teacher_warmup=0, optim_freeze_last_layer=freeze), 5000)
+        assert any("freeze_last_layer" in text for text in plan.warnings) == accident
+
+
+def suggested(cfg: TrainConfig, images: int) -> dict[str, float]:
+    """Option -> advised value, from `try OPTION VALUE`; each suggestion names the present value too."""
+    found = {}
+    for text in make_plan(cfg, images).suggestions:
+        option, value = text.partition(": try ")[2].split()[:2]
+        section, name = option.split(".")
+        present = getattr(getattr(cfg, section), name)
+        assert f"{option} {present:g}" in text if isinstance(present, float) else f"{option} {present}" in text
+        found[option] = float(value.removesuffix("%"))
+    return found
+
+
+def test_advice_for_small_data() -> None:
+    assert suggested(make_config(), 50000) == {"head.out_dim": 2048}
+    assert suggested(make_config(batch=128, head_out_dim=2048), 1000)["head.out_dim"] == 256
+    assert "head.out_dim" not in suggested(make_config(head_out_dim=256), 1000)
+
+
+def test_advice_for_a_small_batch() -> None:
+    """The teacher's half-life in images of the published run: 0.996 at 1024 images is 0.999 at 256."""
+    assert suggested(make_config(batch=256), IMAGENET) == {"teacher.momentum": 0.999}
+    advice = suggested(make_config(batch=32), IMAGENET)
+    half_life = math.log(0.5) / math.log(advice["teacher.momentum"]) * 32
+    assert 0.9 < half_life / (math.log(0.5) / math.log(0.996) * 1024) < 1.1
+    assert advice["optim.lr"] * 32 / 256 == pytest.approx(5e-4 * math.sqrt(32 / 256), rel=0.05)
+    assert list(advice) == ["teacher.momentum", "optim.lr"]
+    assert "teacher.momentum" not in suggested(make_config(batch=32), 50000), "the same share of smaller data is enough"
+
+
+def test_advice_that_is_taken_is_not_given_again() -> None:
+    for batch, images in ((32, IMAGENET), (32, 50000), (256, 50000), (16, 2000), (64, 800)):
+        cfg = make_config(batch=batch)
+        advice = suggested(cfg, images)
+        assert advice
+        cfg = replace(
+            cfg,
+            head=HeadConfig(out_dim=int(advice.get("head.out_dim", cfg.head.out_dim))),
+            teacher=TeacherConfig(momentum=advice.get("teacher.momentum", cfg.teacher.momentum)),
+            optim=OptimConfig(lr=advice.get("optim.lr", cfg.optim.lr)),
+        )
+        assert suggested(cfg, images) == {}
+
+
+def test_advice_for_a_short_run() -> None:
+    """A teacher slower than the run stays at its random start."""
+    advice = suggested(make_config(batch=32, epochs="300it", head_out_dim=256, optim_lr=3e-3, optim_warmup="10%"), 5000)
+    assert list(advice) == ["teacher.momentum"]
+    assert math.log(0.5) / math.log(advice["teacher.momentum"]) == pytest.approx(30, rel=0.1)
+
+
+@pytest.mark.parametrize("warmup", ["60%", "3it"])
+def test_advice_about_the_warmup(warmup: str) -> None:
+    assert suggested(make_config(batch=800, optim_warmup=warmup), IMAGENET) == {"optim.warmup": 10}
+
+
+def test_table_shows_the_turning_points() -> None:
+    lines = make_plan(make_config(batch=800), IMAGENET).table().splitlines()
+    assert "1281167 images" in lines[0] and "160100" in lines[0]
+    rows = {line[:20].strip(): line[20:].split() for line in lines[2:]}
+    assert list(rows) == ["start", "prototypes free", "peak rate", "temperature reached", "middle", "end"]
+    assert rows["peak rate"][:3] == ["16009", "9", "0.001563"]
+    assert rows["start"][-1] == "frozen" and rows["end"][-1] == "free"
+    assert [int(row[0]) for row in rows.values()] == sorted(int(row[0]) for row in rows.values())

@@ -1,0 +1,456 @@
+"""Encoders of every family and pooling: the same contract for all; positions, stems and sizes; head, student and teacher."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from golden.load import assert_close, load, meta
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dino_simpool.config import ModelConfig
+from dino_simpool.dino.model import DinoHead, DinoModel, make_teacher
+from dino_simpool.models.encoder import build_encoder, position_matrix
+from dino_simpool.models.trunk import find_arch
+
+TINY: dict[str, dict[str, Any]] = {
+    "vit": {"arch": "vit_tiny", "width": 32, "heads": 2, "depth": 2, "patch_size": 4, "image_size": 32},
+    "vit with registers": {
+        "arch": "vit_small_patch14_reg4_dinov2",
+        "width": 32,
+        "heads": 2,
+        "depth": 2,
+        "patch_size": 14,
+        "image_size": 56,
+    },
+    "resnet": {"arch": "resnet18", "width": 8, "depth": (1, 1, 1), "stem": "small"},
+    "resnet with a deep stem": {"arch": "resnet50d", "width": 8, "depth": (1, 1, 1, 1)},
+    "convnext": {"arch": "convnext_tiny", "width": 8, "depth": (1, 2, 1), "stem": "small"},
+    "convnext with an overlapping stem": {"arch": "convnext_atto_ols", "width": 8, "depth": 1},
+}
+POOLS: dict[str, dict[str, Any]] = {
+    "simpool": {},
+    "simpool gamma": {"gamma": 1.25},
+    "cls": {"pool": "cls"},
+    "gap": {"pool": "gap"},
+}
+COMBINATIONS = [(trunk, pool) for trunk in TINY for pool in POOLS if pool != "cls" or "vit" in trunk]
+
+
+def tiny(trunk: str = "vit", pool: str = "simpool", **options: Any) -> ModelConfig:
+    return ModelConfig(**{**TINY[trunk], **POOLS[pool], **options})
+
+
+def grid_of(encoder: nn.Module, height: int, width: int) -> tuple[int, int]:
+    if encoder.config.arch.startswith("vit"):
+        return height // encoder.config.patch_size, width // encoder.config.patch_size
+    reduction = {"small": 4}.get(encoder.config.stem, 32)
+    return -(-height // reduction), -(-width // reduction)
+
+
+@pytest.mark.parametrize(("trunk", "pool"), COMBINATIONS)
+def test_contract(trunk: str, pool: str) -> None:
+    """Shapes at square and other sizes, attention that sums to 1, finite values, a gradient for every parameter."""
+    torch.manual_seed(0)
+    encoder = build_encoder(tiny(trunk, pool)).double().eval()
+    for size in ((2, 64, 64), (1, 64, 96), (1, 96, 64)):
+        images = torch.randn(size[0], 3, *size[1:], dtype=torch.float64)
+        grid = grid_of(encoder, *size[1:])
+        features, tokens, attention = encoder(images), encoder.tokens(images), encoder.attention(images)
+        assert features.shape == (size[0], encoder.embed_dim)
+        assert tokens.shape == (size[0], grid[0] * grid[1], encoder.embed_dim)
+        assert attention.shape == (size[0], *grid)
+        assert features.isfinite().all() and tokens.isfinite().all() and (attention >= 0).all()
+        assert_close(attention.detach().sum((1, 2)), np.ones(size[0]), 0, 1e-5)
+        torch.testing.assert_close(encoder(images[:1]), features[:1])
+    encoder(images).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize(("trunk", "pool"), COMBINATIONS)
+def test_features_are_the_pooled_tokens(trunk: str, pool: str) -> None:
+    """tokens() are what is pooled and attention() are the weights, so features can be recomputed from them."""
+    encoder, images = build_encoder(tiny(trunk, pool)).eval(), torch.randn(2, 3, 64, 96)
+    if pool == "cls":
+        return  # a class token is not among them
+    pooled, attention = encoder.pool(encoder.tokens(images), return_attention=True)
+    torch.testing.assert_close(encoder.norm(pooled), encoder(images))
+    torch.testing.assert_close(attention, encoder.attention(images).flatten(1))
+
+
+@pytest.mark.parametrize("pool", ["simpool", "gap", "cls"])
+def test_norm_order(pool: str) -> None:
+    """norm_then_pool pools normalised tokens; for the class token both orders are the same thing."""
+    after = build_encoder(tiny("vit", pool)).eval()
+    nn.init.normal_(after.norm.weight)
+    before = build_encoder(tiny("vit", pool, norm_order="norm_then_pool")).eval()
+    before.load_state_dict(after.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    if pool == "cls":
+        torch.testing.assert_close(before(images), after(images))
+    else:
+        torch.testing.assert_close(before(images), before.pool(after.norm(after.tokens(images))))
+        torch.testing.assert_close(before.tokens(images), after.norm(after.tokens(images)))
+
+
+def test_no_class_token_without_class_token_pooling() -> None:
+    for pool in ("simpool", "gap"):
+        encoder = build_encoder(tiny("vit", pool))
+        assert encoder.trunk.cls_token is None
+        assert encoder.trunk.pos_embed.shape == (1, 64, 32)
+    assert build_encoder(tiny("vit", "cls")).trunk.pos_embed.shape == (1, 65, 32)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "count"),
+    [
+        ("vit_tiny", {"pool": "cls"}, 5_524_416),
+        ("vit_tiny", {}, 5_598_144),
+        ("vit_small", {"pool": "cls"}, 21_665_664),
+        ("vit_small", {}, 21_960_576),
+        ("vit_small", {"gamma": 1.25, "beta": True}, 21_960_577),
+        ("vit_base", {"pool": "cls"}, 85_798_656),
+        ("vit_base", {}, 86_978_304),
+        ("resnet18", {"pool": "gap"}, 11_176_512),
+        ("resnet18", {}, 11_701_824),
+        ("resnet50", {"pool": "gap"}, 23_508_032),
+        ("resnet50", {}, 31_900_736),
+        ("convnext_small", {"pool": "gap"}, 49_454_688),
+        ("convnext_small", {}, 50_635_872),
+    ],
+)
+def test_parameter_counts_of_the_paper(arch: str, options: dict[str, Any], count: int) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(ModelConfig(arch, **options))
+    assert sum(p.numel() for p in encoder.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("dim", "out_dim", "batch_norm", "count"),
+    [(384, 65536, False, 22_352_128), (2048, 60000, True, 24_345_440), (768, 65536, False, 23_138_560)],
+)
+def test_parameter_counts_of_the_head(dim: int, out_dim: int, batch_norm: bool, count: int) -> None:
+    with torch.device("meta"):
+        head = DinoHead(dim, out_dim, batch_norm=batch_norm)
+    assert sum(p.numel() for p in head.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("vit_smal", "vit_small"),
+        ("resnet19", "resnet1"),
+        ("swin_tiny_patch4_window7_224", "another family"),
+        ("deit_small_distilled_patch16_224", "another family"),
+        ("", "did you mean"),
+    ],
+)
+def test_unknown_architectures_are_refused(arch: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        find_arch(arch)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"arch": "vit_small_patch8_224"}, "patch_size 8"),
+        ({"arch": "vit_tiny", "width": 100, "heads": 3}, "divisor"),
+        ({"arch": "vit_tiny", "heads": 5}, "divisor"),
+        ({"arch": "vit_tiny", "depth": (1, 2)}, "stages"),
+        ({"arch": "resnet18", "width": 9}, "even"),
+        ({"arch": "resnet18", "depth": (1,)}, "two blocks"),
+        ({"arch": "convnext_tiny", "depth": (1, 1, 1, 1, 1)}, "one to four"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        build_encoder(ModelConfig(**options))
+
+
+def test_small_maps_and_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 x 2 map.*stem small"):
+        build_encoder(ModelConfig("resnet18", width=8))(torch.randn(1, 3, 32, 64))
+    encoder = build_encoder(tiny("vit"))
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        encoder(torch.randn(1, 3, 3, 32))
+    assert encoder(torch.randn(1, 3, 4, 4)).shape == (1, 32)
+
+
+def test_pixels_beyond_the_last_patch_are_dropped() -> None:
+    encoder, images = build_encoder(tiny("vit")).eval(), torch.randn(1, 3, 35, 33)
+    assert torch.equal(encoder(images), encoder(images[..., :32, :32]))
+
+
+def test_small_images_have_small_cnns() -> None:
+    """A third of a million parameters with an 8 x 8 map at 32 pixels."""
+    encoder = build_encoder(ModelConfig("resnet18", width=24, depth=(2, 2, 2), stem="small", image_size=32))
+    assert 300_000 < sum(p.numel() for p in encoder.parameters()) < 420_000
+    assert encoder.tokens(torch.randn(1, 3, 32, 32)).shape == (1, 64, 96)
+    assert isinstance(encoder.trunk.maxpool, nn.Identity)
+    assert encoder.trunk.conv1.stride == (1, 1)
+
+
+def test_narrow_resnets_have_right_gradients_with_the_channels_last() -> None:
+    """torch's strided 1 x 1 convolution writes out of bounds there on many processors, and none is left to do so."""
+    encoder = build_encoder(ModelConfig("resnet18", pool="gap", width=4, depth=(1, 1, 1), stem="small"))
+    strided = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride == (2, 2)]
+    assert [type(m).__name__ for m in strided] == ["SubsampledConv"] * 2 and [m.in_channels for m in strided] == [4, 8]
+    images = torch.randn(3, 3, 15, 16)
+    exact = copy.deepcopy(encoder).double()
+    for model, inputs in ((exact, images.double()), (encoder.to(memory_format=torch.channels_last), images)):
+        model(inputs.to(memory_format=torch.channels_last)).square().sum().backward()
+    for (name, p), q in zip(encoder.named_parameters(), exact.parameters(), strict=True):
+        assert_close(p.grad, q.grad, 1e-3, 1e-3 * float(q.grad.abs().max()), name)
+    x = torch.randn(2, 8, 5, 6)
+    assert_close(strided[1](x).detach(), F.conv2d(x, strided[1].weight, stride=2).detach(), 1e-5, 1e-5)
+
+
+def test_initialisation() -> None:
+    """Truncated normal of 0.02 for ViT and ConvNeXt, nn.Linear's own for ResNet; no residual branch starts at 0."""
+    torch.manual_seed(0)
+    vit, resnet, convnext = (build_encoder(tiny(name)) for name in ("vit", "resnet", "convnext"))
+    for encoder, deviation in ((vit, 0.02), (convnext, 0.02), (resnet, (3 * 32) ** -0.5)):
+        assert encoder.pool.q.weight.std().item() == pytest.approx(deviation, rel=0.15)
+        assert encoder.pool.k.weight.std().item() == pytest.approx(deviation, rel=0.15)
+    assert all((block.bn2.weight == 1).all() for stage in (resnet.trunk.layer1, resnet.trunk.layer3) for block in stage)
+    token = build_encoder(ModelConfig("vit_tiny", pool="cls", width=384, depth=1)).trunk.cls_token
+    assert token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert vit.trunk.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+POSITIONS = load("open_pos_embed")
+
+
+@pytest.mark.parametrize("case", ["p16_224", "p8_64"])
+@pytest.mark.parametrize("mode", ["simpool", "official"])
+@pytest.mark.parametrize("precision", ["64", ""])
+def test_positions_match_the_published_ones(case: str, mode: str, precision: str) -> None:
+    """At all sizes, non-square and native included, where the published SimPool ViT resamples and the other does not."""
+    settings, dtype = meta(POSITIONS, case), torch.float64 if precision else torch.float32
+    rule = "dino_always" if mode == "simpool" else "dino"
+    encoder = build_encoder(
+        ModelConfig(
+            "vit_tiny", width=32, heads=1, depth=1, image_size=settings["img"], patch_size=settings["patch"], pos_interp=rule
+        )
+    )
+    stored = torch.from_numpy(POSITIONS[f"{case}/in/pos_patch"])[0].to(dtype)
+    for height, width in settings["sizes"]:
+        grid = (height // settings["patch"], width // settings["patch"])
+        ours = encoder._positions(stored, grid, square=height == width)
+        reference = POSITIONS[f"{case}/out{precision}/{mode}_{height}x{width}"][0, mode == "official" :]
+        assert_close(ours, reference, **({"rtol": 1e-6, "atol": 1e-8} if precision else {"rtol": 1e-4, "atol": 1e-5}))
+
+
+def test_positions_by_size_are_interpolation_from_grid_to_grid() -> None:
+    """The default: no-op at the native grid, otherwise bicubic with antialiasing, the axes not swapped."""
+    encoder = build_encoder(tiny("vit")).double()
+    stored = encoder.trunk.pos_embed[0]
+    assert encoder._positions(stored, (8, 8), square=False) is stored
+    for grid in ((4, 12), (12, 4), (16, 16), (1, 1)):
+        expected = F.interpolate(stored.T.reshape(1, 32, 8, 8), size=grid, mode="bicubic", antialias=True)
+        torch.testing.assert_close(encoder._positions(stored, grid, square=False), expected.flatten(2)[0].T)
+
+
+@pytest.mark.parametrize("rule", ["size", "dino", "dino_legacy"])
+def test_positions_of_a_turned_image_are_turned(rule: str) -> None:
+    stored = torch.randn(6, 6, 3, dtype=torch.float64)
+    there, back = (position_matrix((6, 6), grid, rule, device=stored.device, dtype=stored.dtype) for grid in ((3, 5), (5, 3)))
+    turned = back @ stored.transpose(0, 1).reshape(36, 3)
+    torch.testing.assert_close((there @ stored.view(36, 3)).view(3, 5, 3), turned.view(5, 3, 3).transpose(0, 1))
+
+
+def test_positions_of_the_early_published_code() -> None:
+    """Scale (h + 0.1) / sqrt(rows + 1)."""
+    stored = torch.randn(1, 3, 14, 14, dtype=torch.float64)
+    expected = F.interpolate(stored, scale_factor=(6.1 / 197**0.5, 10.1 / 197**0.5), mode="bicubic")
+    matrix = position_matrix((14, 14), (6, 10), "dino_legacy", device=stored.device, dtype=stored.dtype)
+    torch.testing.assert_close(matrix @ stored.flatten(2)[0].T, expected.flatten(2)[0].T)
+    with pytest.raises(ValueError, match="40 x 40"):
+        position_matrix((14, 14), (40, 40), "dino_legacy", device=stored.device, dtype=stored.dtype)
+
+
+def test_positions_made_without_gradients_serve_training_too() -> None:
+    """The cached matrix must not be an inference tensor, and a copy of the encoder must not share its parameter."""
+    encoder, images = build_encoder(tiny("vit")), torch.randn(1, 3, 20, 44)
+    with torch.inference_mode():
+        encoder(images)
+    teacher = copy.deepcopy(encoder)
+    with torch.no_grad():
+        teacher.trunk.pos_embed += 1
+    encoder(images).sum().backward()
+    assert encoder.trunk.pos_embed.grad is not None
+    assert not torch.allclose(encoder(images), teacher(images))
+
+
+@pytest.mark.parametrize("pool", ["simpool", "cls"])
+def test_attention_needs_no_fused_kernel(pool: str) -> None:
+    """The map is the same with and without the fused self-attention of timm, and its gradient exists."""
+    encoder, images = build_encoder(tiny("vit", pool)).eval(), torch.randn(1, 3, 32, 48)
+    fused = encoder.attention(images)
+    for block in encoder.trunk.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(encoder.attention(images), fused)
+    assert fused.requires_grad
+
+
+def test_class_attention_equals_plain_loops() -> None:
+    encoder, images = build_encoder(tiny("vit", "cls")).double().eval(), torch.randn(1, 3, 8, 12, dtype=torch.float64)
+    first, last = encoder.trunk.blocks
+    layer, tokens = last.attn, last.norm1(first(encoder._embed(images)[0]))[0]
+    total = torch.zeros(6, dtype=torch.float64)
+    query, key, _ = layer.qkv(tokens).chunk(3, dim=1)
+    for head in range(2):
+        part = slice(16 * head, 16 * head + 16)
+        scores = torch.stack([query[0, part] @ key[j, part] / 4 for j in range(7)])
+        total += (scores.exp() / scores.exp().sum())[1:]
+    torch.testing.assert_close(encoder.attention(images)[0].flatten(), total / total.sum())
+
+
+def test_registers_stand_behind_the_class_token() -> None:
+    """Features, patch tokens and the attention of the class token are those of timm's own model with the same weights."""
+    torch.manual_seed(0)
+    config, images = tiny("vit with registers", "cls"), torch.randn(2, 3, 56, 56, dtype=torch.float64)
+    encoder = build_encoder(config).double().eval().requires_grad_(False)
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    sizes = {"embed_dim": 32, "num_heads": 2, "depth": 2, "img_size": 56}
+    reference = timm.create_model(config.arch, num_classes=0, **sizes).double().eval().requires_grad_(False)
+    reference.load_state_dict({name.removeprefix("trunk."): value for name, value in encoder.state_dict().items()})
+    assert reference.num_prefix_tokens == 5
+    layer, seen = reference.blocks[-1].attn, {}
+    layer.fused_attn = False
+    layer.attn_drop.register_forward_hook(lambda *arguments: seen.update(attention=arguments[-1]))
+    tokens = reference.forward_features(images)
+    assert_close(encoder(images), tokens[:, 0], 1e-9, 1e-12)
+    assert_close(encoder.norm(encoder.tokens(images)), tokens[:, 5:], 1e-9, 1e-12)
+    heads = seen["attention"][:, :, 0, 5:]
+    heads = (heads / heads.sum(-1, keepdim=True)).view(2, 2, 4, 4)
+    assert_close(encoder.attention(images, per_head=True), heads, 1e-9, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "pool"), [("vit", "simpool gamma"), ("vit", "cls"), ("resnet", "gap"), ("convnext", "simpool")]
+)
+def test_autocast(trunk: str, pool: str) -> None:
+    """bfloat16 products give float32 features near those of float32, in channels_last too."""
+    torch.manual_seed(0)
+    encoder, images = build_encoder(tiny(trunk, pool)).eval(), torch.randn(2, 3, 32, 32)
+    exact = encoder(images)
+    encoder.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = encoder(images.to(memory_format=torch.channels_last))
+    assert features.dtype == torch.float32
+    assert F.cosine_similarity(features, exact).min() > 0.99
+
+
+def student(trunk: str = "vit", **options: Any) -> DinoModel:
+    encoder = build_encoder(tiny(trunk, **options))
+    return DinoModel(encoder, DinoHead(encoder.embed_dim, 20, hidden_dim=24, bottleneck_dim=8, batch_norm=True))
+
+
+def test_views_are_grouped_by_size_and_come_back_view_by_view() -> None:
+    model, sizes = student("resnet").double().eval(), (32, 32, 16, 16, 16)
+    views = [torch.randn(3, 3, size, size, dtype=torch.float64) for size in sizes]
+    calls: list[tuple[int, ...]] = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
+    features = model(views)
+    assert calls == [(6, 3, 32, 32), (9, 3, 16, 16)]
+    assert features.shape == (5, 3, 8)
+    for view, expected in zip(views, features, strict=True):
+        torch.testing.assert_close(model.head(model.encoder(view)), expected)
+
+
+def test_head_sees_all_views_in_one_batch() -> None:
+    """In training mode BatchNorm of the head normalises over all V * B rows, that of the trunk over one size."""
+    torch.manual_seed(0)
+    model = student("resnet").double()
+    views = [torch.randn(3, 3, size, size, dtype=torch.float64) for size in (32, 32, 16)]
+    features = model(views)
+    copied = copy.deepcopy(model)
+    rows = torch.cat([copied.encoder(torch.cat(views[:2])), copied.encoder(views[2])])
+    torch.testing.assert_close(copied.head(rows).view(3, 3, 8), features)
+    assert model.head.bn1.num_batches_tracked == 1
+    assert model.encoder.trunk.bn1.num_batches_tracked == 2
+
+
+def test_head_features_are_unit_and_prototypes_have_unit_norm() -> None:
+    head = DinoHead(16, 10, hidden_dim=12, bottleneck_dim=6)
+    assert_close(head(torch.randn(5, 16)).detach().norm(dim=1), np.ones(5), 0, 1e-6)
+    assert head.last_layer.weight.shape == (10, 6)
+    assert_close(head.last_layer.weight.detach().norm(dim=1), np.ones(10), 0, 1e-6)
+    assert not head.last_layer.parametrizations.weight.original0.requires_grad
+    assert DinoHead(16, 10, norm_last_layer=False).last_layer.parametrizations.weight.original0.requires_grad
+    assert head.fc1.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not head.fc3.bias.any()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(torch.randn(5, 16)).dtype == torch.float32
+
+
+def drop_probabilities(model: nn.Module) -> list[float]:
+    return [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+
+
+@pytest.mark.parametrize("trunk", ["vit", "resnet", "convnext"])
+def test_teacher(trunk: str) -> None:
+    """A copy that has no gradients, trains its own statistics, and drops no path, or the published share."""
+    model = student(trunk, drop_path=0.4)
+    assert max(drop_probabilities(model)) == pytest.approx(0.4)
+    teacher = make_teacher(model)
+    assert teacher.training and set(drop_probabilities(teacher)) == {0.0}
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(teacher.parameters(), model.parameters(), strict=True))
+    assert drop_probabilities(make_teacher(model, 0.2)) == pytest.approx([p / 2 for p in drop_probabilities(model)])
+    assert max(drop_probabilities(model)) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match=r"model\.drop_path"):
+        make_teacher(student(trunk), 0.4)
+
+
+def test_drop_path_rises_linearly_over_the_blocks() -> None:
+    model = build_encoder(tiny("vit", depth=5, drop_path=0.4))
+    rates = [block.drop_path1.drop_prob for block in model.trunk.blocks[1:]]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_compiled_blocks_change_nothing() -> None:
+    """As train.py compiles them: in place, one by one."""
+    encoder, images = build_encoder(tiny("vit", "cls")).eval(), torch.randn(2, 3, 32, 32)
+    plain = encoder(images), encoder.attention(images)
+    for block in encoder.trunk.blocks:
+        block.compile(backend="eager")
+    torch.testing.assert_close((encoder(images), encoder.attention(images)), plain)
+    assert not any("_orig_mod" in name for name in encoder.state_dict())
+    copy.deepcopy(encoder)(images)
+
+
+def test_encoder_names_and_config() -> None:
+    config = tiny("vit", "simpool gamma", beta=True)
+    encoder = build_encoder(config)
+    assert encoder.config is config
+    assert dataclasses.asdict(copy.deepcopy(encoder).config) == dataclasses.asdict(config)
+    names = set(encoder.state_dict())
+    assert {name for name in names if not name.startswith("trunk.")} == {
+        "pool.norm.weight",
+        "pool.norm.bias",
+        "pool.q.weight",
+        "pool.k.weight",
+        "pool.beta",
+        "norm.weight",
+        "norm.bias",
+    }
+    assert not any(name.startswith(("trunk.norm", "trunk.head", "trunk.fc")) for name in names)
+
+
+def test_same_seed_same_weights() -> None:
+    states: list[dict[str, Tensor]] = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        states.append(build_encoder(tiny("convnext")).state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
