@@ -69,7 +69,9 @@ def setup(device: str = "auto") -> torch.device:
         torch.cuda.set_device(index)
         name = f"cuda:{index}"
     if several and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=torch.device(name) if kind == "cuda" else None)
+        # gloo too: signal flags of the host travel on the CPU, without waiting for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=torch.device(name) if kind == "cuda" else None)
     return torch.device(name)
 
 
@@ -125,6 +127,15 @@ def all_max(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
+
+
+def any_process(*asked: bool) -> list[bool]:
+    """For each question whether any process says yes. All processes call this together, on the CPU."""
+    if world_size() == 1:
+        return list(asked)
+    flags = torch.tensor([float(each) for each in asked])
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return flags.bool().tolist()
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -1,15 +1,15 @@
-"""DINO pre-training: `train(cfg)` from the first image to the last checkpoint, read from top to bottom.
+"""Pre-training: `train(cfg)` from the first image to the last checkpoint, read from top to bottom.
 
-One step is in step.py. The random state of a step is a function of (seed, step, rank) and that of an image of (seed, epoch,
-image, view): a run that stops anywhere goes on exactly, with any number of workers, and the ranks draw different stochastic
-depth (in the published code they draw the same).
+What is trained, and how, is the learner's business (learners.py). The random state of a step is a
+function of (seed, step, rank), and that of an image a function of (seed, epoch, image, view). So a run
+that stops anywhere is resumed exactly, with any number of workers, and the ranks draw different
+stochastic depth (in the published code they draw the same).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import sys
 import tempfile
 import time
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
+from tqdm import tqdm
 
 from dino_simpool import __version__, distributed
 from dino_simpool.checkpoint import check_same_run, export_encoder, keep_state, newest_state, save_state
@@ -35,279 +35,341 @@ from dino_simpool.data import (
 )
 from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.feed import Feed, build_feed, colors_on_device
-from dino_simpool.dino.learner import METRICS, Learner, NonFiniteLoss, build_learner, train_step
-from dino_simpool.dino.monitor import effective_rank, feature_spread, non_finite_names, write_failure
-from dino_simpool.dino.plan import Plan, make_plan
 from dino_simpool.eval.knn import knn_accuracy
+from dino_simpool.failures import NonFiniteLoss, non_finite_names, write_failure
 from dino_simpool.features.encode import evaluation_mode, try_sizes
 from dino_simpool.files import write_atomically
+from dino_simpool.learners import Learner, build_learner
 from dino_simpool.logs import RunLog, progress, say
-from dino_simpool.models.encoder import Encoder
 from dino_simpool.pictures import overlay, strip, unnormalize
 from dino_simpool.signals import stop_signals
 
+WINDOW, EPOCH = 0, 1
+"""The two spans over which metrics are averaged: since the last log line, and since the epoch began."""
+
+
+class Means:
+    """Running sums of a learner's metrics over both spans, on the device."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self.names = names
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(2, 1 + len(names), dtype=exact, device=device)
+        """Row by span: the number of steps, then the sum of each metric."""
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Count one step."""
+        assert tuple(metrics) == self.names
+        self.sums += torch.cat([self.sums.new_ones(1), torch.stack(list(metrics.values())).to(self.sums.dtype)])
+
+    def take(self, span: int) -> tuple[int, dict[str, float]]:
+        """Steps of a span and the means over all processes; the span starts again."""
+        steps, *sums = distributed.all_mean(self.sums[span]).tolist()
+        self.sums[span] = 0
+        return int(steps), {name: value / steps for name, value in zip(self.names, sums, strict=True)}
+
+
+@dataclasses.dataclass
+class Run:
+    """A run in progress: what it was told, what it trains, and where it writes."""
+
+    cfg: TrainConfig
+    device: torch.device
+    images: ImageSet
+    knn_sets: tuple[ImageSet, ImageSet] | None
+    """The bank and the held-out images of the k-NN evaluation, if there is one."""
+    learner: Learner
+    out: Path
+    facts: dict[str, Any]
+    """About data and processes, for the checkpoint: num_images, images (digest), world_size."""
+    means: Means
+    epoch_open: bool = False
+    """All steps of the last epoch are done, but it is not yet evaluated and logged."""
+    best: float = -1.0
+    """Highest k-NN accuracy so far, in %."""
+    log: RunLog = dataclasses.field(init=False)
+    feed: Feed = dataclasses.field(init=False)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return self.learner.steps == self.learner.plan.total_steps
+
 
 def train(cfg: TrainConfig) -> Path:
-    """Pre-train as configured, or go on where cfg.run.out stopped; returns that folder.
+    """Pre-train as configured, or resume what is in cfg.run.out. Returns that folder.
 
-    Under torchrun or in a SLURM job each process calls this. ValueError and OSError say in one line what is wrong with the
-    options, the data or the folder, before anything is written. NonFiniteLoss: see OUT/error.txt.
+    Under torchrun or in a SLURM job each process calls this. ValueError and OSError say in one line
+    what is wrong with the options, the data or the folder, before anything is written. NonFiniteLoss:
+    see OUT/error.txt.
+    """
+    run, saved = _prepare(cfg)
+    learner, plan, first = run.learner, run.learner.plan, run.learner.steps
+    say(_announce(run))
+    if distributed.is_main():
+        if saved.get("file") == "prev.pth":  # what is copied or kept from now on must be the state in use
+            (run.out / "prev.pth").replace(run.out / "last.pth")
+        (run.out / "error.txt").unlink(missing_ok=True)
+        write_atomically(run.out / "config.yaml", lambda path: path.write_text(dump(cfg)))
+    run.log = RunLog(run.out, resume_step=first, resume_epoch=_epochs_logged(run), enabled=distributed.is_main())
+    run.feed = build_feed(
+        cfg,
+        run.images,
+        BadFiles(run.images, run.out, max_share=cfg.data.max_bad_share, found=saved.get("bad_files", {})),
+        batch_size=_images_of_one_pass(cfg),
+        start_step=first,
+        total_steps=plan.total_steps,
+        device=run.device,
+    )
+    saved_at, stop = time.monotonic(), False
+    bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
+    with bar, stop_signals() as received, _failures_written(run):
+        if run.epoch_open:
+            _end_epoch(run)
+        while not (run.done or stop):
+            asked = (bool(received), time.monotonic() - saved_at > 60 * cfg.run.save_minutes)
+            # The stochastic depth of this step, whatever came before: resuming needs no stored random state.
+            torch.manual_seed(((cfg.run.seed * 1_000_003 + learner.steps) * 65_537 + distributed.rank()) % 2**63)
+            run.means.add(learner.step(run.feed.batches(cfg.run.accumulate), plan.values(learner.steps)))
+            bar.update()
+            stop, late = distributed.any_process(*asked)
+            done = learner.steps
+            if done == first + 1:
+                views = [unnormalize(view[0], cfg.model.mean, cfg.model.std) for view in run.feed.views]
+                run.log.image("crops", strip(views), done)
+            if done == 1 or done % cfg.run.log_every == 0 or run.done:
+                _log_step(run, bar)
+            run.epoch_open = done % plan.steps_per_epoch == 0 or run.done
+            stop = (stop or done == cfg.run.stop_after_steps) and not run.done
+            due = cfg.run.save_every_steps and done % cfg.run.save_every_steps == 0
+            if run.epoch_open or stop or due or late:
+                _save(run)
+                saved_at = time.monotonic()
+            if run.epoch_open and not stop:
+                _end_epoch(run)
+        if stop:
+            say(f"stopped after step {learner.steps} of {plan.total_steps}: run the same command again to resume")
+        else:
+            _save(run)  # now with the last epoch evaluated
+    run.log.close()
+    run.feed.bad_files.say_total()
+    distributed.barrier()
+    return run.out
+
+
+def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
+    """The run, at the step to go on from, and the state that it resumes (empty for a new run).
+
+    Whatever can be wrong is found here, before the first file is written.
     """
     device = distributed.setup(cfg.run.device)
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     keep_freed_memory()
-
-    # -- what there is to do. Whatever can be wrong is found here, before the first file is written.
     roots = [cfg.data.root] if isinstance(cfg.data.root, str) else list(cfg.data.root)
     decoding: dict[str, Any] = {"max_pixels": cfg.data.max_pixels, "exif_orientation": cfg.data.exif_orientation}
     images = find_images(roots, subset_per_class=cfg.data.subset_per_class).decoded(**decoding)
     knn_sets = None
     if cfg.run.knn_train and cfg.run.knn_val:
         knn_sets = (class_folder(cfg.run.knn_train).decoded(**decoding), class_folder(cfg.run.knn_val).decoded(**decoding))
-    plan = make_plan(cfg, len(images))
-    images_of_one_pass = _images_of_one_pass(cfg)
-    learner = build_learner(cfg, device, warmup_steps=plan.warmup_steps)
+    _images_of_one_pass(cfg)
+    learner = build_learner(cfg, images, device)
     sizes = {cfg.crops.global_size, cfg.model.image_size} | ({cfg.crops.local_size} if cfg.crops.num_local else set())
-    try_sizes(learner.teacher.encoder, sorted(sizes), device=device)
+    try_sizes(learner.encoder, sorted(sizes), device=device)
     out = _writable(cfg.run.out)
-    saved = newest_state(out, say)
-    facts = {"num_images": len(images), "images": images.digest(), "world_size": distributed.world_size()}
-    if saved is not None:
-        if saved["images"] != facts["images"]:
-            raise ConfigError(
-                f"{out} was trained on {saved['num_images']} images, now there are {len(images)}, not the same: "
-                "give another run.out"
-            )
-        changes = check_same_run(to_dict(cfg), saved["config"], out)
-        learner.load(saved)
-        if saved["world_size"] != facts["world_size"]:
-            changes.append(f"number of processes: {saved['world_size']} -> {facts['world_size']}")
-        if learner.step > plan.total_steps:
-            raise ConfigError(
-                f"{out} has {learner.step} steps, but run.epochs {cfg.run.epochs} ends at {plan.total_steps}: give more"
-            )
-        for change in changes:
-            say(f"changed since this run was saved: {change}")
-    # Nobody writes before everybody has read, and read the same.
-    distributed.require_agreement(
-        "the images and the step to go on from", (len(images), str(facts["images"])[:8], learner.step)
-    )
-
-    # -- what is about to happen, said and written down.
-    first, main = learner.step, distributed.is_main()
-    workers = default_workers() if cfg.data.workers is None else cfg.data.workers
-    say(_announce(cfg, plan, learner, device, workers))
-    if main:
-        if saved is not None and saved["file"] == "prev.pth":  # what is copied or kept from now on must be the state in use
-            (out / "prev.pth").replace(out / "last.pth")
-        (out / "error.txt").unlink(missing_ok=True)
-        write_atomically(out / "config.yaml", lambda path: path.write_text(dump(cfg)))
-    log = RunLog(out, resume_step=first, resume_epoch=_epochs_logged(learner, plan), enabled=main)
-    forward: nn.Module = learner.student
-    if distributed.world_size() > 1:
-        forward = DistributedDataParallel(learner.student, forward_sync_buffers=False, gradient_as_bucket_view=True)
-
-    # -- the loop.
-    known = saved.get("bad_files", {}) if saved is not None else {}
-    feed = build_feed(
-        cfg, images, BadFiles(images, out, max_share=cfg.data.max_bad_share, found=known), batch_size=images_of_one_pass,
-        start_step=first, total_steps=plan.total_steps, device=device,
-    )  # fmt: skip
-    saved_at = time.monotonic()
-    bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
-    with bar, stop_signals() as received, _failures_written(out, learner, plan, images, feed):
-        if learner.epoch_open:
-            _end_epoch(cfg, plan, learner, out, log, images, knn_sets, feed)
-        while learner.step < plan.total_steps:
-            values = plan.values(learner.step)
-            # Stochastic depth of this step, whatever came before it: resuming needs no stored random state.
-            torch.manual_seed(((cfg.run.seed * 1_000_003 + learner.step) * 65_537 + distributed.rank()) % 2**63)
-            late = time.monotonic() - saved_at > 60 * cfg.run.save_minutes
-            _, features, (stop, late) = train_step(
-                learner, feed.batches(cfg.run.accumulate), values, forward=forward, accumulate=cfg.run.accumulate,
-                clip=cfg.optim.clip, precision=cfg.run.precision, requests=(bool(received), late),
-            )  # fmt: skip
-            done = learner.step
-            bar.update()
-            if done == first + 1:
-                log.image("crops", strip([unnormalize(view[0], cfg.model.mean, cfg.model.std) for view in feed.views]), done)
-            if done == 1 or done % cfg.run.log_every == 0 or done == plan.total_steps:
-                _log_step(cfg, learner, plan, features, log, feed, bar)
-            learner.epoch_open = done % plan.steps_per_epoch == 0 or done == plan.total_steps
-            stop = stop or done == cfg.run.stop_after_steps
-            due = cfg.run.save_every_steps and done % cfg.run.save_every_steps == 0
-            if learner.epoch_open or stop or due or late:
-                _save(cfg, learner, out, facts, feed)
-                saved_at = time.monotonic()
-            if stop and done < plan.total_steps:
-                say(f"stopped after step {done} of {plan.total_steps}; the same command goes on from there")
-                break
-            if learner.epoch_open:
-                _end_epoch(cfg, plan, learner, out, log, images, knn_sets, feed)
-        else:
-            _save(cfg, learner, out, facts, feed)  # now with the last epoch evaluated
-    log.close()
-    feed.bad_files.say_total()
-    distributed.barrier()
-    return out
+    facts: dict[str, Any] = {"num_images": len(images), "images": images.digest(), "world_size": distributed.world_size()}
+    run = Run(cfg, device, images, knn_sets, learner, out, facts, Means(learner.metrics, device))
+    saved = newest_state(out, say) or {}
+    if saved:
+        _resume(run, saved)
+    # No process writes until all have read, and have read the same.
+    distributed.require_agreement("the images and the step to go on from", (len(images), facts["images"][:8], learner.steps))
+    return run, saved
 
 
-def _announce(cfg: TrainConfig, plan: Plan, learner: Learner, device: torch.device, workers: int) -> str:
+def _resume(run: Run, saved: dict[str, Any]) -> None:
+    """Take over a stored state, and say what has changed since. ConfigError if it is of another run."""
+    if saved["images"] != run.facts["images"]:
+        raise ConfigError(
+            f"{run.out} was trained on {saved['num_images']} images, now there are {len(run.images)}, not the same: "
+            "give another run.out"
+        )
+    changes = check_same_run(to_dict(run.cfg), saved["config"], run.out)
+    run.learner.load(saved)
+    run.means.sums.copy_(saved["sums"])
+    run.epoch_open, run.best = saved["epoch_open"], saved["best"]
+    if saved["world_size"] != run.facts["world_size"]:
+        changes.append(f"number of processes: {saved['world_size']} -> {run.facts['world_size']}")
+    steps, total = run.learner.steps, run.learner.plan.total_steps
+    if steps > total:
+        raise ConfigError(f"{run.out} has {steps} steps, but run.epochs {run.cfg.run.epochs} ends at {total}: give more")
+    for change in changes:
+        say(f"changed since this run was saved: {change}")
+
+
+def _announce(run: Run) -> str:
     """What the user reads before step 1."""
-
-    def count(module: nn.Module) -> str:
-        return f"{sum(p.numel() for p in module.parameters()):,} parameters"
-
-    place = "on the device" if colors_on_device(cfg, device) else "in the loaders"
+    cfg, plan = run.cfg, run.learner.plan
+    workers = default_workers() if cfg.data.workers is None else cfg.data.workers
+    place = "on the device" if colors_on_device(cfg, run.device) else "in the loaders"
     lines = [
-        f"dino_simpool {__version__}: {cfg.model.arch} with {cfg.model.pool}, {count(learner.student.encoder)}, "
-        f"head {count(learner.student.head)}, {cfg.run.precision} on {device}",
+        f"dino_simpool {__version__}: {run.learner.describe()}, {cfg.run.precision} on {run.device}",
         f"{distributed.world_size()} process(es) x {_images_of_one_pass(cfg)} images x {cfg.run.accumulate} pass(es) = batch "
-        f"{cfg.run.batch_size}; {workers} loader worker(s) a process; crops 2 x {cfg.crops.global_size} px + "
-        f"{cfg.crops.num_local} x {cfg.crops.local_size} px, coloured {place}",
+        f"{cfg.run.batch_size}; {workers} loader worker(s) per process; crops 2 x {cfg.crops.global_size} px + "
+        f"{cfg.crops.num_local} x {cfg.crops.local_size} px, colors made {place}",
         plan.table(),
         *(f"warning: {text}" for text in plan.warnings),
         *(f"suggestion: {text}" for text in plan.suggestions),
     ]
-    if learner.step:
-        lines.append(f"resuming after step {learner.step} of {plan.total_steps}")
+    if run.learner.steps:
+        lines.append(f"resuming after step {run.learner.steps} of {plan.total_steps}")
     return "\n".join(lines)
 
 
-def _log_step(cfg: TrainConfig, learner: Learner, plan: Plan, features: Tensor, log: RunLog, feed: Feed, bar: Any) -> None:
-    """A line of the log over the steps since the last one, and what the monitor thinks of it."""
+def _log_step(run: Run, bar: tqdm[Any]) -> None:
+    """A log line over the steps since the last one, and warnings if something looks wrong."""
+    learner, feed = run.learner, run.feed
     feed.bad_files.gather()
-    _, means = learner.take_means(0)
-    rows = features.flatten(0, 1).float()
-    spread, rank = math.nan, math.nan
-    if len(rows) >= 8:  # two views of a handful of images say nothing about a collapse
-        measured = torch.tensor([feature_spread(rows), effective_rank(rows)], dtype=learner.sums.dtype, device=rows.device)
-        spread, rank = distributed.all_mean(measured).tolist()
-    log_k = math.log(cfg.head.out_dim)
-    record = {
-        "kind": "step", "step": learner.step, "epoch": (learner.step - 1) // plan.steps_per_epoch, "loss": means["loss"],
-        "loss_over_lnK": means["loss"] / log_k, "entropy_over_lnK": means["entropy"] / log_k, "kl": means["kl"],
-        "grad_norm": means["grad_norm"], "feature_spread": spread, "effective_rank": rank,
-        "center_norm": learner.loss.center.norm().item(), "bad_files": len(feed.bad_files.found),
-        **dataclasses.asdict(plan.values(learner.step - 1)), **feed.timings("window"),
-    }  # fmt: skip
-    log.write(record)
+    _, means = run.means.take(WINDOW)
+    fields, warnings = learner.watch(means)
+    record: dict[str, Any] = {
+        "kind": "step",
+        "step": learner.steps,
+        "epoch": (learner.steps - 1) // learner.plan.steps_per_epoch,
+        **fields,
+        "bad_files": len(feed.bad_files.found),
+        **dataclasses.asdict(learner.plan.values(learner.steps - 1)),
+        **feed.timings("window"),
+    }
+    run.log.write(record)
     waiting = record["data_wait_percent"]
-    bar.set_postfix_str(f"loss/lnK {record['loss_over_lnK']:.3f}, data wait {waiting:.0f} %")
+    shown = learner.shown.replace("_over_", "/")
+    bar.set_postfix_str(f"{shown} {record[learner.shown]:.3f}, data wait {waiting:.0f} %")
     if waiting > 10 and record["seconds"] > 10 and not feed.warned:
         feed.warned = True
-        say(f"warning: {waiting:.0f} % of the time went into waiting for images: {feed.advice(cfg)}")
-    for warning in learner.monitor.update(
-        loss=means["loss"], entropy=means["entropy"], out_dim=cfg.head.out_dim, spread=spread, step=learner.step
-    ):
+        say(f"warning: {waiting:.0f} % of the time was spent waiting for images: {feed.advice(run.cfg)}")
+    for warning in warnings:
         say(f"warning: {warning}")
 
 
-def _end_epoch(
-    cfg: TrainConfig,
-    plan: Plan,
-    learner: Learner,
-    out: Path,
-    log: RunLog,
-    images: ImageSet,
-    knn_sets: tuple[ImageSet, ImageSet] | None,
-    feed: Feed,
-) -> None:
-    """Evaluate the teacher if it is time, write the epoch's line, keep what is to be kept. Its steps are saved already."""
-    epoch = (learner.step - 1) // plan.steps_per_epoch
+def _end_epoch(run: Run) -> None:
+    """Evaluate if it is time, write the epoch's line, and keep what is to be kept.
+
+    The steps of the epoch are saved already.
+    """
+    cfg, learner, plan, encoder = run.cfg, run.learner, run.learner.plan, run.learner.encoder
+    epoch = (learner.steps - 1) // plan.steps_per_epoch
     started = time.monotonic()
-    steps, means = learner.take_means(1)
-    values = [plan.values(step) for step in range(learner.step - steps, learner.step)]
+    steps, means = run.means.take(EPOCH)
+    values = [plan.values(step) for step in range(learner.steps - steps, learner.steps)]
     record: dict[str, Any] = {
-        "kind": "epoch", "step": learner.step, "epoch": epoch, "train_loss": means["loss"], "train_entropy": means["entropy"],
-        "train_KL_div": means["kl"], "train_lr": sum(v.lr for v in values) / steps,
-        "train_wd": sum(v.weight_decay for v in values) / steps, "train_momentum": sum(v.momentum for v in values) / steps,
-        "train_teacher_temp": values[0].teacher_temperature, "train_grad_norm": means["grad_norm"],
-        "bad_files": len(feed.bad_files.found),
-    }  # fmt: skip
-    last = learner.step == plan.total_steps
-    due = cfg.run.knn_every > 0 and (epoch % cfg.run.knn_every == 0 or last)
-    encoder, device, model = learner.teacher.encoder, learner.sums.device, cfg.model
-    transform = EvalTransform(model.image_size, resize=model.resize, mean=model.mean, std=model.std)
+        "kind": "epoch",
+        "step": learner.steps,
+        "epoch": epoch,
+        **learner.epoch_fields(means, values),
+        "bad_files": len(run.feed.bad_files.found),
+    }
+    due = cfg.run.knn_every > 0 and (epoch % cfg.run.knn_every == 0 or run.done)
+    transform = EvalTransform(cfg.model.image_size, resize=cfg.model.resize, mean=cfg.model.mean, std=cfg.model.std)
     if due and distributed.is_main():
-        shown = knn_sets[1] if knn_sets is not None else images
-        log.image("attention", _attention_strip(encoder, shown, transform, device), learner.step)
-    if due and knn_sets is not None:
+        shown = run.knn_sets[1] if run.knn_sets is not None else run.images
+        run.log.image("attention", _attention_strip(run, shown, transform), learner.steps)
+    if due and run.knn_sets is not None:
         record["k-NN"] = knn_accuracy(
-            encoder, *knn_sets, transform=transform, batch_size=128, workers=cfg.data.workers, device=device, skip_broken=True
+            encoder,
+            *run.knn_sets,
+            transform=transform,
+            batch_size=128,
+            workers=cfg.data.workers,
+            device=run.device,
+            skip_broken=True,
         )
         top1 = record["k-NN"]["10"]["top1"]
         say(f"epoch {epoch}: k-NN (k = 10) {top1:.2f} %")
-        if top1 > learner.best:
-            learner.best = top1
+        if top1 > run.best:
+            run.best = top1
             if distributed.is_main():
-                keep_state(out, "best.pth")
+                keep_state(run.out, "best.pth")
     if distributed.is_main():
-        export_encoder(out, encoder, seed=cfg.run.seed, epochs=learner.step / plan.steps_per_epoch)
+        export_encoder(run.out, encoder, seed=cfg.run.seed, epochs=learner.steps / plan.steps_per_epoch)
         if cfg.run.keep_every and (epoch + 1) % cfg.run.keep_every == 0:
-            keep_state(out, f"epoch_{epoch + 1:04d}.pth")
-    timings = feed.timings("epoch")
+            keep_state(run.out, f"epoch_{epoch + 1:04d}.pth")
+    timings = run.feed.timings("epoch")
     record |= {
-        "img_per_s": timings["images_per_second"], "data_time": timings["data_wait_percent"],
-        "knn_time": time.monotonic() - started, "max_mem": timings["max_memory_mb"],
-    }  # fmt: skip
-    log.write(record)
-    learner.epoch_open = False
+        "img_per_s": timings["images_per_second"],
+        "data_time": timings["data_wait_percent"],
+        "knn_time": time.monotonic() - started,
+        "max_mem": timings["max_memory_mb"],
+    }
+    run.log.write(record)
+    run.epoch_open = False
 
 
 @torch.no_grad()
-def _attention_strip(encoder: Encoder, images: ImageSet, transform: EvalTransform, device: torch.device) -> Tensor:
+def _attention_strip(run: Run, images: ImageSet, transform: EvalTransform) -> Tensor:
     """Eight images, evenly spread over the set, each above its attention: (3, H, W) in 0..1."""
+    encoder = run.learner.encoder
     chosen = [int(i) for i in torch.linspace(0, len(images) - 1, min(8, len(images)))]
     pixels = torch.stack([transform(read_or_replace(images.read, i, total=len(images), seed=0, epoch=0)[0]) for i in chosen])
     shown = unnormalize(pixels, transform.mean, transform.std)
     try:
         with evaluation_mode(encoder):
-            attention = encoder.attention(pixels.to(device)).cpu()
+            attention = encoder.attention(pixels.to(run.device)).cpu()
     except ValueError as error:  # the class token of an unusual block has no attention to show, and the training needs none
         say(f"no attention maps: {error}")
         return strip(list(shown))
     return torch.cat([strip(list(shown)), strip([overlay(image, a) for image, a in zip(shown, attention, strict=True)])], dim=1)
 
 
-def _save(cfg: TrainConfig, learner: Learner, out: Path, facts: dict[str, Any], feed: Feed) -> None:
-    """Write last.pth with the facts of the run, unless a weight of the student is not finite: then the last good one stays."""
-    feed.bad_files.gather()
-    sums = distributed.all_mean(learner.sums)  # of all processes: each goes on from the mean, and the next mean is the same
-    if not torch.stack(torch._foreach_norm(list(learner.student.parameters()))).isfinite().all():  # equal in all processes
-        raise NonFiniteLoss(f"a weight of the student is not finite after step {learner.step}; {out}/last.pth is from before")
+def _save(run: Run) -> None:
+    """Write last.pth, unless a trained weight is not finite: then the last good file stays."""
+    run.feed.bad_files.gather()
+    sums = distributed.all_mean(run.means.sums)  # each process resumes from the mean, and the next mean is the same
+    weights: list[Tensor] = list(run.learner.network.parameters())
+    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():  # equal in all processes
+        raise NonFiniteLoss(f"a weight is not finite after step {run.learner.steps}; {run.out}/last.pth is from before")
     if not distributed.is_main():
         return
     versions = {"dino_simpool": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
-    facts = {**facts, "versions": versions, "bad_files": feed.bad_files.found}
-    save_state(out, {"config": to_dict(cfg), **facts, **learner.state(), "sums": sums.cpu()})
+    state = {
+        "config": to_dict(run.cfg),
+        **run.facts,
+        "versions": versions,
+        "bad_files": run.feed.bad_files.found,
+        **run.learner.state(),
+        "epoch_open": run.epoch_open,
+        "best": run.best,
+        "sums": sums.cpu(),
+    }
+    save_state(run.out, state)
 
 
 @contextlib.contextmanager
-def _failures_written(out: Path, learner: Learner, plan: Plan, images: ImageSet, feed: Feed) -> Iterator[None]:
-    """On NonFiniteLoss write OUT/error.txt: the step, its schedules, its images, which weights and gradients are not finite."""
+def _failures_written(run: Run) -> Iterator[None]:
+    """On NonFiniteLoss write OUT/error.txt: the step, its schedules, its images, and what is not finite."""
     try:
         yield
     except NonFiniteLoss as error:
-        paths = distributed.gather_objects([images.path(i) for i in feed.indices])  # all processes raise it together
+        paths = distributed.gather_objects([run.images.path(i) for i in run.feed.indices])  # all processes raise it together
         if distributed.is_main():
-            write_failure(out / "error.txt", _failure(learner, plan, paths, error))
+            steps, plan = run.learner.steps, run.learner.plan
+            record = {
+                "error": str(error),
+                "step": steps + 1,
+                "epoch": steps // plan.steps_per_epoch,
+                "not_finite": non_finite_names(run.learner.network),
+                "schedules": dataclasses.asdict(plan.values(steps)),
+                "images_of_each_process": paths,
+                "sums_since_the_last_log_line": dict(
+                    zip(("steps", *run.means.names), run.means.sums[WINDOW].tolist(), strict=True)
+                ),
+            }
+            write_failure(run.out / "error.txt", record)
         raise
 
 
-def _failure(learner: Learner, plan: Plan, paths: list[list[str]], error: NonFiniteLoss) -> dict[str, Any]:
-    """What is known when the training stops."""
-    return {
-        "error": str(error), "step": learner.step + 1, "epoch": learner.step // plan.steps_per_epoch,
-        "not_finite": non_finite_names(learner.student),
-        "schedules": dataclasses.asdict(plan.values(learner.step)), "images_of_each_process": paths,
-        "sums_since_the_last_log_line": dict(zip(("steps", *METRICS), learner.sums[0].tolist(), strict=True)),
-    }  # fmt: skip
-
-
 def _writable(folder: str) -> Path:
-    """The folder of the run, made if it is not there. OSError or ConfigError if nothing can be written into it."""
+    """The folder of the run, made if it is not there. ConfigError if nothing can be written into it."""
     if not folder:
         raise ConfigError("run.out is empty: give the folder of this run")
     out = Path(folder)
@@ -316,7 +378,7 @@ def _writable(folder: str) -> Path:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise ConfigError(f"nothing can be written to {out} ({error.strerror}): give another run.out") from None
+        raise ConfigError(f"cannot write to {out} ({error.strerror}): give another run.out") from None
     return out
 
 
@@ -332,8 +394,7 @@ def _images_of_one_pass(cfg: TrainConfig) -> int:
     return cfg.run.batch_size // parts
 
 
-def _epochs_logged(learner: Learner, plan: Plan) -> int:
+def _epochs_logged(run: Run) -> int:
     """Epochs whose line is in the log."""
-    if learner.step == plan.total_steps:
-        return plan.epochs - learner.epoch_open
-    return learner.step // plan.steps_per_epoch - learner.epoch_open
+    plan = run.learner.plan
+    return (plan.epochs if run.done else run.learner.steps // plan.steps_per_epoch) - run.epoch_open

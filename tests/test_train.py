@@ -23,7 +23,6 @@ from test_distributed import group, run_processes, slurm_group, values
 from test_learner import assert_equal_states
 from torch import Tensor
 
-import dino_simpool.train as trainer
 from dino_simpool import cli, distributed
 from dino_simpool.checkpoint import load_encoder, read_state
 from dino_simpool.config import (
@@ -39,10 +38,12 @@ from dino_simpool.config import (
     dump,
     parse,
 )
-from dino_simpool.dino.learner import NonFiniteLoss, build_learner
-from dino_simpool.dino.plan import make_plan
+from dino_simpool.data.feed import Batch
+from dino_simpool.dino.learner import DinoLearner, build_dino
+from dino_simpool.dino.plan import StepValues, make_plan
+from dino_simpool.failures import NonFiniteLoss
 from dino_simpool.logs import TIMING_FIELDS, read_log
-from dino_simpool.train import train
+from dino_simpool.train import EPOCH, WINDOW, Means, train
 
 # The bank has fewer images than the largest k, which k-NN says.
 pytestmark = pytest.mark.filterwarnings("ignore:k = 200 is more")
@@ -144,7 +145,7 @@ def test_files_and_log_of_a_run(whole: TrainConfig) -> None:
         assert line["train_loss"] == pytest.approx(line["train_entropy"] + line["train_KL_div"])
     state = read_state(out / "last.pth")
     assert state["step"] == 6 and not state["epoch_open"] and state["best"] == max(e["k-NN"]["10"]["top1"] for e in epochs)
-    learner = build_learner(whole, torch.device("cpu"))
+    learner = build_dino(whole, NUM_IMAGES, torch.device("cpu"))
     moved = [not torch.equal(p, state["student"][name]) for name, p in learner.student.named_parameters() if p.requires_grad]
     assert all(moved)
 
@@ -165,6 +166,20 @@ def test_the_log_means_are_those_of_the_steps(whole: TrainConfig, images: Path, 
     assert_equal_states(mine["student"], reference["student"])
 
 
+def test_means_are_of_the_steps_since_they_were_last_taken() -> None:
+    """Of each span by itself, in float64; the names are those of the learner, in its order."""
+    means = Means(("loss", "norm"), torch.device("cpu"))
+    for loss, norm in ((1.0, 4.0), (2.0, 5.0)):
+        means.add({"loss": torch.tensor(loss), "norm": torch.tensor(norm)})
+    assert means.sums.tolist() == [[2.0, 3.0, 9.0]] * 2 and means.sums.dtype == torch.float64
+    assert means.take(WINDOW) == (2, {"loss": 1.5, "norm": 4.5})
+    means.add({"loss": torch.tensor(6.0), "norm": torch.tensor(0.0)})
+    assert means.take(WINDOW) == (1, {"loss": 6.0, "norm": 0.0})
+    assert means.take(EPOCH) == (3, {"loss": 3.0, "norm": 3.0})
+    with pytest.raises(AssertionError):
+        means.add({"norm": torch.tensor(1.0), "loss": torch.tensor(1.0)})
+
+
 def test_the_exported_encoder_is_the_teachers(whole: TrainConfig) -> None:
     """Bit-equal features from both files; the untrained encoder is the one that the run began with."""
     out = Path(whole.run.out)
@@ -178,7 +193,7 @@ def test_the_exported_encoder_is_the_teachers(whole: TrainConfig) -> None:
     loaded = load_encoder(out / "last.pth").state_dict()
     assert {f"encoder.{name}" for name in loaded} == {name for name in own if name.startswith("encoder.")}
     assert all(torch.equal(tensor, own[f"encoder.{name}"]) for name, tensor in loaded.items())
-    start = build_learner(whole, torch.device("cpu")).student.encoder.state_dict()
+    start = build_dino(whole, NUM_IMAGES, torch.device("cpu")).student.encoder.state_dict()
     untouched = load_encoder(out / "last.pth", which="untrained").state_dict()
     assert_equal_states(dict(untouched), dict(start))
 
@@ -214,7 +229,7 @@ def test_each_step_uses_the_schedules_of_its_own_number(images: Path, tmp_path: 
     assert [v.teacher_temperature for v in planned] == [0.01] * 3 + [10.0] * 3
     assert [v.freeze_last_layer for v in planned] == [True] * 4 + [False] * 2
 
-    student = teacher_before = dict(build_learner(cfg, torch.device("cpu")).student.state_dict())
+    student = teacher_before = dict(build_dino(cfg, NUM_IMAGES, torch.device("cpu")).student.state_dict())
     for step, expected in enumerate(planned):
         train(changed(cfg, stop_after_steps=step + 1))
         state = read_state(tmp_path / "last.pth")
@@ -448,27 +463,27 @@ def spoil(views: list[Tensor]) -> list[Tensor]:
     return views
 
 
-def spoiled_step(step: int, rank: int, learner: Any, batches: Iterator[list[Tensor]], *arguments: Any, **options: Any) -> Any:
-    """train_step, but one process sees a bad image in one step."""
-    if (learner.step + 1, distributed.rank()) == (step, rank):
-        batches = (spoil(views) for views in batches)
-    return real_step(learner, batches, *arguments, **options)
+def spoiled_step(step: int, rank: int, learner: DinoLearner, batches: Iterator[Batch], values: StepValues) -> dict[str, Tensor]:
+    """DinoLearner.step, but one process sees a bad image in one step."""
+    if (learner.steps + 1, distributed.rank()) == (step, rank):
+        batches = (dataclasses.replace(batch, views=spoil(batch.views)) for batch in batches)
+    return real_step(learner, batches, values)
 
 
-def broken_step(step: int, learner: Any, *arguments: Any, **options: Any) -> Any:
-    """train_step, but after one step a weight is infinite, though the loss was not."""
-    result = real_step(learner, *arguments, **options)
-    if learner.step == step:
+def broken_step(step: int, learner: DinoLearner, batches: Iterator[Batch], values: StepValues) -> dict[str, Tensor]:
+    """DinoLearner.step, but after one step a weight is infinite, though the loss was not."""
+    metrics = real_step(learner, batches, values)
+    if learner.steps == step:
         learner.student.head.fc1.weight.data[0, 0] = torch.inf
-    return result
+    return metrics
 
 
-real_step = trainer.train_step
+real_step = DinoLearner.step
 
 
 def command_with(step: Callable[..., Any], arguments: list[str]) -> int:
-    """The exit status of the command line with another train_step."""
-    trainer.train_step = step
+    """The exit status of the command line with another DinoLearner.step."""
+    DinoLearner.step = lambda *args: step(*args)
     return cli.main(arguments)
 
 
@@ -515,13 +530,13 @@ def train_in_stages(cfg: TrainConfig) -> tuple[list[int], list[int]]:
     """Stop after step 1, by SIGTERM to the second process during step 2, and at the end: the steps of the stops; all seeds."""
     seeds, stops = [], []
 
-    def watched_step(learner: Any, *arguments: Any, **options: Any) -> Any:
+    def watched_step(learner: DinoLearner, batches: Iterator[Batch], values: StepValues) -> dict[str, Tensor]:
         seeds.append(torch.initial_seed())
-        if learner.step == 1 and distributed.rank() == 1:
+        if learner.steps == 1 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real_step(learner, *arguments, **options)
+        return real_step(learner, batches, values)
 
-    trainer.train_step = watched_step
+    DinoLearner.step = watched_step
     for workers, stop in ((1, 1), (0, None), (1, None)):
         train(changed(cfg, workers=workers, stop_after_steps=stop))
         stops.append(read_state(Path(cfg.run.out) / "last.pth")["step"])
@@ -613,7 +628,7 @@ def test_1_x_32_is_2_x_16_is_16_twice(images: Path, tmp_path: Path) -> None:
         "2 x 16": values(run_processes(train_one_step_then_all, sgd(images, both, 1), environments=group()))[0],
     }
     largest = max(float(state["momentum_buffer"].abs().max()) for state in reference["momenta"].values())
-    start = build_learner(sgd(images, one, 1), torch.device("cpu")).student.state_dict()
+    start = build_dino(sgd(images, one, 1), NUM_IMAGES, torch.device("cpu")).student.state_dict()
     moved = max(float((start[name] - value).abs().max()) for name, value in reference["student"].items())
     assert largest > 1e-2 and moved > 1e-2  # or the tolerances would mean nothing
     for name, other in others.items():

@@ -1,8 +1,9 @@
-"""The images of a training that could not be read: gathered from all processes, listed, and counted against a limit.
+"""The images of a run that could not be read: gathered from all processes, listed, and limited.
 
-The loader puts another image in the place of such a one and says so with the batch (data/replace.py), which `Feed` notes here
-when it hands the batch out. All processes gather their notes when a line of the log or a checkpoint is due, so that both hold
-what was found until then: a run that is resumed reports the same as one that was not.
+The loader puts another image in place of a broken one and says so with the batch (replace.py). `Feed`
+notes it here when it hands the batch out. All processes gather their notes when a log line or a
+checkpoint is due, so that both hold what was found until then: a resumed run reports the same as one
+that never stopped.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dino_simpool import distributed
-from dino_simpool.data import ImageSet
+from dino_simpool.data.sources import ImageSet
 from dino_simpool.files import write_atomically
 from dino_simpool.logs import say
 
 
 class BadFiles:
-    """What OUT/bad_files.txt lists. The list is written anew whenever it grows, in the order of the data set."""
+    """The content of OUT/bad_files.txt, rewritten whenever it grows, in the order of the data set."""
 
     def __init__(self, images: ImageSet, out: Path, *, max_share: float, found: dict[int, str]) -> None:
-        """max_share: of the images, 0 to 1.   found: by image number why it cannot be read, as a checkpoint has it."""
+        """max_share: of the images, 0 to 1. found: why each broken image cannot be read, by its number,
+        as a checkpoint has it."""
         self._images, self._path, self._max_share = images, out / "bad_files.txt", max_share
         self.found = dict(found)
         self._noted: dict[int, str] = {}
@@ -32,11 +34,14 @@ class BadFiles:
             self._path.unlink(missing_ok=True)
 
     def note(self, indices: Sequence[int], problems: Sequence[str]) -> None:
-        """What the loader says of a batch: image numbers, and for each why it cannot be read, or ""."""
+        """Remember the broken images of a batch.
+
+        problems: for each image number why it cannot be read, or "".
+        """
         self._noted |= {index: problem for index, problem in zip(indices, problems, strict=True) if problem}
 
     def gather(self) -> None:
-        """Take over what all processes, which call this together, have noted since the last call.
+        """Take over what all processes have noted since the last call. All call this together.
 
         ValueError, in all of them, if too large a share of the images is broken.
         """
@@ -56,10 +61,12 @@ class BadFiles:
                 f"{broken} of {total} images cannot be read, such as {example}, and data.max_bad_share is {self._max_share:g}: "
                 f"repair or remove what {self._path} lists (`dino-simpool check-data` finds all), or raise data.max_bad_share"
             )
-        say(f"warning: {example} cannot be read, another image takes its place; {broken} of {total} so far, see {self._path}")
+        say(
+            f"warning: {example} cannot be read and was replaced by another image; {broken} of {total} so far, see {self._path}"
+        )
 
     def say_total(self) -> None:
-        """Say at the end of a training how many images there were to replace, if any."""
+        """Say at the end of a run how many images were replaced, if any."""
         if self.found:
             say(f"{len(self.found)} of {len(self._images)} images could not be read and were replaced: see {self._path}")
 
@@ -68,7 +75,7 @@ class BadFiles:
 
 
 def write_bad_files(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """A file of (name, what is wrong), one a line with a tab between."""
-    # Names that are not in UTF-8 are written as the bytes that they are.
+    """Write (name, what is wrong), one per line with a tab between."""
+    # Names that are not UTF-8 are written as the bytes that they are.
     text = "".join(f"{name}\t{reason}\n" for name, reason in rows).encode("utf-8", "surrogateescape")
     write_atomically(path, lambda file: file.write_bytes(text))

@@ -110,6 +110,10 @@ class ImageSet:
         """The same images, read with these settings of `read_rgb`."""
         return dataclasses.replace(self, max_pixels=max_pixels, exif_orientation=exif_orientation)
 
+    def labels_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray | None:
+        """Class numbers of images."""
+        return None if self.labels is None else self.labels[indices]
+
     def digest(self) -> str:
         """SHA-256 of the names in their order: the same for a folder that was moved as a whole, or packed into one archive."""
         return self.index.digest()

@@ -1,16 +1,18 @@
-"""The learner and one step of it: what DINO does to a batch of views.
+"""DINO as a learner: student, teacher, loss and optimizer, and one step of them on a batch of views.
 
-Source: the iteration of facebookresearch/dino main_dino.py (also of SimPool's release), in its order: rates, teacher, student,
-loss, backward, clipping, frozen prototypes, optimiser, moving average.
+Source: the iteration of facebookresearch/dino main_dino.py (also of SimPool's release), in its order:
+rates, teacher, student, loss, backward, clipping, frozen prototypes, optimizer, moving average.
+
 V views, b images of one pass, K prototypes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from timm.models.convnext import ConvNeXtBlock
@@ -21,24 +23,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dino_simpool import distributed
 from dino_simpool.config import TrainConfig
+from dino_simpool.data.feed import Batch
 from dino_simpool.dino.loss import DinoLoss
 from dino_simpool.dino.model import DinoHead, DinoModel, make_teacher
-from dino_simpool.dino.monitor import Monitor
-from dino_simpool.dino.optim import build_optimizer, clip_gradients, drop_last_layer_gradients, ema_update, set_hyperparameters
-from dino_simpool.dino.plan import StepValues
-from dino_simpool.models.encoder import build_encoder
+from dino_simpool.dino.monitor import Monitor, effective_rank, feature_spread
+from dino_simpool.dino.optim import (
+    build_optimizer,
+    clip_gradients,
+    drop_last_layer_gradients,
+    ema_update,
+    set_hyperparameters,
+)
+from dino_simpool.dino.plan import Plan, StepValues, make_plan
+from dino_simpool.failures import NonFiniteLoss
+from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import load_strict
 
-METRICS = ("loss", "entropy", "kl", "grad_norm")
-
-
-class NonFiniteLoss(FloatingPointError):
-    """The loss (found before the optimiser's step) or a weight (when saving) is not finite; all processes raise it at once."""
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Learner:
-    """Everything that a step changes, and nothing else."""
+class DinoLearner:
+    """Everything that a step changes, and the options that it follows (see learners.Learner)."""
 
     student: DinoModel
     teacher: DinoModel
@@ -46,19 +52,138 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     monitor: Monitor
-    sums: Tensor
-    """(2, 1 + metrics): steps and summed METRICS since the last line of the log, and since the epoch began."""
-    step: int = 0
-    epoch_open: bool = False
-    """All steps of the last epoch are done, but it is not yet evaluated and logged."""
-    best: float = -1.0
+    plan: Plan
+    forward: nn.Module
+    """The student, or what wraps it for several processes."""
+    accumulate: int = 1
+    clip: float = 0.0
+    precision: str = "fp32"
+    steps: int = 0
+    features: Tensor | None = None
+    """The teacher's unit features (2, b, bottleneck) of the last batch."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "entropy", "kl", "grad_norm")
+    shown: ClassVar[str] = "loss_over_lnK"
+
+    @property
+    def encoder(self) -> Encoder:
+        """The teacher's, as published."""
+        return self.teacher.encoder
+
+    @property
+    def network(self) -> DinoModel:
+        """The student."""
+        return self.student
+
+    def describe(self) -> str:
+        """Architecture, pooling and numbers of parameters."""
+        model = self.student.encoder.config
+        encoder, head = (
+            f"{sum(p.numel() for p in part.parameters()):,} parameters" for part in (self.student.encoder, self.student.head)
+        )
+        return f"{model.arch} with {model.pool}, {encoder}, head {head}"
+
+    def step(self, batches: Iterable[Batch], values: StepValues) -> dict[str, Tensor]:
+        """One step of the optimizer; returns the `metrics` of this process, float64 scalars.
+
+        batches: `accumulate` batches of V views (b, 3, S, S), the two global views first.
+        NonFiniteLoss leaves the weights as they were.
+        """
+        center = self.loss.center
+        exact = _exact(center.device)
+        set_hyperparameters(self.optimizer, values.lr, values.weight_decay)
+        self.optimizer.zero_grad(set_to_none=True)
+        summed = torch.zeros(3, dtype=exact, device=center.device)
+        batch_center = torch.zeros_like(center)
+        for number, batch in enumerate(batches):
+            last = number == self.accumulate - 1
+            with self._gradients_stay_here(not last):
+                result, center_of_pass = self._forward(batch.views, values.teacher_temperature)
+                batch_center += center_of_pass / self.accumulate
+                summed += torch.stack([result.loss, result.entropy, result.kl]).detach() / self.accumulate
+                if last:  # sent before the backward pass is queued: reading it does not wait for that pass
+                    anywhere_not_finite, sent = _not_finite_anywhere(summed[0])
+                self.scaler.scale(result.loss / self.accumulate).backward()
+        if sent is not None:
+            sent.synchronize()
+        if anywhere_not_finite:
+            whose = f"loss is {float(summed[0])}" if not summed[0].isfinite() else "loss of another process is not finite"
+            raise NonFiniteLoss(f"the {whose} in step {self.steps + 1}; the weights of the step before are kept")
+        self.loss.update_center(batch_center)
+        self.scaler.unscale_(self.optimizer)
+        norms = clip_gradients(self.student.parameters(), self.clip)
+        if values.freeze_last_layer:
+            drop_last_layer_gradients(self.student)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        ema_update(self.teacher, self.student, values.momentum)
+        self.steps += 1
+        return dict(zip(self.metrics, [*summed, norms.norm().to(exact)], strict=True))
+
+    def _forward(self, views: Sequence[Tensor], teacher_temperature: float) -> tuple[Any, Tensor]:
+        """The loss terms of one pass, and the mean (K,) of the teacher's logits."""
+        half = HALF.get(self.precision)
+        with torch.autocast(views[0].device.type, half, enabled=half is not None):
+            with torch.no_grad():
+                self.features = self.teacher(views[:2])
+            student_features = self.forward(views)
+        with torch.no_grad():
+            teacher_logits = self.teacher.head.last_layer(self.features)
+        prototypes = self.student.head.last_layer.weight
+        result = self.loss.fused(student_features, prototypes, teacher_logits, teacher_temperature, update_center=False)
+        return result, teacher_logits.mean((0, 1))
+
+    def _gradients_stay_here(self, wanted: bool) -> contextlib.AbstractContextManager[object]:
+        """A context without the sum over processes, which only the last pass of a step needs."""
+        if wanted and isinstance(self.forward, DistributedDataParallel):
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
+
+    def watch(self, means: dict[str, float]) -> tuple[dict[str, float], list[str]]:
+        """Fields of a log line, and what the monitor thinks of the steps since the last one."""
+        assert self.features is not None, "there was a step"
+        rows = self.features.flatten(0, 1).float()
+        spread, rank = math.nan, math.nan
+        if len(rows) >= 8:  # two views of a handful of images say nothing about a collapse
+            measured = torch.stack([feature_spread(rows), effective_rank(rows)]).to(_exact(rows.device))
+            spread, rank = distributed.all_mean(measured).tolist()
+        out_dim = self.loss.center.shape[1]
+        log_k = math.log(out_dim)
+        fields = {
+            "loss": means["loss"],
+            "loss_over_lnK": means["loss"] / log_k,
+            "entropy_over_lnK": means["entropy"] / log_k,
+            "kl": means["kl"],
+            "grad_norm": means["grad_norm"],
+            "feature_spread": spread,
+            "effective_rank": rank,
+            "center_norm": self.loss.center.norm().item(),
+        }
+        warnings = self.monitor.update(
+            loss=means["loss"], entropy=means["entropy"], out_dim=out_dim, spread=spread, step=self.steps
+        )
+        return fields, warnings
+
+    def epoch_fields(self, means: dict[str, float], values: Sequence[StepValues]) -> dict[str, float]:
+        """Under the names of the published SimPool training, which existing tools read."""
+        steps = len(values)
+        return {
+            "train_loss": means["loss"],
+            "train_entropy": means["entropy"],
+            "train_KL_div": means["kl"],
+            "train_lr": sum(v.lr for v in values) / steps,
+            "train_wd": sum(v.weight_decay for v in values) / steps,
+            "train_momentum": sum(v.momentum for v in values) / steps,
+            "train_teacher_temp": values[0].teacher_temperature,
+            "train_grad_norm": means["grad_norm"],
+        }
 
     def state(self) -> dict[str, Any]:
         """As tensors and plain values."""
         parts = {
             name: getattr(self, name).state_dict() for name in ("student", "teacher", "loss", "optimizer", "scaler", "monitor")
         }
-        return {**parts, "sums": self.sums.cpu(), "step": self.step, "epoch_open": self.epoch_open, "best": self.best}
+        return {**parts, "step": self.steps}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a stored state, strictly."""
@@ -68,30 +193,20 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
         if state["scaler"]:  # empty unless the precision was fp16
             self.scaler.load_state_dict(state["scaler"])
-        self.sums.copy_(state["sums"])
-        self.step, self.epoch_open, self.best = state["step"], state["epoch_open"], state["best"]
-
-    def take_means(self, row: int) -> tuple[int, dict[str, float]]:
-        """Steps and mean METRICS over all processes since the last call for that row of the sums, which starts anew."""
-        steps, *sums = distributed.all_mean(self.sums[row]).tolist()
-        self.sums[row] = 0
-        return int(steps), {name: value / steps for name, value in zip(METRICS, sums, strict=True)}
+        self.steps = state["step"]
 
 
-def build_learner(cfg: TrainConfig, device: torch.device, *, warmup_steps: int = 0) -> Learner:
-    """Student, teacher, loss and optimiser of a run at step 0. warmup_steps: of the learning rate, for the monitor."""
+def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoLearner:
+    """Student, teacher, loss, optimizer and plan of a run on that many images, at step 0.
+
+    ValueError for options that do not fit each other, the images or the architecture.
+    """
+    plan = make_plan(cfg, num_images)
     torch.manual_seed(cfg.run.seed)
     encoder = build_encoder(cfg.model)
-    head = DinoHead(
-        encoder.embed_dim,
-        cfg.head.out_dim,
-        hidden_dim=cfg.head.hidden_dim,
-        bottleneck_dim=cfg.head.bottleneck_dim,
-        layers=cfg.head.layers,
-        batch_norm=cfg.head.batch_norm,
-        norm_last_layer=cfg.head.norm_last_layer,
-    )
-    # Convolutions are faster with the channels last (1.3 times in a CPU step of a small ResNet); transformers do not care.
+    head = DinoHead(encoder.embed_dim, **asdict(cfg.head))
+    # Convolutions are faster with the channels last (1.3 times in a CPU step of a small ResNet);
+    # transformers do not care.
     student = DinoModel(encoder, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = make_teacher(student, cfg.teacher.drop_path)
     for model in (student, teacher):
@@ -102,99 +217,50 @@ def build_learner(cfg: TrainConfig, device: torch.device, *, warmup_steps: int =
         cfg.head.out_dim,
         student_temp=cfg.loss.student_temperature,
         center_momentum=cfg.loss.center_momentum,
-    ).to(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == "fp16")
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(2, 1 + len(METRICS), dtype=exact, device=device)
-    return Learner(student, teacher, loss, build_optimizer(cfg.optim, student), scaler, Monitor(warmup_steps), sums)
+    )
+    forward: nn.Module = student
+    if distributed.world_size() > 1:
+        forward = DistributedDataParallel(student, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return DinoLearner(
+        student,
+        teacher,
+        loss.to(device),
+        build_optimizer(cfg.optim, student),
+        torch.amp.GradScaler(device.type, enabled=cfg.run.precision == "fp16"),
+        Monitor(plan.warmup_steps),
+        plan,
+        forward,
+        accumulate=cfg.run.accumulate,
+        clip=cfg.optim.clip,
+        precision=cfg.run.precision,
+    )
 
 
 def compile_blocks(model: DinoModel) -> None:
-    """torch.compile each block of the trunk in place: few small graphs for both crop sizes, and parameters keep their names."""
+    """torch.compile each block of the trunk in place.
+
+    So there are few, small graphs for both crop sizes, and parameters keep their names.
+    """
     blocks = [m for m in model.encoder.trunk.modules() if isinstance(m, (Block, BasicBlock, Bottleneck, ConvNeXtBlock))]
     if not blocks:
         raise ValueError(f"run.compile does not know the blocks of {model.encoder.config.arch}: set run.compile false")
-    # Blocks share their code, so each one's crop sizes and stochastic depth count against a limit of 8, past which torch would
-    # go on uncompiled with a line in its log.
+    # Blocks share their code, so the crop sizes and stochastic depth of each count against a limit of
+    # 8. Past it torch would run uncompiled and say so only in its log.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(blocks))
     for block in blocks:
         block.compile()
 
 
-def train_step(
-    learner: Learner,
-    batches: Iterable[list[Tensor]],
-    values: StepValues,
-    *,
-    forward: nn.Module,
-    accumulate: int = 1,
-    clip: float = 0.0,
-    precision: str = "fp32",
-    requests: Sequence[bool] = (),
-) -> tuple[Tensor, Tensor, list[bool]]:
-    """One step of the optimiser.
-
-    batches: `accumulate` lists of V tensors (b, 3, S, S), the two global views first. forward: the student, or what wraps it.
-    requests: what this process asks for (to stop, to save). Returns the METRICS of this process, (4,); the teacher's unit
-    features of the last batch, (2, b, bottleneck); and for each request whether any process made it.
-    NonFiniteLoss leaves the weights as they were.
-    """
-    device, exact = learner.sums.device, learner.sums.dtype
-    set_hyperparameters(learner.optimizer, values.lr, values.weight_decay)
-    learner.optimizer.zero_grad(set_to_none=True)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    summed = torch.zeros(3, dtype=exact, device=device)
-    center = torch.zeros_like(learner.loss.center)
-    for number, views in enumerate(batches):
-        last = number == accumulate - 1
-        with forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else contextlib.nullcontext():
-            with torch.autocast(device.type, half, enabled=half is not None):
-                with torch.no_grad():
-                    teacher_features = learner.teacher(views[:2])
-                student_features = forward(views)
-            with torch.no_grad():
-                teacher_logits = learner.teacher.head.last_layer(teacher_features)
-                center += teacher_logits.mean((0, 1)) / accumulate
-            result = learner.loss.fused(
-                student_features,
-                learner.student.head.last_layer.weight,
-                teacher_logits,
-                values.teacher_temperature,
-                update_center=False,
-            )
-            summed += torch.stack([result.loss, result.entropy, result.kl]).detach() / accumulate
-            if last:  # sent to the host before the backward pass is queued, so that reading it does not wait for that pass
-                flags, sent = _ask_all(summed[0], requests)
-            learner.scaler.scale(result.loss / accumulate).backward()
-    if sent is not None:
-        sent.synchronize()
-    not_finite, *granted = flags.bool().tolist()
-    if not_finite:
-        whose = f"loss is {float(summed[0])}" if not summed[0].isfinite() else "loss of another process is not finite"
-        raise NonFiniteLoss(f"the {whose} in step {learner.step + 1}; the weights of the step before are kept")
-    learner.loss.update_center(center)
-    learner.scaler.unscale_(learner.optimizer)
-    norms = clip_gradients(learner.student.parameters(), clip)
-    if values.freeze_last_layer:
-        drop_last_layer_gradients(learner.student)
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
-    ema_update(learner.teacher, learner.student, values.momentum)
-    learner.step += 1
-    metrics = torch.cat([summed, norms.norm()[None].to(exact)])
-    learner.sums += torch.cat([metrics.new_ones(1), metrics])
-    return metrics, teacher_features, granted
+def _exact(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _ask_all(loss: Tensor, requests: Sequence[bool]) -> tuple[Tensor, torch.Event | None]:
-    """On the way to the host: is any process's loss not finite, and has any process each request?"""
-    asked = torch.tensor([float(request) for request in requests])
-    if loss.device.type == "cuda":
-        asked = asked.pin_memory()  # otherwise the copy waits for the device
-    own = torch.cat([(~loss.isfinite()).float()[None], asked.to(loss.device, non_blocking=True)])
-    flags = distributed.all_max(own).to("cpu", non_blocking=True)
+def _not_finite_anywhere(loss: Tensor) -> tuple[Tensor, torch.Event | None]:
+    """Whether the loss of any process is not finite, on its way to the host, and when it has arrived."""
+    flag = distributed.all_max((~loss.isfinite()).float()).to("cpu", non_blocking=True)
     if loss.device.type == "cpu":
-        return flags, None
+        return flag, None
     sent = torch.Event(loss.device)
     sent.record()
-    return flags, sent
+    return flag, sent

@@ -10,14 +10,11 @@ Letters: B rows, D width, K prototypes. Nothing here runs more often than the lo
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 PATIENCE = 40
 """Steps for which a sign must last without a break. The center needs them to forget its start: 0.9 ** 40 = 0.015."""
@@ -116,31 +113,3 @@ class Monitor:
             raise ValueError(f"the monitor's state has {sorted(state)}: expected {sorted(asdict(self))}")
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def non_finite_names(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the parameters with infinite or NaN values, and of those with such gradients."""
-    named = list(model.named_parameters())
-    return {
-        "parameters": [name for name, p in named if not p.isfinite().all()],
-        "gradients": [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()],
-    }
-
-
-def write_failure(path: str | Path, record: dict[str, Any]) -> None:
-    """Append what was known when training had to stop: one JSON line, numbers that JSON lacks as "nan", "inf" and "-inf"."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """Tensors and tuples as lists, non-finite numbers as text."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    return value

@@ -83,9 +83,9 @@ def test_five_per_cent_of_broken_files_are_replaced_and_said(
     assert [line["bad_files"] for line in log if line["kind"] == "epoch"] == [2, 2]
     assert read_state(tmp_path / "run" / "last.pth")["bad_files"] == FOUND
     for name, reason in BROKEN.items():
-        assert f"warning: {name} ({reason}) cannot be read, another image takes its place" in said
+        assert f"warning: {name} ({reason}) cannot be read and was replaced by another image" in said
     last = f"2 of 40 images could not be read and were replaced: see {tmp_path}/run/bad_files.txt"
-    assert said.count(last) == 1 and said.count("another image takes its place") == 2
+    assert said.count(last) == 1 and said.count("was replaced by another image") == 2
 
 
 def test_workers_change_nothing(images: Path, whole: TrainConfig, tmp_path: Path) -> None:

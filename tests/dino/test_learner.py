@@ -21,8 +21,10 @@ from dino_simpool.config import (
     TeacherConfig,
     TrainConfig,
 )
-from dino_simpool.dino.learner import METRICS, Learner, NonFiniteLoss, build_learner, compile_blocks, train_step
+from dino_simpool.data.feed import Batch
+from dino_simpool.dino.learner import DinoLearner, build_dino, compile_blocks
 from dino_simpool.dino.plan import StepValues, make_plan
+from dino_simpool.failures import NonFiniteLoss
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.weights import from_official, load_strict, to_official
 
@@ -37,9 +39,9 @@ def config(model: ModelConfig = VIT, *, optim: str = "adamw", **head: Any) -> Tr
     return TrainConfig(model=model, head=HeadConfig(**head), optim=OptimConfig(name=optim))
 
 
-def learner_of(cfg: TrainConfig, dtype: torch.dtype = torch.float32) -> Learner:
+def learner_of(cfg: TrainConfig, dtype: torch.dtype = torch.float32) -> DinoLearner:
     """A learner on the CPU whose tensors are all of a dtype; converting in place keeps the optimiser's parameters."""
-    learner = build_learner(cfg, CPU)
+    learner = build_dino(cfg, 2 * cfg.run.batch_size, CPU)
     for module in (learner.student, learner.teacher, learner.loss):
         module.to(dtype)
     return learner
@@ -51,10 +53,14 @@ def views_of(batch: int, *, num_local: int = 3, dtype: torch.dtype = torch.float
     return [torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
 
 
-def step(learner: Learner, *batches: list[Tensor], values: StepValues = VALUES, **options: Any) -> dict[str, float]:
+def step(
+    learner: DinoLearner, *batches: list[Tensor], values: StepValues = VALUES, clip: float = 0.0, precision: str = "fp32"
+) -> dict[str, float]:
     """One step on some micro-batches; its metrics by name."""
-    metrics, _, _ = train_step(learner, batches, values, forward=learner.student, accumulate=len(batches), **options)
-    return dict(zip(METRICS, metrics.tolist(), strict=True))
+    learner.accumulate, learner.clip, learner.precision = len(batches), clip, precision
+    found = learner.step((Batch(views, torch.arange(len(views[0]))) for views in batches), values)
+    assert tuple(found) == learner.metrics and all(value.dtype == torch.float64 for value in found.values())
+    return {name: value.item() for name, value in found.items()}
 
 
 def assert_equal_states(ours: Any, other: Any, where: str = "state") -> None:
@@ -228,7 +234,7 @@ def test_a_non_finite_loss_changes_nothing(broken: str) -> None:
     for each in (learner, twin):
         step(each, good, good)
     assert_equal_states(learner.state(), twin.state())
-    assert learner.step == 2
+    assert learner.steps == 2
 
 
 def test_an_infinite_loss_is_refused() -> None:
@@ -291,8 +297,8 @@ def test_stochastic_depth_is_the_students_only() -> None:
             learner = learner_of(cfg)
             assert learner.teacher.training and learner.student.training
             torch.manual_seed(seed)
-            _, feature, _ = train_step(learner, [views_of(8)], VALUES, forward=learner.student)
-            features.append(feature)
+            step(learner, views_of(8))
+            features.append(learner.features)
             gradients.append(learner.student.head.fc1.weight.grad)
         assert torch.equal(*features) == (not teacher_too)
         assert torch.equal(*gradients) == (drop_path == 0)
@@ -351,7 +357,7 @@ def test_the_first_step_of_a_schedule_changes_no_weight() -> None:
     assert_equal_states(learner.student.state_dict(), before)
     assert_equal_states(learner.teacher.state_dict(), before)
     assert learner.loss.center.abs().max() > 0
-    assert learner.sums.tolist() == [[1.0, *metrics.values()]] * 2
+    assert metrics["loss"] > 0 and metrics["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
@@ -381,12 +387,11 @@ def test_a_loss_scale_does_not_reach_the_clipping() -> None:
     assert_equal_states(scaled.student.state_dict(), plain.student.state_dict())
 
 
-def test_requests_and_features_come_back() -> None:
+def test_the_teachers_unit_features_are_kept() -> None:
     learner = learner_of(config())
-    _, features, granted = train_step(learner, [views_of(3)], VALUES, forward=learner.student, requests=(True, False))
-    assert granted == [True, False]
-    assert features.shape == (2, 3, 12)
-    assert_close(features.norm(dim=-1), torch.ones(2, 3), 1e-5, 1e-5)
+    step(learner, views_of(3))
+    assert learner.features is not None and learner.features.shape == (2, 3, 12)
+    assert_close(learner.features.norm(dim=-1), torch.ones(2, 3), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "sgd", "lars"])
@@ -400,7 +405,7 @@ def test_a_state_goes_on_bit_equal(optim: str) -> None:
         for each in (learner, twin):
             step(each, views_of(4, seed=number))
     assert_equal_states(learner.state(), twin.state())
-    assert twin.step == 3
+    assert twin.steps == 3
 
 
 def test_a_float32_state_goes_on_in_float16() -> None:
@@ -411,7 +416,7 @@ def test_a_float32_state_goes_on_in_float16() -> None:
     step(scaled, views_of(2), precision="fp16")
     plain.load(scaled.state())
     step(plain, views_of(2))
-    assert plain.step == 2
+    assert plain.steps == 2
 
 
 def test_a_state_of_another_model_is_refused() -> None:
@@ -426,7 +431,7 @@ def test_a_state_of_another_model_is_refused() -> None:
 
 def test_the_seed_decides_the_start() -> None:
     first, same, other = (
-        build_learner(TrainConfig(**vars(config()) | {"run": RunConfig(seed=s)}), CPU).state() for s in (1, 1, 2)
+        build_dino(TrainConfig(**vars(config()) | {"run": RunConfig(seed=s)}), 256, CPU).state() for s in (1, 1, 2)
     )
     assert_equal_states(first, same)
     assert not torch.equal(first["student"]["head.fc1.weight"], other["student"]["head.fc1.weight"])

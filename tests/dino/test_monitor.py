@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from golden.load import assert_close
 from torch import Tensor, nn
 
 from dino_simpool.dino.loss import DinoLoss
-from dino_simpool.dino.monitor import Monitor, effective_rank, feature_spread, non_finite_names, write_failure
+from dino_simpool.dino.monitor import Monitor, effective_rank, feature_spread
 from dino_simpool.dino.optim import ema_update
 
 OUT_DIM = 64
@@ -161,21 +160,3 @@ def test_effective_rank() -> None:
     assert_close(effective_rank(features), math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))), 1e-5)
     assert effective_rank(torch.zeros(4, 3)).isnan()
     assert effective_rank(torch.tensor([[1.0, math.nan]])).isnan()
-
-
-def test_failure_is_written_as_json(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[0].bias.data[0] = math.nan
-    model[1].weight.grad = torch.full((2, 2), math.inf)
-    names = non_finite_names(model)
-    assert names == {"parameters": ["0.bias"], "gradients": ["1.weight"]}
-    path = tmp_path / "error.txt"
-    record = {"step": 7, "loss": math.nan, "schedules": {"lr": 0.1}, "images": torch.tensor([3, 1]), "last": [1.0, -math.inf]}
-    write_failure(path, record | names)
-    write_failure(path, {"step": 8})
-    first, second = (json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines())
-    assert first == {
-        "step": 7, "loss": "nan", "schedules": {"lr": 0.1}, "images": [3, 1], "last": [1.0, "-inf"],
-        "parameters": ["0.bias"], "gradients": ["1.weight"],
-    }  # fmt: skip
-    assert second == {"step": 8}

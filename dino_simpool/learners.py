@@ -1,0 +1,107 @@
+"""What the training loop asks of a learner, and the one place where learners are chosen.
+
+A learner is what a run trains: networks, loss and optimizer, with the plan of their schedules. The
+loop (train.py) feeds it batches, logs what it returns, saves its state and evaluates its encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dino_simpool.config import TrainConfig
+from dino_simpool.data import ImageSet
+from dino_simpool.data.feed import Batch
+from dino_simpool.dino.learner import build_dino
+from dino_simpool.models.encoder import Encoder
+
+
+class Plan(Protocol):
+    """Length and schedules of a run (dino.plan.Plan is one)."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the images."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs, the last of which may be partial."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What looks wrong, one sentence each."""
+
+    @property
+    def suggestions(self) -> tuple[str, ...]:
+        """What would suit this run better, one sentence each."""
+
+    def values(self, step: int) -> Any:
+        """The schedules at a step, 0 to total_steps - 1: a dataclass, whose fields are logged."""
+
+    def table(self) -> str:
+        """The schedules as text."""
+
+
+class Learner(Protocol):
+    """What the loop asks for. `dino.learner.DinoLearner` is one."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what `step` returns, in this order."""
+
+    @property
+    def shown(self) -> str:
+        """The field of a log line that the progress bar shows."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+
+    @property
+    def plan(self) -> Plan:
+        """Length and schedules of the run."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder that is evaluated and exported."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What the optimizer changes. It is not saved once a weight of it is not finite."""
+
+    def describe(self) -> str:
+        """One line about the networks, for the start of a run."""
+
+    def step(self, batches: Iterable[Batch], values: Any) -> dict[str, Tensor]:
+        """One optimizer step on the batches of run.accumulate passes.
+
+        values: `plan.values(steps)`. Returns the metrics of this process, scalars on its device.
+        NonFiniteLoss leaves the weights as they were.
+        """
+
+    def watch(self, means: dict[str, float]) -> tuple[dict[str, float], list[str]]:
+        """Fields of a log line, and warnings.
+
+        means: of the metrics over all processes and the steps since the last line.
+        """
+
+    def epoch_fields(self, means: dict[str, float], values: Sequence[Any]) -> dict[str, float]:
+        """Fields of an epoch's line, from the means of the metrics and the schedules of its steps."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a step changes, as tensors and plain values."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a state, strictly. ValueError if it does not fit."""
+
+
+def build_learner(cfg: TrainConfig, images: ImageSet, device: torch.device) -> Learner:
+    """The learner of a run on these images, at step 0. ValueError for options that do not fit."""
+    return build_dino(cfg, len(images), device)
