@@ -1,22 +1,23 @@
-"""Checkpoints: written atomically, describing themselves, made of tensors and plain values only.
+"""Checkpoints: written atomically, self-describing, made of tensors and plain values only.
 
     OUT/
-        config.yaml            the resolved options; `train --config OUT/config.yaml` repeats the run
+        config.yaml            all options; `train --config OUT/config.yaml` repeats the run
         log.jsonl              one line every run.log_every steps and one for each epoch
         tensorboard/           scalars, crops, attention maps
-        last.pth  prev.pth     the newest two states of the run; resuming takes last, or prev if last cannot be read
-        epoch_0020.pth ...     states that stay (run.keep_every)
+        last.pth  prev.pth     the newest two states; a run resumes from last, else from prev
+        epoch_0020.pth ...     states that are kept (run.keep_every)
         best.pth               state with the best k-NN accuracy so far, if k-NN is run
-        backbone.safetensors   the teacher's encoder alone, and
+        backbone.safetensors   the evaluated encoder alone (DINO: the teacher's), and
         model.json             the options to build it
         results/*.json         evaluations
         report.html            written by `dino-simpool report OUT`
-        bad_files.txt          only if there are images that cannot be read: name, tab, reason
+        bad_files.txt          only if images cannot be read: name, tab, reason
         error.txt              only after a failure
 
-A state holds `config`, `step`, `student`, `teacher`, `optimizer`, `scaler`, `loss` (the centre), running sums of the log, and
-the library versions. No random state is in it, since every random number is a function of (seed, step) or of (seed, epoch,
-image, view).
+A state holds the `config`, the learner's state (DINO: `step`, `student`, `teacher`, `optimizer`,
+`scaler`, `loss` with the center, `monitor`), running sums of the log, facts about the data, and
+library versions. It has no random state: every random number is a function of (seed, step) or
+(seed, epoch, image, view).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FORMAT = 1
 
 
 def save_state(out: Path, state: dict[str, Any]) -> None:
-    """Write OUT/last.pth; the one before becomes OUT/prev.pth."""
+    """Write OUT/last.pth. The previous one becomes OUT/prev.pth."""
     last = out / "last.pth"
     fresh = out / ".last.pth.new"
     write_atomically(fresh, lambda path: torch.save({"format": FORMAT, **state}, path))
@@ -56,14 +57,18 @@ def keep_state(out: Path, name: str) -> None:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """A training state from a file, on the CPU. FileNotFoundError, or ValueError if it is truncated or something else."""
+    """A training state from a file, on the CPU.
+
+    FileNotFoundError, or ValueError if the file is truncated or something else.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}: give last.pth, best.pth or backbone.safetensors of a run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged files; the cause is kept
+    except Exception as error:  # torch raises many kinds for broken files; the cause is kept
         said = [line.strip().split(". ")[0] for line in str(error).splitlines()]
-        # The first line of a refused pickle advises how to run it anyway; the cause stands below.
+        # The first line about a refused pickle advises how to run it anyway. The cause comes below
+        # it.
         reason = next((line for line in said if "Unpickler error" in line or "GLOBAL" in line), said[0] if said else "")
         name = type(error).__name__
         raise ValueError(
@@ -78,9 +83,11 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def newest_state(out: Path, announce: Callable[[str], object]) -> dict[str, Any] | None:
-    """The state to resume from, OUT/last.pth, else OUT/prev.pth (announced), with its name as "file"; None if there is neither.
+    """The state to resume from: OUT/last.pth, else OUT/prev.pth (announced). None if there is
+    neither.
 
-    ValueError if there are files but none can be read: starting anew over them must be the user's choice.
+    The name of the file is its entry "file". ValueError if there are files but none can be read:
+    starting over must be the user's choice.
     """
     failures = []
     for path in (out / "last.pth", out / "prev.pth"):
@@ -101,9 +108,9 @@ def newest_state(out: Path, announce: Callable[[str], object]) -> dict[str, Any]
 
 
 def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -> list[str]:
-    """Compare a run's options with those of the state it would resume: the changed ones, as lines.
+    """The options that differ from those of the state that a run would resume, one line each.
 
-    ValueError if they build other networks or another optimiser, or put other images into a step than the stored ones.
+    ValueError if they build another network or optimizer, or change which images a step sees.
     """
     before = {(group, name): value for group, options in saved.items() for name, value in options.items()}
     changed = [
@@ -113,7 +120,8 @@ def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -
         if before.get((group, name)) != value
     ]
     fixed = [c for c in changed if c[0] in ("model", "head") or c[:2] == ("optim", "name")]
-    # With these another, a position in the run means other images, and epochs would be skipped or repeated unnoticed.
+    # If one of these differs, a position in the run means other images: epochs would be skipped or
+    # repeated unnoticed.
     order = [c for c in changed if c[:2] in (("run", "batch_size"), ("run", "seed"), ("data", "subset_per_class"))]
     for kind, different in (("of another model", fixed), ("with another order of images", order)):
         if different:
@@ -125,9 +133,10 @@ def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -
 def export_encoder(out: Path, encoder: Encoder, *, seed: int = 0, epochs: float | None = None) -> None:
     """Write OUT/backbone.safetensors and OUT/model.json.
 
-    seed: that made the weights before training, for comparisons.   epochs: of training behind them, None if unknown.
+    seed: the one that made the initial weights, for comparisons. epochs: of training behind the
+    weights, None if unknown.
     """
-    # One entry: several come in random order, and equal runs would write unequal files.
+    # One entry: several would come in random order, and equal runs would write unequal files.
     about = {"run": json.dumps({"seed": seed, "epochs": epochs})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     write_atomically(out / "backbone.safetensors", lambda path: save_file(tensors, path, metadata=about))
@@ -138,11 +147,12 @@ def export_encoder(out: Path, encoder: Encoder, *, seed: int = 0, epochs: float 
 def load_encoder(
     path: str | Path, *, which: Literal["teacher", "student", "untrained"] = "teacher", **overrides: Any
 ) -> Encoder:
-    """The encoder of a checkpoint, in evaluation mode on the CPU, every weight matched.
+    """The encoder of a checkpoint, in evaluation mode on the CPU, with every weight matched.
 
-    path: last.pth, best.pth, epoch_*.pth, or backbone.safetensors with model.json beside it. which: the weights; `untrained` is
-    the encoder as the run's seed initialised it. overrides: ModelConfig options to change (gamma=2.0).
-    FileNotFoundError or ValueError in one line if the file is not there, is damaged, or does not fit.
+    path: last.pth, best.pth, epoch_*.pth, or backbone.safetensors with model.json beside it. which:
+    the weights; `untrained` is the encoder as the run's seed initialized it. overrides: ModelConfig
+    options to change (gamma=2.0). FileNotFoundError or ValueError in one line if the file is
+    missing, is broken, or does not fit.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -160,7 +170,7 @@ def load_encoder(
         encoder = build_encoder(config)
     if which != "untrained":
         if which not in weights:
-            raise ValueError(f"{path} holds no {which}: only {', '.join(weights)}")
+            raise ValueError(f"{path} has no {which} weights, only {', '.join(weights)}")
         load_strict(encoder, weights[which], source=str(path))
     encoder.epochs = 0.0 if which == "untrained" else epochs
     return encoder.eval()

@@ -1,8 +1,8 @@
 """One process, torchrun or SLURM: the same calls everywhere.
 
-With a single process there is no process group and every function is the identity, so callers never ask. Under torchrun
-(RANK, WORLD_SIZE, ...) and inside a SLURM job step (SLURM_PROCID, SLURM_NTASKS, ...) `setup` joins the group: NCCL on CUDA,
-gloo elsewhere.
+With a single process there is no process group and every function is the identity, so callers never
+ask. Under torchrun (RANK, WORLD_SIZE, ...) and inside a SLURM job step (SLURM_PROCID, SLURM_NTASKS,
+...) `setup` joins the group: NCCL for tensors on CUDA, gloo for those on the CPU.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ GATHER_BYTES = 2**26
 
 
 def _slurm_environment() -> None:
-    """Translate a job step of several SLURM tasks into the variables that torch reads. torchrun's own variables win.
+    """Translate a job step of several SLURM tasks into the variables that torch reads.
 
-    A batch script has SLURM_NTASKS too, but only what srun started is in a step and has that many processes.
+    torchrun's own variables win. A batch script has SLURM_NTASKS too, but only what srun started is
+    in a step and has that many processes.
     """
     if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2:
         return
@@ -43,7 +44,8 @@ def _slurm_environment() -> None:
 def setup(device: str = "auto") -> torch.device:
     """Join the process group if there is one, and return this process's device.
 
-    device: auto, cpu, mps, cuda or cuda:N. ValueError if it is not there, rather than another one in its place.
+    device: auto, cpu, mps, cuda or cuda:N. ValueError if it is not there: no other device takes its
+    place.
     """
     _slurm_environment()
     local = local_rank()
@@ -60,7 +62,8 @@ def setup(device: str = "auto") -> torch.device:
             f"several processes cannot share {name}: use device {'cpu' if kind == 'mps' else 'cuda'}, or one process"
         )
     if kind == "cuda":
-        bound = several and torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ  # each task sees its own GPU only
+        # A SLURM task may see its own GPU only.
+        bound = several and torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ
         index = int(number) if number else 0 if bound else local
         if index >= torch.cuda.device_count():
             raise ValueError(
@@ -69,7 +72,7 @@ def setup(device: str = "auto") -> torch.device:
         torch.cuda.set_device(index)
         name = f"cuda:{index}"
     if several and not dist.is_initialized():
-        # gloo too: signal flags of the host travel on the CPU, without waiting for the GPU.
+        # gloo as well: flags of the host travel on the CPU, without waiting for the GPU.
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=torch.device(name) if kind == "cuda" else None)
     return torch.device(name)
@@ -82,7 +85,7 @@ def cleanup() -> None:
 
 
 def rank() -> int:
-    """Number of this process, 0 for the main one."""
+    """Number of this process; 0 is the main one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -130,7 +133,10 @@ def all_max(tensor: Tensor) -> Tensor:
 
 
 def any_process(*asked: bool) -> list[bool]:
-    """For each question whether any process says yes. All processes call this together, on the CPU."""
+    """For each question whether any process says yes.
+
+    All processes call this together, on the CPU.
+    """
     if world_size() == 1:
         return list(asked)
     flags = torch.tensor([float(each) for each in asked])
@@ -139,7 +145,7 @@ def any_process(*asked: bool) -> list[bool]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all processes, small and picklable, in the order of their ranks."""
+    """The values (small, picklable) of all processes, in the order of their ranks."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -147,7 +153,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def require_agreement(what: str, value: object) -> None:
-    """ValueError on all processes unless all of them have the same value of `what`, such as the step they resume from."""
+    """ValueError on all processes unless all have the same value of `what` (such as the step)."""
     values = gather_objects(value)
     if any(other != values[0] for other in values):
         said = ", ".join(f"{each} on process {number}" for number, each in enumerate(values))
@@ -157,9 +163,9 @@ def require_agreement(what: str, value: object) -> None:
 def gather_by_index(rows: Tensor, indices: Tensor, total: int) -> Tensor:
     """Rows computed by any process -> all rows in order, on every process, on the CPU.
 
-    rows: (m, ...) of this process; indices: (m,) their places in 0..total-1, where repeated places hold equal rows. Every
-    place must be filled by some process. NCCL moves data on the GPU only, hence the objects of CPU tensors; they travel in
-    parts of GATHER_BYTES, so that a large set does not have to fit there.
+    rows: (m, ...) of this process. indices: (m,), their places in 0..total-1; repeated places hold
+    equal rows. Every place must be filled by some process. Rows travel as objects in parts of
+    GATHER_BYTES, so a large set never has to fit into a message.
     """
     rows, indices = rows.cpu(), indices.cpu()
     gathered = rows.new_empty((total, *rows.shape[1:]))
@@ -177,7 +183,7 @@ def gather_by_index(rows: Tensor, indices: Tensor, total: int) -> Tensor:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Sum over the processes whose gradient is the sum over the processes too."""
+    """Sum over the processes. Its gradient is the sum over the processes, too."""
 
     @staticmethod
     def forward(context: torch.autograd.function.FunctionCtx, tensor: Tensor) -> Tensor:
@@ -195,8 +201,9 @@ class _SumOverProcesses(torch.autograd.Function):
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of all processes, for CPU groups: torch's own refuses CPU tensors.
 
-    x: (B, C) or (B, C, H, W). Equal batch sizes on all processes. Evaluation and running statistics (biased variance for the
-    normalisation, unbiased for the running one) as in torch.nn.BatchNorm2d.
+    x: (B, C) or (B, C, H, W). Equal batch sizes on all processes. Evaluation and running statistics
+    (biased variance for the normalization, unbiased for the running one) as in
+    torch.nn.BatchNorm2d.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -211,7 +218,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = [1, -1] + [1] * (input.dim() - 2)
         x = input if input.dtype == torch.float64 else input.float()
         count = x.numel() // x.shape[1] * world_size()
-        # Two passes: the variance about the common mean does not cancel, as E[x^2] - E[x]^2 would in float32.
+        # Two passes: the variance about the common mean does not cancel, as E[x^2] - E[x]^2 would
+        # in float32.
         mean = _SumOverProcesses.apply(x.sum(over)) / count
         centered = x - mean.view(shape)
         variance = _SumOverProcesses.apply(centered.square().sum(over)) / count
@@ -229,7 +237,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Make every BatchNorm see the batches of all processes: torch's layer on CUDA, ours elsewhere; one process: unchanged."""
+    """Make every BatchNorm see the batches of all processes.
+
+    torch's layer on CUDA, ours elsewhere. With one process nothing changes.
+    """
     if world_size() == 1:
         return module
     if device.type == "cuda":
@@ -240,7 +251,8 @@ def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
             # The tensors themselves, so that dtype and requires_grad stay what they were.
             synced.weight, synced.bias, synced.num_batches_tracked = child.weight, child.bias, child.num_batches_tracked
             synced.running_mean, synced.running_var = child.running_mean, child.running_var
-            # timm fuses an activation into its BatchNorm layers: keep what follows the normalisation.
+            # timm fuses an activation into its BatchNorm layers: keep what follows the
+            # normalisation.
             after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
             setattr(module, name, nn.Sequential(synced, *after) if after else synced)
         else:

@@ -1,4 +1,4 @@
-"""What a run knows when it has to stop because a number is not finite, and OUT/error.txt, where it is written."""
+"""Non-finite numbers: the error that stops a run, and what OUT/error.txt says about it."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Learner(Protocol):
         """
 
     def epoch_fields(self, means: dict[str, float], values: Sequence[Any]) -> dict[str, float]:
-        """Fields of an epoch's line, from the means of the metrics and the schedules of its steps."""
+        """Fields of an epoch's line, from the metrics' means and the schedules of its steps."""
 
     def state(self) -> dict[str, Any]:
         """Everything that a step changes, as tensors and plain values."""

@@ -1,4 +1,4 @@
-"""Signals of schedulers and terminals that ask a training to stop."""
+"""Handles stop signals of schedulers and terminals."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that fills with the signals that ask the run to stop; the loop saves at the next step, never the handler."""
+    """A list of the stop signals received so far.
+
+    The loop saves at the next step, never the handler. A second SIGINT (Ctrl-C) stops at once.
+    """
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
-        if number == signal.SIGINT and received:  # asked a second time: at once
+        if number == signal.SIGINT and received:
             raise KeyboardInterrupt
         received.append(number)
 
     kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread():  # Python takes signals in its main thread only
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals there only
         yield received
         return
     before = {kind: signal.signal(kind, handle) for kind in kinds}

@@ -1,8 +1,8 @@
 """Pre-training: `train(cfg)` from the first image to the last checkpoint, read from top to bottom.
 
 What is trained, and how, is the learner's business (learners.py). The random state of a step is a
-function of (seed, step, rank), and that of an image a function of (seed, epoch, image, view). So a run
-that stops anywhere is resumed exactly, with any number of workers, and the ranks draw different
+function of (seed, step, rank), and that of an image a function of (seed, epoch, image, view). So a
+run that stops anywhere is resumed exactly, with any number of workers, and the ranks draw different
 stochastic depth (in the published code they draw the same).
 """
 
@@ -45,7 +45,7 @@ from dino_simpool.pictures import overlay, strip, unnormalize
 from dino_simpool.signals import stop_signals
 
 WINDOW, EPOCH = 0, 1
-"""The two spans over which metrics are averaged: since the last log line, and since the epoch began."""
+"""The spans over which metrics are averaged: since the last log line, and since the epoch began."""
 
 
 class Means:
@@ -100,8 +100,8 @@ def train(cfg: TrainConfig) -> Path:
     """Pre-train as configured, or resume what is in cfg.run.out. Returns that folder.
 
     Under torchrun or in a SLURM job each process calls this. ValueError and OSError say in one line
-    what is wrong with the options, the data or the folder, before anything is written. NonFiniteLoss:
-    see OUT/error.txt.
+    what is wrong with the options, the data or the folder, before anything is written.
+    NonFiniteLoss: see OUT/error.txt.
     """
     run, saved = _prepare(cfg)
     learner, plan, first = run.learner, run.learner.plan, run.learner.steps
@@ -128,7 +128,8 @@ def train(cfg: TrainConfig) -> Path:
             _end_epoch(run)
         while not (run.done or stop):
             asked = (bool(received), time.monotonic() - saved_at > 60 * cfg.run.save_minutes)
-            # The stochastic depth of this step, whatever came before: resuming needs no stored random state.
+            # The stochastic depth of this step, whatever came before: resuming needs no stored
+            # random state.
             torch.manual_seed(((cfg.run.seed * 1_000_003 + learner.steps) * 65_537 + distributed.rank()) % 2**63)
             run.means.add(learner.step(run.feed.batches(cfg.run.accumulate), plan.values(learner.steps)))
             bar.update()
@@ -188,7 +189,10 @@ def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
 
 
 def _resume(run: Run, saved: dict[str, Any]) -> None:
-    """Take over a stored state, and say what has changed since. ConfigError if it is of another run."""
+    """Take over a stored state, and say what has changed since.
+
+    ConfigError if it is of another run.
+    """
     if saved["images"] != run.facts["images"]:
         raise ConfigError(
             f"{run.out} was trained on {saved['num_images']} images, now there are {len(run.images)}, not the same: "
@@ -346,7 +350,7 @@ def _save(run: Run) -> None:
 
 @contextlib.contextmanager
 def _failures_written(run: Run) -> Iterator[None]:
-    """On NonFiniteLoss write OUT/error.txt: the step, its schedules, its images, and what is not finite."""
+    """On NonFiniteLoss write OUT/error.txt: step, schedules, images, and what is not finite."""
     try:
         yield
     except NonFiniteLoss as error:
@@ -369,7 +373,10 @@ def _failures_written(run: Run) -> Iterator[None]:
 
 
 def _writable(folder: str) -> Path:
-    """The folder of the run, made if it is not there. ConfigError if nothing can be written into it."""
+    """The folder of the run, made if it is not there.
+
+    ConfigError if nothing can be written into it.
+    """
     if not folder:
         raise ConfigError("run.out is empty: give the folder of this run")
     out = Path(folder)

@@ -354,7 +354,7 @@ def test_export_and_overrides(tmp_path: Path) -> None:
     assert other.config.gamma == 3.0 and other.config.min_over == "batch" and same_weights(other, teacher)
     assert not torch.allclose(features(other), features(teacher))
 
-    with pytest.raises(ValueError, match="holds no student: only teacher"):
+    with pytest.raises(ValueError, match="has no student weights, only teacher"):
         load_encoder(tmp_path / "backbone.safetensors", which="student")
     with pytest.raises(ConfigError, match=r"unknown option gama: did you mean gamma\?"):
         load_encoder(tmp_path / "backbone.safetensors", gama=3)

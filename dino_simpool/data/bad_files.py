@@ -1,9 +1,9 @@
 """The images of a run that could not be read: gathered from all processes, listed, and limited.
 
-The loader puts another image in place of a broken one and says so with the batch (replace.py). `Feed`
-notes it here when it hands the batch out. All processes gather their notes when a log line or a
-checkpoint is due, so that both hold what was found until then: a resumed run reports the same as one
-that never stopped.
+The loader puts another image in place of a broken one and says so with the batch (replace.py).
+`Feed` notes it here when it hands the batch out. All processes gather their notes when a log line
+or a checkpoint is due, so that both hold what was found until then: a resumed run reports the same
+as one that never stopped.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dino_simpool.logs import say
 
 
 class BadFiles:
-    """The content of OUT/bad_files.txt, rewritten whenever it grows, in the order of the data set."""
+    """The content of OUT/bad_files.txt: rewritten when it grows, in the order of the data set."""
 
     def __init__(self, images: ImageSet, out: Path, *, max_share: float, found: dict[int, str]) -> None:
-        """max_share: of the images, 0 to 1. found: why each broken image cannot be read, by its number,
-        as a checkpoint has it."""
+        """max_share: of the images, 0 to 1. found: why each broken image cannot be read, by its
+        number, as a checkpoint has it."""
         self._images, self._path, self._max_share = images, out / "bad_files.txt", max_share
         self.found = dict(found)
         self._noted: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Moves batches to the device, finishes them there, and measures how long the run waited for them."""
+"""Moves batches to the device, finishes them there, and measures how long a run waits for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dino_simpool.data.loaders import default_workers, train_loader
 from dino_simpool.data.sources import ImageSet
 
 Loaded = tuple[list[Tensor], Tensor, Sequence[str]]
-"""From the loader: tensors of the augmentation, image numbers (b,), and why each image was replaced, or ""."""
+"""From the loader: augmented tensors, image numbers (b,), and why each was replaced, or ""."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,10 @@ class Feed:
             self._ahead = self._load() if self._stream is not None else None
 
     def _load(self) -> tuple[Batch, Sequence[str]] | None:
-        """Wait for a batch, copy it to the device, and finish its views there. None after the last."""
+        """Wait for a batch, copy it to the device, and finish its views there.
+
+        None after the last.
+        """
         started = time.monotonic()
         loaded = next(self._loaded, None)
         self._waited += time.monotonic() - started
@@ -154,8 +157,8 @@ class Feed:
     def timings(self, row: str) -> dict[str, float]:
         """Images per second, percent of the time spent waiting, and peak memory.
 
-        All are since the last call for this row, "window" or "epoch". On CUDA the waiting time is an
-        upper bound: the host starts to wait while the device is still busy with the step.
+        All are since the last call for this row, "window" or "epoch". On CUDA the waiting time is
+        an upper bound: the host starts to wait while the device is still busy with the step.
         """
         started, count, waited = self._since[row]
         now = time.monotonic()

@@ -1,1 +1,1 @@
-"""What DINO is: a student that learns from its own moving average."""
+"""DINO: a student network learns to predict its own moving average, the teacher."""

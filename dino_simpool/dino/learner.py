@@ -1,7 +1,9 @@
-"""DINO as a learner: student, teacher, loss and optimizer, and one step of them on a batch of views.
+"""DINO as a learner: student, teacher, loss and optimizer, and one step of them on a batch of
+views.
 
-Source: the iteration of facebookresearch/dino main_dino.py (also of SimPool's release), in its order:
-rates, teacher, student, loss, backward, clipping, frozen prototypes, optimizer, moving average.
+Source: the iteration of facebookresearch/dino main_dino.py (also of SimPool's release), in its
+order: rates, teacher, student, loss, backward, clipping, frozen prototypes, optimizer, moving
+average.
 
 V views, b images of one pass, K prototypes.
 """
@@ -244,8 +246,8 @@ def compile_blocks(model: DinoModel) -> None:
     blocks = [m for m in model.encoder.trunk.modules() if isinstance(m, (Block, BasicBlock, Bottleneck, ConvNeXtBlock))]
     if not blocks:
         raise ValueError(f"run.compile does not know the blocks of {model.encoder.config.arch}: set run.compile false")
-    # Blocks share their code, so the crop sizes and stochastic depth of each count against a limit of
-    # 8. Past it torch would run uncompiled and say so only in its log.
+    # Blocks share their code, so the crop sizes and stochastic depth of each count against a limit
+    # of 8. Past it torch would run uncompiled and say so only in its log.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(blocks))
     for block in blocks:
         block.compile()
@@ -257,7 +259,7 @@ def _exact(device: torch.device) -> torch.dtype:
 
 
 def _not_finite_anywhere(loss: Tensor) -> tuple[Tensor, torch.Event | None]:
-    """Whether the loss of any process is not finite, on its way to the host, and when it has arrived."""
+    """Whether any process's loss is not finite, on its way to the host, and when it has arrived."""
     flag = distributed.all_max((~loss.isfinite()).float()).to("cpu", non_blocking=True)
     if loss.device.type == "cpu":
         return flag, None

@@ -1,16 +1,24 @@
-"""The DINO loss: cross-entropy from each teacher view to every other student view, with a centred and sharpened teacher.
+"""The DINO loss: cross-entropy from each teacher view to every other student view.
 
-Source: "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021), section 3.1, and its public code; entropy and
-KL divergence as in the public code of "Keep It SimPool" (ICCV 2023). With z_v = student logits of view v / student temperature,
-q_t = softmax((teacher logits of view t - center) / teacher temperature), and the global views t in {0, 1},
+Source: "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021), section 3.1, and
+its public code. Entropy and KL divergence as in the public code of "Keep It SimPool" (ICCV 2023).
+The teacher is centered and sharpened. With
 
-    loss = mean over images b and over the 2V - 2 pairs (t, v), t != v, of  -sum_k q_t[b, k] log softmax(z_v[b])_k
-         = 1 / ((2V - 2) B) * sum_b [ sum_v w_v logsumexp(z_v[b]) - sum_t <q_t[b], sum_{v != t} z_v[b]> ],
+    z_v = student logits of view v / student temperature,
+    q_t = softmax((teacher logits of view t - center) / teacher temperature),
 
-with w_v = 1 for a global view (it has one partner) and 2 for a local one. The second line is what is computed: V logsumexp
-instead of 2V - 2 log-softmax, and no tensor per pair. Deviation: the entropy counts 0 log 0 as 0, where the public code gives
-NaN once a probability underflows. Everything runs in float32 (float64 stays float64), under autocast as well: logits rounded to
-bfloat16 would be wrong by up to 0.1 after the division by the temperature.
+and the global views t in {0, 1},
+
+    loss = mean over images b and over the 2V - 2 pairs (t, v), t != v, of
+               -sum_k q_t[b, k] log softmax(z_v[b])_k
+         = 1 / ((2V - 2) B) * sum_b [ sum_v w_v logsumexp(z_v[b]) - sum_t <q_t[b], sum_{v != t}
+         z_v[b]> ],
+
+with w_v = 1 for a global view (it has one partner) and 2 for a local one. The second line is what
+is computed: V logsumexp instead of 2V - 2 log-softmax, and no tensor per pair. Deviation: the
+entropy counts 0 log 0 as 0, while the public code gives NaN once a probability underflows.
+Everything runs in float32 (float64 stays float64), also under autocast: logits rounded to bfloat16
+would be wrong by up to 0.1 after the division by the temperature.
 
 Letters: B images, V views (two global views first), D width of the unit features, K prototypes.
 """
@@ -29,7 +37,10 @@ CHUNK_ELEMENTS = 2**24
 
 
 class LossTerms(NamedTuple):
-    """Scalars in nats: the loss (with gradient), the mean entropy of the teacher, and their difference, the KL divergence."""
+    """Scalars in nats: the loss (with gradient), the teacher's mean entropy, and their difference.
+
+    The difference is the KL divergence.
+    """
 
     loss: Tensor
     entropy: Tensor
@@ -37,7 +48,10 @@ class LossTerms(NamedTuple):
 
 
 class DinoLoss(nn.Module):
-    """Cross-entropy between views; owns the center (1, K), which is saved with the training state."""
+    """Cross-entropy between views.
+
+    Owns the center (1, K), which is saved with the training state.
+    """
 
     center: Tensor
 
@@ -50,8 +64,8 @@ class DinoLoss(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float, *, update_center: bool = True) -> LossTerms:
         """Loss from logits: student (V, B, K), global views first; teacher (2, B, K).
 
-        The center of before is used, then moved towards this batch; with update_center=False the caller does that by
-        `update_center`. ValueError for shapes that do not fit.
+        The old center is used, then moved toward this batch. With update_center=False the caller
+        moves it by calling `update_center`. ValueError for shapes that do not fit.
         """
         self._check_shapes(student, teacher, self.center.shape[1])
         with _no_autocast(student):
@@ -70,10 +84,11 @@ class DinoLoss(nn.Module):
         *,
         update_center: bool = True,
     ) -> LossTerms:
-        """The same numbers without a (V, B, K) tensor: student_features (V, B, D), prototypes (K, D), teacher_logits (2, B, K).
+        """The same numbers as `forward`, without a (V, B, K) tensor.
 
-        Since <q, W x> = <W^T q, x>, only the logsumexp needs logits; they are made in chunks, and again in the backward pass.
-        ValueError for shapes that do not fit.
+        student_features: (V, B, D). prototypes: (K, D). teacher_logits: (2, B, K). Since <q, W x> =
+        <W^T q, x>, only the logsumexp needs student logits. They are computed in chunks, and again
+        in the backward pass. ValueError for shapes that do not fit.
         """
         self._check_shapes(student_features, teacher_logits, prototypes.shape[0])
         with _no_autocast(student_features):
@@ -85,7 +100,10 @@ class DinoLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, batch_center: Tensor) -> None:
-        """Move the center towards the mean of the raw teacher logits, batch_center (1, K), averaged over all processes."""
+        """Move the center toward the mean of the raw teacher logits.
+
+        batch_center: that mean, (1, K), of this process; it is averaged over all processes.
+        """
         mean = all_mean(_wide(batch_center)).to(self.center.dtype)
         self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
 
@@ -115,7 +133,10 @@ class DinoLoss(nn.Module):
 
 
 class _ChunkedLogSumExp(torch.autograd.Function):
-    """logsumexp over k of <x_m, w_k> / temperature for x (M, D), w (K, D): (M,). Logits exist for some rows at a time only."""
+    """logsumexp over k of <x_m, w_k> / temperature for x (M, D), w (K, D): (M,).
+
+    Only some rows of logits exist at a time.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -140,12 +161,12 @@ class _ChunkedLogSumExp(torch.autograd.Function):
 
 
 def _partners(views: Tensor) -> Tensor:
-    """(V, B, ..) -> (2, B, ..): for each global view the sum of all the other views."""
+    """(V, B, ..) -> (2, B, ..): for each global view the sum of all other views."""
     return views[:2].flip(0) + views[2:].sum(0)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """float32, or float64 if it was that."""
+    """x in float32, or in float64 if it was that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -1,8 +1,8 @@
-"""The DINO head on an encoder, and the two together as student and teacher.
+"""The DINO head, and encoder and head together as student and teacher.
 
-Source: facebookresearch/dino.
+Source: facebookresearch/dino, vision_transformer.py (DINOHead) and utils.py (MultiCropWrapper).
 
-Letters: B images, V views, D width, K prototypes; (H, W) pixels.
+Letters: B images, V views, D width, K prototypes, S side of a view in pixels.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from dino_simpool.models.encoder import Encoder
 
 
 class DinoHead(nn.Module):
-    """Projection of DINO: linear layers with GELU, a unit sphere, and the prototypes, which the head owns but the loss applies.
+    """DINO's projection: linear layers with GELU, normalization to unit length, and the prototypes.
 
-    dim: width D of the features.   out_dim: prototypes K.   layers: linear layers fc1, fc2, ... before the sphere.
-    batch_norm: BatchNorm bn1, bn2, ... after each but the last.   norm_last_layer: the prototypes keep the norm 1.
+    The head owns the prototypes (`last_layer`), but the loss applies them.
+
+    dim: width D of the features. out_dim: number K of prototypes. layers: number of linear layers
+    fc1, fc2, ... before the normalization. batch_norm: BatchNorm bn1, bn2, ... after each of them
+    but the last. norm_last_layer: the prototypes keep the norm 1.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class DinoHead(nn.Module):
 
 
 class DinoModel(nn.Module):
-    """Encoder and head: the student, and copied by `make_teacher` the teacher."""
+    """Encoder and head: the student. `make_teacher` copies it to make the teacher."""
 
     def __init__(self, encoder: Encoder, head: DinoHead) -> None:
         super().__init__()
@@ -72,8 +75,9 @@ class DinoModel(nn.Module):
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """Unit features (V, B, bottleneck) of V views (B, 3, S, S), the global ones first.
 
-        The trunk runs once for each run of views of one size, the head once over all V * B rows, view by view: so BatchNorm of
-        the trunk sees one resolution at a time, that of the head everything, as published.
+        The trunk runs once for each run of views of one size, and the head once over all V * B
+        rows, view by view. So BatchNorm in the trunk sees one resolution at a time, and BatchNorm
+        in the head sees everything, as published.
         """
         runs = itertools.groupby(views, key=lambda view: view.shape[-2:])
         features = torch.cat([self.encoder(torch.cat(list(run))) for _, run in runs])
@@ -83,7 +87,8 @@ class DinoModel(nn.Module):
 def make_teacher(student: DinoModel, drop_path: float = 0.0) -> DinoModel:
     """A copy of the student without gradients, in training mode, with its own stochastic depth.
 
-    drop_path: rate of the last block; the others keep their share of it. A rate needs a student that has one (ValueError).
+    drop_path: rate of the last block; the other blocks keep their share of it. ValueError for a
+    rate above 0 if the student has none.
     """
     rate = student.encoder.config.drop_path
     if drop_path and not rate:

@@ -1,9 +1,10 @@
-"""Says when a training is going wrong: the two collapses of self-distillation, and non-finite numbers.
+"""Warns when a run collapses in one of the two ways that self-distillation can, or does not learn.
 
-Source: section 5.3 of "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021): without sharpening the output
-becomes uniform (entropy and loss are ln K), without center constant (both are 0). A healthy training starts near ln K as well,
-so that a loss near ln K alone is a sign only if it lasts; each threshold says what it was chosen against. The effective rank is
-that of Roy and Vetterli (2007), as in RankMe (2023).
+Source: section 5.3 of "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021):
+without sharpening the output becomes uniform (entropy and loss are ln K), without centering it
+becomes constant (both are 0). A healthy run also starts near ln K, so a loss near ln K is a sign
+only if it lasts. Each threshold says what it was chosen against. The effective rank is that of Roy
+and Vetterli (2007), as in RankMe (2023).
 
 Letters: B rows, D width, K prototypes. Nothing here runs more often than the log is written.
 """
@@ -17,26 +18,35 @@ import torch
 from torch import Tensor
 
 PATIENCE = 40
-"""Steps for which a sign must last without a break. The center needs them to forget its start: 0.9 ** 40 = 0.015."""
+"""Steps for which a sign must last without a break.
+
+The center needs them to forget its start: 0.9 ** 40 = 0.015.
+"""
 UNIFORM = 1e-3
-"""Uniform teacher: its entropy is this close to ln K, as a share of ln K. Untrained encoders, centered: 0.004 and more."""
+"""Uniform teacher: its entropy is this close to ln K, as a share of ln K.
+
+Untrained encoders, centered: 0.004 and more.
+"""
 SAME = 0.02
-"""Same features for all images: their spread is below this. Untrained encoders: 0.27 and more."""
+"""The same features for all images: their spread is below this. Untrained encoders: 0.27 and up."""
 CONSTANT, DIVERSE = 0.05, 0.5
-"""One prototype for all: loss and entropy are below 0.05 ln K, unless the features are diverse (spread above 0.5): a small data
-set that has been learned by heart has many sure answers, not one."""
+"""One prototype for all: loss and entropy are below 0.05 ln K.
+
+Not if the features are diverse (spread above 0.5): a small data set that has been memorized has
+many certain answers, not one.
+"""
 FLAT, FLAT_STEPS = 5e-3, 1000
-"""Not learning: the loss is this close to ln K for so many steps, all after the warm-up of the learning rate."""
+"""Not learning: the loss is this close to ln K for that many steps after the warm-up."""
 
 MESSAGES = {
     "uniform": (
         "uniform collapse: the teacher's entropy {entropy:.4f} (loss {loss:.4f}) is ln(head.out_dim) = {log_k:.4f}, so it "
-        "gives every prototype the same probability and there is nothing to learn: lower teacher.temperature and "
+        "gives every prototype the same probability and nothing can be learned: lower teacher.temperature and "
         "teacher.warmup_temperature, or head.out_dim; then try a lower optim.lr or a longer optim.warmup"
     ),
     "flat": (
         "not learning: the loss {loss:.4f} has stayed at ln(head.out_dim) = {log_k:.4f} for {steps} steps after the warm-up: "
-        "lower head.out_dim (small data: some hundred to a few thousand) or teacher.temperature, or change optim.lr"
+        "lower head.out_dim (small data: a few hundred to a few thousand) or teacher.temperature, or change optim.lr"
     ),
     "point": (
         "point collapse: all images get the same output (loss {loss:.4f}, teacher entropy {entropy:.4f}, feature spread "
@@ -47,9 +57,10 @@ MESSAGES = {
 
 
 def feature_spread(features: Tensor) -> Tensor:
-    """Mean over dimensions of the standard deviation over rows, times sqrt(D), of unit features (B, D): a scalar.
+    """How much unit features (B, D) differ: a scalar.
 
-    0: all rows are equal; about 1: they point in independent directions. NaN for fewer than two rows, which have no spread.
+    It is the standard deviation over rows, averaged over dimensions, times sqrt(D). 0: all rows are
+    equal. About 1: they point in independent directions. NaN for fewer than two rows.
     """
     if len(features) < 2:
         return features.new_full((), math.nan)
@@ -57,10 +68,11 @@ def feature_spread(features: Tensor) -> Tensor:
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """Number of directions that features (B, D) use: exp(entropy of the singular values over their sum), 1 to min(B, D).
+    """Number of directions that features (B, D) use, 1 to min(B, D).
 
-    A scalar on the device of the features, computed on the CPU. Not centered, so that equal rows have rank 1. NaN if everything
-    is zero or something is not finite.
+    It is exp(entropy of the singular values over their sum): a scalar on the device of the
+    features, computed on the CPU. The features are not centered, so equal rows have rank 1. NaN if
+    all values are zero or one is not finite.
     """
     values = features.detach().cpu().double()
     if not values.isfinite().all():
@@ -71,19 +83,21 @@ def effective_rank(features: Tensor) -> Tensor:
 
 @dataclass
 class Monitor:
-    """Counts for how many steps each sign of trouble has lasted; the fields are its whole state."""
+    """Counts how many steps each sign of trouble has lasted. The fields are its whole state."""
 
     warmup_steps: int = 0
-    """Of the learning rate, in which a loss near ln K is no sign."""
+    """Warm-up of the learning rate, during which a loss near ln K is no sign."""
     last_step: int = 0
     uniform: int = 0
     point: int = 0
     flat: int = 0
 
     def update(self, *, loss: float, entropy: float, out_dim: int, spread: float, step: int) -> list[str]:
-        """Warnings that became due at this step (steps done so far); each is given once, and again after its sign had gone.
+        """Warnings that are due at this step.
 
-        loss, entropy: in nats, means over the steps since the last call; spread: `feature_spread`, NaN if it is not known.
+        Each is given once, and again if its sign went away and came back. step: steps done so far.
+        loss, entropy: in nats, means over the steps since the last call. spread: `feature_spread`,
+        NaN if it is not known.
         """
         log_k = math.log(out_dim)
         elapsed, self.last_step = step - self.last_step, step

@@ -1,11 +1,14 @@
-"""Optimisers of the student, gradient clipping, and the teacher's moving average: few large operations, no wait for the device.
+"""Optimizers of the student, gradient clipping, and the teacher's moving average.
 
-Source: training of DINO (github.com/facebookresearch/dino, main_dino.py and utils.py), which SimPool uses unchanged. Two
-parameter groups: weight decay for tensors, none for biases and one-dimensional parameters; each parameter is clipped by its own
-norm (not a global one); a frozen last layer has no gradient at all, hence neither moments nor decay. Schedules are in plan.py.
+Each is a few large operations that do not wait for the device. Source: the training of DINO
+(github.com/facebookresearch/dino, main_dino.py and utils.py), which SimPool uses unchanged. There
+are two parameter groups: tensors with weight decay, and biases and one-dimensional parameters
+without. Each parameter is clipped by its own norm (not a global one). A frozen last layer has no
+gradient at all, hence neither moments nor decay. Schedules are in plan.py.
 
-LARS is our own short one, since timm's `Lars` becomes another algorithm once weight decay matters: its trust ratio divides by
-|g| + decay * |p| where the published one divides by |g + decay * p|, and it stops adapting where the decay is 0.
+LARS is our own short version, because timm's `Lars` becomes another algorithm once weight decay
+matters: its trust ratio divides by |g| + decay * |p|, while the published one divides by
+|g + decay * p|, and it stops adapting where the decay is 0.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from dino_simpool.config import OptimConfig
 
 
 class Lars(torch.optim.Optimizer):
-    """SGD with momentum whose steps are scaled by trust_coefficient * |p| / |g + weight_decay * p| for each parameter.
+    """SGD with momentum, with a step size of its own for each parameter.
 
-    One-dimensional parameters are neither scaled nor decayed; a zero parameter or update is not scaled.
+    Each update is scaled by trust_coefficient * |p| / |g + weight_decay * p|. One-dimensional
+    parameters are neither scaled nor decayed. A zero parameter or update is not scaled.
     """
 
     def __init__(
@@ -64,10 +68,11 @@ class Lars(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters as two groups: with weight decay, and without (biases and one-dimensional parameters).
+    """Trainable parameters in two groups: with weight decay, and without.
 
-    Each group has "params", "names" (parallel to params) and "weight_decay" (0 here, set by `set_hyperparameters`). Each
-    trainable parameter is in one group exactly; position embeddings and class tokens are decayed, as published.
+    Biases and one-dimensional parameters have none; position embeddings and class tokens are
+    decayed, as published. Each group has "params", "names" (in the same order) and "weight_decay"
+    (0 here, set by `set_hyperparameters`). Each trainable parameter is in exactly one group.
     """
     decayed: list[tuple[str, nn.Parameter]] = []
     plain: list[tuple[str, nn.Parameter]] = []
@@ -80,10 +85,12 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of cfg.name over the two `parameter_groups`; learning rate and decay are set before each step.
+    """The optimizer cfg.name over the two `parameter_groups`.
 
-    AdamW is torch's fused one: a kernel per group, on the CPU too, bit-equal from run to run with the same number of threads.
-    SGD is not fused, since torch's fused SGD cannot take in parameters that get their first gradient later (the last layer).
+    Learning rate and weight decay are set before each step. AdamW is torch's fused version: one
+    kernel per group, also on the CPU, bit-equal from run to run with the same number of threads.
+    SGD is not fused, because torch's fused SGD cannot take parameters that get their first gradient
+    later (the last layer).
     """
     groups = parameter_groups(model)
     if cfg.name == "adamw":
@@ -94,7 +101,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set the learning rate of both groups, and the weight decay of the first."""
+    """Set the learning rate of both groups, and the weight decay of the first group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay
@@ -102,9 +109,10 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale each gradient by min(1, max_norm / (its L2 norm + 1e-6)); max_norm 0 leaves them.
+    """Scale each gradient by min(1, max_norm / (its L2 norm + 1e-6)). max_norm 0 does not clip.
 
-    Returns the norms before clipping (number of parameters with a gradient,), in order, on their device.
+    Returns the norms before clipping, (number of parameters with a gradient,), in order, on their
+    device.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
@@ -116,7 +124,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def drop_last_layer_gradients(model: nn.Module) -> None:
-    """Remove the gradients of all parameters with last_layer in their name, so that the optimiser skips them."""
+    """Remove gradients of parameters with last_layer in their name: the optimizer skips them."""
     for name, parameter in model.named_parameters():
         if "last_layer" in name:
             parameter.grad = None
@@ -124,9 +132,10 @@ def drop_last_layer_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student for all parameters, frozen ones too, and no buffer.
+    """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters, also frozen
+    ones.
 
-    BatchNorm statistics of the teacher come from its own forward passes.
+    Buffers are left alone: the teacher's BatchNorm statistics come from its own forward passes.
     """
     means: list[Tensor] = list(teacher.parameters())
     values: list[Tensor] = list(student.parameters())

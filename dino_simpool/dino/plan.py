@@ -1,11 +1,13 @@
-"""What happens at which step: DINO's schedules as pure functions, the plan of a run made of them, and advice for small runs.
+"""Schedules: DINO's as pure functions of the step, the plan of a run, and advice for small runs.
 
-Source: utils.cosine_scheduler and DINOLoss of github.com/facebookresearch/dino, quirks kept: the warm-up includes both of its
-ends, so that the first learning rate is 0 and the peak occurs twice; the final value is approached, never reached; the peak is
-scaled by batch / 256 and the minimum is not; the teacher's temperature is constant within an epoch. Deviation: a warm-up longer
+Source: utils.cosine_scheduler and DINOLoss of github.com/facebookresearch/dino. Its quirks are
+kept: the warm-up includes both of its ends, so the first learning rate is 0 and the peak occurs
+twice; the final value is approached but never reached; the peak is scaled by batch / 256 and the
+minimum is not; the teacher's temperature is constant within an epoch. Deviation: a warm-up longer
 than the run is scaled down with a warning, where the public code crashes.
 
-A step is one optimiser step over the global batch, counted from 0; an epoch is num_images // batch_size steps. No torch here.
+A step is one optimizer step over the global batch, counted from 0. An epoch is num_images //
+batch_size steps. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, replace
 from dino_simpool.config import TrainConfig, parse_duration
 
 REFERENCE_IMAGES, REFERENCE_BATCH, REFERENCE_MOMENTUM, REFERENCE_RATE = 1281167, 1024, 0.996, 5e-4
-"""Published DINO: images of ImageNet, global batch, teacher momentum and learning rate per 256 images."""
+"""Published DINO: images of ImageNet, batch, teacher momentum, learning rate per 256 images."""
 WARMUP_SHARES = {"optim.warmup": 0.1, "teacher.warmup": 0.3}
 """Published warm-ups as shares of the run: 10 and 30 of 100 epochs."""
 
@@ -24,7 +26,10 @@ WARMUP_SHARES = {"optim.warmup": 0.1, "teacher.warmup": 0.3}
 def cosine_schedule(
     step: int, total_steps: int, base: float, final: float, *, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> float:
-    """Value at a step: linear from warmup_start to base over warmup_steps values, then half a cosine down (or up) to final."""
+    """The value at a step: a linear warm-up, then half a cosine down (or up) to final.
+
+    The warm-up goes from warmup_start to base over warmup_steps values.
+    """
     if step < warmup_steps - 1:
         return warmup_start + step * (base - warmup_start) / (warmup_steps - 1)
     if step < warmup_steps:  # the last value is the base exactly; a warm-up of a single value is its start, as in linspace
@@ -34,7 +39,10 @@ def cosine_schedule(
 
 
 def teacher_temperature(epoch: int, warmup_epochs: int, warm: float, final: float) -> float:
-    """Temperature of an epoch: linear from warm to final over warmup_epochs values, both ends included, then final."""
+    """The temperature of an epoch: linear from warm to final over warmup_epochs values, then final.
+
+    Both ends are included.
+    """
     if epoch >= warmup_epochs:
         return final
     return warm + epoch * (final - warm) / max(1, warmup_epochs - 1)
@@ -43,21 +51,22 @@ def teacher_temperature(epoch: int, warmup_epochs: int, warm: float, final: floa
 def duration_steps(
     duration: int | float | str, *, steps_per_epoch: int, total_steps: int | None, batch_size: int, name: str
 ) -> int:
-    """Steps in a duration (10ep, 5000it, 1e6img, 5%), rounded to whole ones; total_steps None while it is not known yet.
+    """Steps in a duration (10ep, 5000it, 1e6img, 5%), rounded to whole steps.
 
-    name: the option, for the ValueError about a share of a run whose length is not known.
+    total_steps: of the run, or None while it is not known. name: of the option, for the ValueError
+    about a share of a run whose length is not known.
     """
     number, unit = parse_duration(duration)
     if unit == "%":
         if total_steps is None:
-            raise ValueError(f"{name} is {duration}, a share of a length that is not known: give epochs, steps or images")
+            raise ValueError(f"{name} is {duration}, a share of an unknown length: give epochs, steps or images")
         return round(number / 100 * total_steps)
     return round({"ep": number * steps_per_epoch, "it": number, "img": number / batch_size}[unit])
 
 
 @dataclass(frozen=True)
 class StepValues:
-    """What the trainer sets before a step."""
+    """What the learner sets before a step."""
 
     lr: float
     weight_decay: float
@@ -82,9 +91,9 @@ class Plan:
     peak_lr: float
     cfg: TrainConfig
     warnings: tuple[str, ...] = ()
-    """What was changed or looks wrong, a sentence each."""
+    """What was changed or looks wrong, one sentence each."""
     suggestions: tuple[str, ...] = ()
-    """What would suit small data or a small batch better, a sentence each with its reason."""
+    """What would suit small data or a small batch better, one sentence each with its reason."""
 
     @property
     def epochs(self) -> int:
@@ -106,7 +115,7 @@ class Plan:
         )
 
     def table(self) -> str:
-        """All schedules at the start, at the turning points, in the middle and at the end, as text."""
+        """All schedules as text: at the start, the turning points, the middle and the end."""
         last = self.total_steps - 1
         points = {  # where two coincide, the later name stays
             "middle": self.total_steps // 2,
@@ -118,8 +127,8 @@ class Plan:
         }
         names = {step: name for name, step in points.items() if step <= last}
         lines = [
-            f"{self.num_images} images, batch {self.batch_size}: {self.steps_per_epoch} steps an epoch, {self.total_steps} in "
-            f"all ({self.total_steps / self.steps_per_epoch:g} epochs, {self.total_steps * self.batch_size} images seen)",
+            f"{self.num_images} images, batch {self.batch_size}: {self.steps_per_epoch} steps per epoch, {self.total_steps} in "
+            f"total ({self.total_steps / self.steps_per_epoch:g} epochs, {self.total_steps * self.batch_size} images seen)",
             f"{'':20}{'step':>9}{'epoch':>8}{'lr':>12}{'decay':>10}{'momentum':>11}{'temperature':>13}  prototypes",
         ]
         for step in sorted(names):
@@ -132,12 +141,12 @@ class Plan:
 
 
 def make_plan(cfg: TrainConfig, num_images: int) -> Plan:
-    """The plan of a run of this configuration on so many images. ValueError if there is no image or no full batch."""
+    """The plan of a run on num_images images. ValueError if there is no image or no full batch."""
     batch = cfg.run.batch_size
     if num_images == 0:
-        raise ValueError("there are no images to train on: point data.root at a folder or list that has some")
+        raise ValueError("there are no images to train on: set data.root to a folder or list that has some")
     if batch > num_images:
-        raise ValueError(f"run.batch_size is {batch}, but there are {num_images} images: use a batch of {num_images} or less")
+        raise ValueError(f"run.batch_size is {batch}, but there are only {num_images} images: use {num_images} or less")
     steps_per_epoch = num_images // batch
     total = max(1, _steps(cfg.run.epochs, "run.epochs", steps_per_epoch, None, batch))
     warnings: list[str] = []
@@ -148,7 +157,7 @@ def make_plan(cfg: TrainConfig, num_images: int) -> Plan:
             asked, spans[name] = spans[name], round(WARMUP_SHARES[name] * total)
             warnings.append(
                 f"{name} ({duration}: {asked} steps) is longer than the run ({total} steps): scaled to {spans[name]} steps, "
-                f"{WARMUP_SHARES[name]:.0%} of the run as published; give {name} as a share to choose yourself"
+                f"{WARMUP_SHARES[name]:.0%} of the run as published; give {name} as a share to set it yourself"
             )
     plan = Plan(
         num_images=num_images,
@@ -179,77 +188,80 @@ def _warnings(plan: Plan) -> list[str]:
         )
     if plan.freeze_steps >= plan.total_steps and parse_duration(optim.freeze_last_layer)[1] != "%":
         found.append(
-            f"optim.freeze_last_layer {optim.freeze_last_layer} covers the run, so the prototypes never learn: shorten it, "
-            "or say 100% if that is meant"
+            f"optim.freeze_last_layer {optim.freeze_last_layer} covers the whole run, so the prototypes never learn: shorten "
+            "it, or set 100% if that is what you want"
         )
     return found
 
 
 def _suggestions(plan: Plan) -> tuple[str, ...]:
-    """Advice where the run is far from the published setting (batch 480 to 1280 of 1.3 M images): see each reason."""
+    """Advice where a run is far from the published setting (batch 480 to 1280, 1.3 M images)."""
     advice = (_suggest_out_dim(plan), _suggest_momentum(plan), _suggest_lr(plan), _suggest_warmup(plan))
     return tuple(text for text in advice if text)
 
 
 def _suggest_out_dim(plan: Plan) -> str:
-    """Fewer images than prototypes: most of them are never used. ImageNet has 20 images per prototype, its 20 % subset 4."""
+    """With fewer images than prototypes, most prototypes are never used.
+
+    ImageNet has 20 images per prototype, its 20 % subset 4.
+    """
     out_dim = plan.cfg.head.out_dim
     advised = max(256, 2 ** int(math.log2(max(1, plan.num_images / 20))))
     if plan.num_images >= out_dim or advised >= out_dim:
         return ""
     return (
-        f"head.out_dim {out_dim} is more than the {plan.num_images} images, and with prototypes that have no images of their "
-        f"own the loss may stay at ln(out_dim): try head.out_dim {advised} (published: about 20 images per prototype)"
+        f"head.out_dim {out_dim} is more than the {plan.num_images} images; prototypes without images of their own may keep "
+        f"the loss at ln(out_dim): try head.out_dim {advised} (published: about 20 images per prototype)"
     )
 
 
 def _suggest_momentum(plan: Plan) -> str:
-    """The teacher's memory in images should be the published one, or the same share of smaller data."""
+    """The teacher's memory in images should be as published, or the same share of smaller data."""
     momentum, batch, total = plan.cfg.teacher.momentum, plan.batch_size, plan.total_steps
     if not 0 < momentum < 1:
         return ""
-    steps = math.log(0.5) / math.log(momentum)  # half-life: half of the teacher's weight is on newer steps
+    steps = math.log(0.5) / math.log(momentum)  # half-life: newer steps have half of the teacher's weight
     published = math.log(0.5) / math.log(REFERENCE_MOMENTUM) * REFERENCE_BATCH * min(1, plan.num_images / REFERENCE_IMAGES)
     memory = f"at teacher.momentum {momentum:g} the teacher's half-life is {steps:.0f} steps ({steps * batch:.0f} images)"
     if steps > 0.25 * total:
         advised = 0.5 ** (1 / max(1.0, 0.1 * total))
         return (
-            f"{memory}, {steps / total:.0%} of this run, so that it stays close to its random start: "
+            f"{memory}, {steps / total:.0%} of this run, so it stays close to its random start: "
             f"try teacher.momentum {_short_momentum(advised)} (10% of the run)"
         )
     advised = 0.5 ** (1 / max(1.0, min(published / batch, 0.05 * total)))
     if steps * batch < 0.3 * published and 1 - advised < 0.7 * (1 - momentum):
         return (
-            f"{memory}, against {published:.0f} images as published (batch {REFERENCE_BATCH}, for this much data), so that it "
-            f"follows the noise of small batches: try teacher.momentum {_short_momentum(advised)}"
+            f"{memory}; published are {published:.0f} images (batch {REFERENCE_BATCH}, for this much data), so it follows "
+            f"the noise of small batches: try teacher.momentum {_short_momentum(advised)}"
         )
     return ""
 
 
 def _short_momentum(momentum: float) -> str:
-    """With two significant digits of its distance to 1."""
+    """A momentum as text, with two significant digits of its distance to 1."""
     return f"{momentum:.{1 - math.floor(math.log10(1 - momentum))}f}".rstrip("0")
 
 
 def _suggest_lr(plan: Plan) -> str:
-    """AdamW's step does not shrink with the gradient's noise in proportion to the batch: square root below 128 images."""
+    """Below 128 images, AdamW's rate should follow the square root of the batch, not the batch."""
     optim, batch = plan.cfg.optim, plan.batch_size
     reference = REFERENCE_RATE * math.sqrt(batch / 256)
     if optim.name != "adamw" or batch >= 128 or plan.peak_lr >= 0.7 * reference:
         return ""
     return (
         f"optim.lr {optim.lr:g} * batch {batch} / 256 gives a peak learning rate of {plan.peak_lr:.2g}; for batches this small "
-        f"adamw usually wants the square root of the ratio, {reference:.2g}: try optim.lr {reference * 256 / batch:.2g}"
+        f"adamw usually needs the square root of the ratio, {reference:.2g}: try optim.lr {reference * 256 / batch:.2g}"
     )
 
 
 def _suggest_warmup(plan: Plan) -> str:
-    """A warm-up should be neither most of the run nor a handful of steps."""
+    """A warm-up should be neither a large part of the run nor a handful of steps."""
     share, least = plan.warmup_steps / plan.total_steps, min(50, round(0.05 * plan.total_steps))
     if share <= 0.34 and plan.warmup_steps >= least:
         return ""
     return (
         f"optim.warmup {plan.cfg.optim.warmup} is {plan.warmup_steps} of {plan.total_steps} steps ({share:.0%}), "
-        + ("which leaves little of the run at full rate" if share > 0.34 else "too few for the first large gradients to settle")
+        + ("which leaves little of the run at full rate" if share > 0.34 else "too few for the first gradients to settle")
         + ": try optim.warmup 10%"
     )
