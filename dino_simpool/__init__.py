@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Encoder", "SimPool", "TrainConfig", "attach_simpool", "build_encoder", "load_encoder"]
 
 _HOME = {
