@@ -11,9 +11,10 @@ V views, b images of one pass, K prototypes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -206,7 +207,7 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
     plan = make_plan(cfg, num_images)
     torch.manual_seed(cfg.run.seed)
     encoder = build_encoder(cfg.model)
-    head = DinoHead(encoder.embed_dim, **asdict(cfg.head))
+    head = DinoHead(encoder.embed_dim, **dataclasses.asdict(cfg.head))
     # Convolutions are faster with the channels last (1.3 times in a CPU step of a small ResNet);
     # transformers do not care.
     student = DinoModel(encoder, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
