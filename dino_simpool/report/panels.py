@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from dino_simpool.config import EvalConfig, TrainConfig
-from dino_simpool.data import EvalTransform, find_images, folder_or_archive, read_or_replace
+from dino_simpool.data import EvalTransform, evenly, find_images, folder_or_archive, read_or_replace
 from dino_simpool.data.augment import MultiCrop
-from dino_simpool.eval.attention import mass_mask
-from dino_simpool.eval.masks import Box, cell_coverage, evenly, mask_path, read_mask, seen_box, seen_size, shares
+from dino_simpool.eval.masks import mask_path, read_mask
 from dino_simpool.features.encode import preprocessing
+from dino_simpool.features.maps import Box, attention_maps, cell_coverage, mass_mask, seen_box, seen_size, shares
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.pictures import enlarge, paint, to_bytes, unnormalize
 
@@ -52,10 +52,11 @@ def attention_cards(
     images = find_images(held_out if Path(held_out).exists() else data)
     chosen = evenly(len(images), num_images).tolist()
     transform = EvalTransform(**settings)
-    pixels = torch.stack([transform(images.read(index)) for index in chosen])
-    with torch.inference_mode():
-        maps = {label: encoder.to(device).attention(pixels.to(device)).cpu().double() for label, encoder in encoders.items()}
-    relative = {label: attention * attention[0].numel() for label, attention in maps.items()}
+    relative, pixels = {}, torch.empty(0)
+    for label, encoder in encoders.items():
+        batches = list(attention_maps(encoder.to(device), images, chosen, transform=transform, batch_size=16, workers=0))
+        maps, pixels = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
+        relative[label] = maps.double() * maps[0].numel()
     top = max(2.0, torch.cat([attention.flatten() for attention in relative.values()]).quantile(0.99).item())
     shown = unnormalize(pixels, transform.mean, transform.std)
     cards = []
