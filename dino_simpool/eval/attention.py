@@ -178,7 +178,8 @@ def write_image(
     box = (0.0, 0.0, seen[1] * width / picture.shape[2], seen[0] * height / picture.shape[1])
     said, tiles = [], [_tile(picture, name)]
     for head, attention in enumerate(maps):
-        file, of_head = (f"{path}_head{head}", f" of head {head}") if cfg.heads == "each" else (str(path), "")
+        file = f"{path}_head{head}" if cfg.heads == "each" else str(path)
+        of_head = f" of head {head}" if len(maps) > 1 else ""
         mask = mass_mask(attention, cfg.mass)
         cells, kept = torch.from_numpy(attention), torch.from_numpy(mask)
         over, masked = overlay(picture, cells, seen=seen, smooth=cfg.smooth), mask_overlay(picture, kept, seen=seen)
