@@ -1,10 +1,11 @@
-"""Pictures: what the encoder saw, where it looked, and contact sheets. Tensors are (3, H, W) float in 0..1.
+"""Pictures of what the encoder saw and where it looked, as tensors in 0..1, and contact sheets.
 
-Attention is drawn as published for DINO: each map from its lowest to its highest value in viridis, its cells as squares, over
-the image at half opacity. viridis is by S. van der Walt and N. Smith (public domain, CC0); ten of its colors are kept here,
-with straight lines between them.
+Attention is drawn as published for DINO: each map from its lowest to its highest value in viridis,
+its cells as squares, over the image at half opacity. viridis is by S. van der Walt and N. Smith
+(public domain, CC0); ten of its colors are kept here, with straight lines between them.
 
-h, w: cells of the attention; seen: pixels (down, across), from the top left, that the cells cover; the rest stays as it is.
+h, w: cells of the attention; seen: pixels (down, across), from the top left, that the cells cover;
+the rest stays as it is.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def enlarge(cells: Tensor, size: Size, *, smooth: bool) -> Tensor:
-    """Cells (h, w) as pixels `size`: each a rectangle, or smooth: bicubic between their centers, within their range."""
+    """Cells (h, w) as pixels `size`: rectangles, or bicubic between their centers, in their range."""
     if not smooth:
         return F.interpolate(cells[None, None], size, mode="nearest-exact")[0, 0]
     pixels = F.interpolate(cells[None, None], size, mode="bicubic", align_corners=False)[0, 0]
@@ -52,7 +53,10 @@ def enlarge(cells: Tensor, size: Size, *, smooth: bool) -> Tensor:
 
 
 def paint(strength: Tensor, ramp: Sequence[Sequence[float]]) -> Tensor:
-    """Values (H, W) in 0..1 as colors (C, H, W) in 0..1.   ramp: two or more colors of C channels in 0..255, evenly spaced."""
+    """Values (H, W) in 0..1 as colors (C, H, W) in 0..1.
+
+    ramp: two or more colors of C channels in 0..255, evenly spaced.
+    """
     colors = torch.tensor(ramp, dtype=torch.float64) / 255
     place = strength.double().clamp(0, 1) * (len(ramp) - 1)
     low = place.long().clamp(max=len(ramp) - 2)
@@ -60,7 +64,7 @@ def paint(strength: Tensor, ramp: Sequence[Sequence[float]]) -> Tensor:
 
 
 def heat(attention: Tensor, size: Size, *, smooth: bool = False) -> Tensor:
-    """Attention (h, w) as a picture (3, *size): its lowest value dark blue, its highest yellow; dark blue if all are equal."""
+    """Attention (h, w) as a picture (3, *size), from dark blue (lowest, or all equal) to yellow."""
     attention = attention.double()
     spread = attention.max() - attention.min()
     relative = (attention - attention.min()) / spread if spread > 0 else torch.zeros_like(attention)
@@ -76,14 +80,14 @@ def overlay(image: Tensor, attention: Tensor, *, seen: Size | None = None, smoot
 
 
 def mask_overlay(image: Tensor, mask: Tensor, *, seen: Size | None = None) -> Tensor:
-    """An image (3, H, W) with a mask (h, w) of cells in a half-opaque color, and an outline just inside its border."""
+    """An image (3, H, W) with a mask (h, w) in half-opaque color and an outline inside its border."""
     down, across = seen or (image.shape[1], image.shape[2])
     inside = torch.zeros(image.shape[1:])
     inside[:down, :across] = enlarge(mask.float(), (down, across), smooth=False)
     width = 1 + max(image.shape[1:]) // 300
     # What lies outside the picture counts as outside the mask.
     outside = F.pad(1 - inside, (width,) * 4, value=1.0)[None, None]
-    for side in ((2 * width + 1, 1), (1, 2 * width + 1)):  # one after the other: a square window would cost its area per pixel
+    for side in ((2 * width + 1, 1), (1, 2 * width + 1)):  # a square window would be slower
         outside = F.max_pool2d(outside, side, stride=1)
     border = inside.bool() & outside[0, 0].bool()
     color, line = (torch.tensor(each)[:, None, None] / 255 for each in (MASK, OUTLINE))
@@ -91,7 +95,7 @@ def mask_overlay(image: Tensor, mask: Tensor, *, seen: Size | None = None) -> Te
 
 
 def strip(images: Sequence[Tensor]) -> Tensor:
-    """Images side by side on white, smaller ones at the top: (3, greatest height, sum of widths + gaps)."""
+    """Images side by side on white, smaller ones at the top: (3, height, sum of widths + gaps)."""
     height = max(image.shape[1] for image in images)
     padded = [F.pad(image, (0, 2, 0, height - image.shape[1]), value=1.0) for image in images]
     return torch.cat(padded, dim=2)
@@ -113,7 +117,7 @@ class Tile:
 
     image: Image.Image
     caption: tuple[str, ...] = ()
-    """Lines below the picture, the first dark and the others gray; a line that is too long loses its beginning."""
+    """Lines below the picture, the first dark, the others gray; a long line loses its beginning."""
     frame: Color | None = None
     """Color of a frame around the picture, None for no frame."""
 
@@ -130,8 +134,9 @@ def contact_sheet(
 ) -> Image.Image:
     """Rows of small pictures with captions, on white: RGB.
 
-    size: side in pixels of the square that each picture is fitted into, in its own shape and centered.   lines: columns with a
-    line on their left, which sets them apart.   ValueError if there is no tile.
+    size: side in pixels of the square that each picture is fitted into, in its own shape and
+    centered.   lines: columns with a line on their left, which sets them apart.   ValueError if
+    there is no tile.
     """
     columns = max((len(row) for row in rows), default=0)
     if not columns:
@@ -163,7 +168,7 @@ def contact_sheet(
 
 
 def shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, or dots and as much of its end as fits into `width` pixels: the end tells files apart."""
+    """The text, or dots and the part of its end that fits into `width` pixels: it tells files apart."""
     text = text.encode("utf-8", "replace").decode()  # a file name need not be text
     if font.getlength(text) <= width:
         return text

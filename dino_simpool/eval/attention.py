@@ -1,17 +1,21 @@
 """Where the encoder looks, on any images: maps, pictures, masks and boxes.
 
-Source: the figures of "Keep It SimPool" (ICCV 2023) and visualize_attention.py of facebookresearch/dino: images of 896 x 896
-pixels, maps from their lowest to their highest value, and masks of the fewest cells that hold 60 % of the attention. Ours:
-other sizes, boxes and entropy.
+Source: the figures of "Keep It SimPool" (ICCV 2023) and visualize_attention.py of
+facebookresearch/dino: images of 896 x 896 pixels, maps from their lowest to their highest value,
+and masks of the fewest cells that hold 60 % of the attention. Ours: other sizes, boxes and entropy.
 
-Files in <out>/attention/ for each image, NUMBER_NAME (the number is its place in the data; for single heads followed by
-_head0, _head1, ...):
+Files in <out>/attention/ for each image, NUMBER_NAME (the number is its place in the data; for
+single heads followed by _head0, _head1, ...):
 
-    .npy  the map (h, w) float32, sum 1      _heat.png  the map      _overlay.png  over the image      _mask.png  the mask
-    .json  sizes, entropy, and the boxes around the connected parts of the mask in pixels of the image
+    .npy          the map (h, w) float32, sum 1
+    _heat.png     the map
+    _overlay.png  the map over the image
+    _mask.png     the mask
+    .json         sizes, entropy, and boxes around the parts of the mask, in pixels of the image
 
-<out>/attention.png shows them together. <out>/attention.json holds every setting and what is in the files of each image.
-Pictures have the size of what the encoder saw; with fit native that is the image itself.
+<out>/attention.png shows them together. <out>/attention.json holds every setting and what is in the
+files of each image. Pictures have the size of what the encoder saw; with fit native that is the
+image itself.
 
 h, w: cells of a map, N = h * w; H, W: pixels of an image.
 """
@@ -55,10 +59,10 @@ def main(cfg: AttentionConfig) -> None:
 
 @dataclass(frozen=True)
 class FitTransform:
-    """Resizes a whole image to the size that `AttentionConfig.fit` asks for (bicubic, Pillow) and normalizes it.
+    """Resizes a whole image as `AttentionConfig.fit` says (bicubic, Pillow) and normalizes it.
 
-    A side shorter than a cell of the encoder is enlarged to one cell. With fit shorter, the longer side is limited to LONGEST
-    times image_size, since it could take gigabytes otherwise.
+    A side shorter than a cell of the encoder is enlarged to one cell. With fit shorter, the longer
+    side is limited to LONGEST times image_size, since it could take gigabytes otherwise.
     """
 
     fit: Literal["square", "shorter", "longer", "native"]
@@ -83,10 +87,10 @@ class FitTransform:
 
 
 def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
-    """Write the files of all images; return the means of entropy and mask_area in %, and what is in the files.
+    """Write the files of all images; return means of entropy and mask_area in %, and the records.
 
-    entropy: of a map over ln N, 100 % if it is uniform.   mask_area: cells in the mask over N.   encoder: on the device to run
-    on.   ValueError names an image whose attention is not finite.
+    entropy: of a map over ln N, 100 % if it is uniform.   mask_area: cells in the mask over N.
+    encoder: on the device to run on.   ValueError names an image whose attention is not finite.
     """
     images = decoded(find_any_images(cfg), cfg)
     chosen = evenly(len(images), cfg.max_images)
@@ -150,7 +154,7 @@ def _result(encoder: Encoder, transform: FitTransform, records: list[dict[str, A
 
 
 def find_any_images(cfg: AttentionConfig) -> ImageSet:
-    """The images of cfg.data (of its folder cfg.val, if given), which may be a single file too. ValueError without any."""
+    """The images of cfg.data/cfg.val, which may be a single file. ValueError if data is not given."""
     if not cfg.data:
         raise ValueError("no data is given: say --data IMAGE, or a folder of images")
     path = os.path.join(cfg.data, cfg.val) if cfg.val else cfg.data
@@ -169,10 +173,11 @@ def write_image(
     seen: tuple[int, int],
     cfg: AttentionConfig,
 ) -> tuple[dict[str, Any], list[Tile]]:
-    """Write all files of one image; returns what its .json holds, and its tiles for the contact sheet.
+    """Write all files of one image; return the contents of its .json and its contact sheet tiles.
 
-    path: of the files, without their endings.   picture: (3, H', W') in 0..1, as the encoder saw it.   maps: (heads, h, w).
-    name, original: name and H, W of the image.   seen: the pixels of the picture, down and across, that the cells cover.
+    path: of the files, without their endings.   picture: (3, H', W') in 0..1, as the encoder saw
+    it.   maps: (heads, h, w).   name, original: name and H, W of the image.   seen: the pixels of
+    the picture, down and across, that the cells cover.
     """
     height, width = original
     box = (0.0, 0.0, seen[1] * width / picture.shape[2], seen[0] * height / picture.shape[1])
@@ -215,5 +220,5 @@ def save_sheet(path: Path, images: list[list[Tile]]) -> None:
 
 
 def _file_name(name: str) -> str:
-    """The last part of an image's name without its suffix, fit for any file system."""
+    """The last part of an image's name without its suffix, safe for any file system."""
     return re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(name))[0])[:80]

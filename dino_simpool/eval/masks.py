@@ -1,12 +1,13 @@
-"""How much of the attention falls on the object: the share of the attention inside the true mask over the mask's share of the
-area.
+"""Attention on the object: the share of attention inside its mask over the mask's share of the area.
 
-Uniform attention gets 1, and attention that is all inside gets 1 / area, the maximum. The attention of a cell counts as spread
-evenly over the part of the image that the cell sees: the shares are exact for any mask and grid, and neither is resampled. The
-image is resized and center cropped before the encoder sees it; what is cropped away counts neither as object nor as area.
+Uniform attention gets 1, and attention that is all inside gets 1 / area, the maximum. The attention
+of a cell counts as spread evenly over the part of the image that the cell sees: the shares are
+exact for any mask and grid, and neither is resampled. The image is resized and center cropped
+before the encoder sees it; what is cropped away counts neither as object nor as area.
 
-A data set with masks has, beside {train,val}/<class>/<name>.*, a file masks/{train,val}/<class>/<name>.png of the same size as
-the image: 0 outside the object, any other value inside.
+A data set with masks has, beside {train,val}/<class>/<name>.*, a file
+masks/{train,val}/<class>/<name>.png of the same size as the image: 0 outside the object, any other
+value inside.
 
 H, W: pixels of the image.
 """
@@ -35,10 +36,10 @@ def main(cfg: MasksConfig) -> None:
 
 
 def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
-    """attention_in_mask and mask_area, means over images in %, and `ratio`, the first over the second (uniform: 1).
+    """attention_in_mask and mask_area in %, means over images, and `ratio`, the first by the second.
 
-    encoder: on the device to run on.   Images whose object is completely cropped away are left out and counted.
-    ValueError if a mask is missing or does not fit, or if no image is left.
+    encoder: on the device to run on.   Images whose object is completely cropped away are left out
+    and counted.   ValueError if a mask is missing or does not fit, or if no image is left.
     """
     if not cfg.data:
         raise ValueError("no data is given: say --data DIR, a folder with val/ and masks/val/")
@@ -73,7 +74,7 @@ def mask_path(data: str | Path, split: str, image: str | Path) -> Path:
 
 
 def read_mask(path: Path, image: str | Path, content: bytes | None = None) -> np.ndarray:
-    """The mask (H, W) as bool. ValueError if the file is missing or its size is not that of `image`.
+    """The mask (H, W) as bool. ValueError if it is missing or has another size than `image`.
 
     content: the bytes of the image file; needed if the file may be in an archive.
     """

@@ -1,9 +1,10 @@
-"""Attention maps of images, and what is measured on them: masks of most attention, connected parts, boxes, shares of an object.
+"""Attention maps of images, and measures on them: masks, connected parts, boxes, share on an object.
 
-`attention_maps` yields the maps of a set of images by batch; the evaluators and the report all take them from there.
+`attention_maps` yields the maps of a set of images by batch, for evaluators and the report;
+`attention_of` is one batch, for images that are already loaded.
 
-Source of the masks: visualize_attention.py of facebookresearch/dino. Ours: sums in float64, since float32 moves the border of
-large masks.
+Source of the masks: visualize_attention.py of facebookresearch/dino. Ours: sums in float64, since
+float32 moves the border of large masks.
 
 B images; h, w: cells of a map, N = h * w; H, W: pixels of an image.
 """
@@ -28,7 +29,7 @@ from dino_simpool.models.encoder import Encoder, thin_images
 Box = tuple[float, float, float, float]
 """left, top, right, bottom in pixels"""
 ROUNDING = 1e-12
-"""Masses that differ by less are equal: the order of a sum must not decide about a cell on the border of the mask."""
+"""Masses that differ by less are equal: the order of a sum must not decide about a border cell."""
 
 
 def attention_maps(
@@ -37,13 +38,11 @@ def attention_maps(
 ) -> Iterator[tuple[Tensor, Any, Tensor]]:  # fmt: skip
     """Attention maps of the images `indices` in this order, by batch, in evaluation mode.
 
-    Each item: maps (B, h, w) float32 on the CPU, each with the sum 1 (per_head: (B, heads, h, w)); what the transform made of
-    the images, on the CPU; and (B,) int64 image numbers.
-    encoder: on the device to run on.   transform: returns the normalized image (3, H, W), or a tuple that starts with it.
-    workers: as in `index_loader`.   precision, ValueError: as in `attention_of`.   BrokenImage names an image that cannot be
-    read.
-
-        for maps, batch, numbers in attention_maps(encoder, images, range(8), transform=transform, batch_size=4, workers=0):
+    Each item: maps (B, h, w) float32 on the CPU, each with the sum 1 (per_head: (B, heads, h, w));
+    what the transform made of the images, on the CPU; and (B,) int64 image numbers.
+    encoder: on the device to run on.   transform: returns the normalized image (3, H, W), or a
+    tuple that starts with it.   workers: as in `index_loader`.   precision, ValueError: as in
+    `attention_of`.   BrokenImage names an image that cannot be read.
     """
     device = next(encoder.parameters()).device
     for batch, numbers in index_loader(images, transform, indices, batch_size=batch_size, workers=workers, device=device):
@@ -55,11 +54,11 @@ def attention_maps(
 def attention_of(
     encoder: Encoder, pixels: Tensor, *, names: Sequence[str], precision: str = "fp32", per_head: bool = False
 ) -> Tensor:
-    """Attention maps of one batch of normalized images (B, 3, H, W), in evaluation mode; as `attention_maps` yields them.
+    """Attention maps of one batch of normalized images (B, 3, H, W), as in `attention_maps`.
 
     names: of the images, for errors.   precision: fp32, or bf16 for the matrix products.
-    ValueError names an image whose attention is not finite. It names the first image if the encoder cannot take images of this
-    size, or has no attention to show.
+    ValueError names an image whose attention is not finite. It names the first image if the encoder
+    cannot take images of this size, or has no attention to show.
     """
     forward, device = partial(encoder.attention, per_head=per_head), next(encoder.parameters()).device
     try:
@@ -76,8 +75,9 @@ def attention_of(
 def mass_mask(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
     """The fewest cells, the largest first, that hold a share `mass` of the attention: (h, w) bool.
 
-    attention: (h, w), not negative, of any sum.   With the shares v in ascending order and their cumulative sum c, a cell stays
-    if c > 1 - mass, as published. Of equal cells, those that come first in the map are left out first (stable sort).
+    attention: (h, w), not negative, of any sum.   With the shares v in ascending order and their
+    cumulative sum c, a cell stays if c > 1 - mass, as published. Of equal cells, those that come
+    first in the map are left out first (stable sort).
     """
     values = attention.astype(np.float64).ravel() / attention.sum(dtype=np.float64)
     order = np.argsort(values, kind="stable")
@@ -87,15 +87,16 @@ def mass_mask(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
 
 
 def entropy(attention: np.ndarray) -> float:
-    """Entropy of a map (h, w) over ln N in %: 100 if it is uniform, 0 if all attention is in one cell."""
+    """Entropy of a map (h, w) over ln N in %: 100 if uniform, 0 if all attention is in one cell."""
     values = attention[attention > 0].astype(np.float64) / attention.sum(dtype=np.float64)
     return 100 * float(-(values * np.log(values)).sum()) / math.log(attention.size) if attention.size > 1 else 100.0
 
 
 def connected_parts(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of a mask (h, w), each as its cells (n, 2) row and column, largest first, then first from the top.
+    """The connected parts of a mask (h, w), each as its cells (n, 2) row and column.
 
-    Cells that share a side are connected; cells that only meet at a corner are not.
+    Largest first, then first from the top. Cells that share a side are connected; cells that only
+    meet at a corner are not.
     """
     labels, _ = ndimage.label(mask)  # numbered in the order of their first cells
     parts = [
@@ -106,9 +107,10 @@ def connected_parts(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def part_boxes(attention: np.ndarray, mask: np.ndarray, box: Box) -> list[dict[str, Any]]:
-    """The box around each connected part of a mask, largest part first: box, cells, and its share of the attention in %.
+    """Of each connected part of a mask, largest first: its box, cells, and share of attention in %.
 
-    attention, mask: (h, w).   box: what the h x w equal cells cover, in pixels of the image; so are the boxes (not rounded).
+    attention, mask: (h, w).   box: what the h x w equal cells cover, in pixels of the image; so are
+    the boxes (not rounded).
     """
     left, top, right, bottom = box
     height, width = mask.shape
@@ -124,10 +126,10 @@ def part_boxes(attention: np.ndarray, mask: np.ndarray, box: Box) -> list[dict[s
 
 
 def seen_size(encoder: Encoder, size: int) -> int:
-    """How many of `size` pixels down or across an input its map covers, from the first on.
+    """How many of the `size` pixels of one side of an input its map covers, from the first on.
 
-    A ViT drops what is left beyond its last whole patch, and so does a ConvNeXt, which shrinks its maps without padding. A
-    ResNet pads and sees everything.
+    A ViT drops what is left beyond its last whole patch, and so does a ConvNeXt, which shrinks its
+    maps without padding. A ResNet pads and sees everything.
     """
     trunk = encoder.trunk
     if hasattr(trunk, "patch_embed"):
@@ -145,9 +147,9 @@ def seen_size(encoder: Encoder, size: int) -> int:
 
 
 def seen_box(encoder: Encoder, shape: tuple[int, int], *, resize: int, crop: int) -> Box:
-    """The part of an image that the encoder sees after data.EvalTransform(crop, resize=resize), in pixels of the image.
+    """What the encoder sees of an image after EvalTransform(crop, resize=resize), in its pixels.
 
-    shape: (H, W) of the image. What is dropped (see `seen_size`) lies at the right and at the bottom.
+    shape: (H, W) of the image. What `seen_size` leaves out is at the right and at the bottom.
     """
     seen = seen_size(encoder, crop)
     ends = []
@@ -160,9 +162,9 @@ def seen_box(encoder: Encoder, shape: tuple[int, int], *, resize: int, crop: int
 
 
 def cell_coverage(mask: np.ndarray, box: Box, *, grid: tuple[int, int]) -> np.ndarray:
-    """The share of each cell that the mask covers, (h, w) in 0..1, with `grid` = (h, w) equal cells laid over `box`.
+    """The share of each of `grid` = (h, w) equal cells of `box` that the mask covers: (h, w) in 0..1.
 
-    mask: (H, W) bool.   box: in pixels of the mask; what lies outside the mask counts as not covered.
+    mask: (H, W) bool.   box: in pixels of the mask; outside the mask nothing is covered.
     """
     left, top, right, bottom = box
     rows = _overlap(grid[0], top, bottom, mask.shape[0])
@@ -179,7 +181,7 @@ def shares(attention: np.ndarray, coverage: np.ndarray) -> tuple[float, float]:
 
 
 def _overlap(cells: int, low: float, high: float, pixels: int) -> np.ndarray:
-    """How much of each of the equal cells between low and high lies in each pixel: (cells, pixels), in 0..1."""
+    """The share of each of the equal cells between low and high in each pixel: (cells, pixels)."""
     edges = np.linspace(low, high, cells + 1)
     pixel = np.arange(pixels)
     length = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
