@@ -43,7 +43,18 @@ from dino_simpool.eval import decoded, run
 from dino_simpool.features.encode import progress_bar
 from dino_simpool.features.maps import attention_maps, entropy, mass_mask, part_boxes, seen_size
 from dino_simpool.models.encoder import Encoder
-from dino_simpool.pictures import Tile, contact_sheet, fitted, heat, mask_overlay, overlay, save_png, to_bytes, unnormalize
+from dino_simpool.pictures import (
+    Size,
+    Tile,
+    contact_sheet,
+    fitted,
+    heat,
+    mask_overlay,
+    overlay,
+    save_png,
+    to_bytes,
+    unnormalize,
+)
 from dino_simpool.results import result_name, results_folder
 
 TILE = 160
@@ -111,8 +122,7 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
         precision=cfg.precision,
         per_head=cfg.heads == "each",
     )
-    records: dict[int, dict[str, Any]] = {}
-    tiles: dict[int, list[Tile]] = {}
+    written: dict[int, tuple[dict[str, Any], list[Tile]]] = {}
     with progress_bar(len(chosen), "attention") as bar:
         for maps, (pixels, sizes), indices in batches:
             shown = unnormalize(pixels, transform.mean, transform.std)
@@ -121,16 +131,14 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
                 path = folder / f"{index:0{len(str(len(images) - 1))}d}_{_file_name(name)}"
                 seen = seen_size(encoder, picture.shape[1]), seen_size(encoder, picture.shape[2])
                 heads = own.reshape(-1, *own.shape[-2:]).numpy()
-                record, row = write_image(path, picture, heads, name=name, original=original, seen=seen, cfg=cfg)
-                records[index] = {"name": name, "files": path.name, **record}
-                if index in on_sheet:
-                    tiles[index] = row
+                record, tiles = write_image(path, picture, heads, name=name, original=original, seen=seen, cfg=cfg)
+                written[index] = {"name": name, "files": path.name, **record}, tiles if index in on_sheet else []
             bar.update(min(distributed.world_size() * len(indices), len(chosen) - bar.n))
-    everyone = [each for part in distributed.gather_objects(records) for each in part.items()]
-    all_tiles = [each for part in distributed.gather_objects(tiles) for each in part.items()]
+    everyone = {index: each for part in distributed.gather_objects(written) for index, each in part.items()}
+    records, sheet = zip(*(everyone[index] for index in sorted(everyone)), strict=True)
     if distributed.is_main():
-        save_sheet(Path(f"{folder}.png"), [row for _, row in sorted(all_tiles)])
-    return _result(encoder, transform, [record for _, record in sorted(everyone)], cfg)
+        save_sheet(Path(f"{folder}.png"), [tiles for tiles in sheet if tiles])
+    return _result(encoder, transform, list(records), cfg)
 
 
 def _result(encoder: Encoder, transform: FitTransform, records: list[dict[str, Any]], cfg: AttentionConfig) -> dict[str, Any]:
@@ -164,14 +172,7 @@ def find_any_images(cfg: AttentionConfig) -> ImageSet:
 
 
 def write_image(
-    path: Path,
-    picture: Tensor,
-    maps: np.ndarray,
-    *,
-    name: str,
-    original: list[int],
-    seen: tuple[int, int],
-    cfg: AttentionConfig,
+    path: Path, picture: Tensor, maps: np.ndarray, *, name: str, original: list[int], seen: Size, cfg: AttentionConfig
 ) -> tuple[dict[str, Any], list[Tile]]:
     """Write all files of one image; return the contents of its .json and its contact sheet tiles.
 

@@ -125,13 +125,10 @@ def _tiles(cfg: TrainConfig, records: list[Record], results: dict[str, Record]) 
     tiles = []
     if "knn" in results:
         key, value = next(iter(results["knn"]["metrics"].items()))
-        others = {
-            label: results.get(f"knn{ending}", {}).get("metrics", {}).get(key) for ending, label in COLUMNS.items() if ending
-        }
-        note = ", ".join(f"{label} {other:.1f}" for label, other in others.items() if other is not None)
+        note = ", ".join(f"{label} {other:.1f}" for label, other in _baselines(results, "knn", key).items())
         tiles.append(page.tile(_metric_name("knn", key), f"{value:.1f} %", note or "trained teacher"))
     if "masks" in results:
-        before = results.get("masks_untrained", {}).get("metrics", {}).get("ratio")
+        before = _baselines(results, "masks", "ratio").get("untrained")
         note = "uniform 1×" if before is None else f"untrained {before:.2f}×, uniform 1×"
         tiles.append(page.tile("Attention on the object", f"{results['masks']['metrics']['ratio']:.2f}×", note))
     if steps:
@@ -176,16 +173,12 @@ def _results(out: Path, data: str, results: dict[str, Record]) -> str:
 def _curves_note(records: list[Record]) -> str:
     """The number of steps, and how long the run waited for images."""
     steps = _of_kind(records, "step")
-    timed = [
-        (record["seconds"], record["data_wait_percent"]) for record in steps if record.get("data_wait_percent") is not None
-    ]
-    total = sum(seconds for seconds, _ in timed)
-    waiting = (
-        f" {sum(seconds * percent for seconds, percent in timed) / total:.0f} % of the time was spent waiting for images."
-        if total
-        else ""
-    )
-    return f"{steps[-1]['step']:,} steps.{waiting}" if steps else ""
+    note = f"{steps[-1]['step']:,} steps." if steps else ""
+    timed = [record for record in steps if record.get("data_wait_percent") is not None]
+    if total := sum(record["seconds"] for record in timed):
+        waiting = sum(record["seconds"] * record["data_wait_percent"] for record in timed) / total
+        note += f" {waiting:.0f} % of the time was spent waiting for images."
+    return note
 
 
 def _curves(records: list[Record], results: dict[str, Record]) -> str:
@@ -209,11 +202,14 @@ def _knn_card(epochs: list[Record], results: dict[str, Record]) -> str:
     points = [(record["step"], record["k-NN"]["10"]["top1"]) for record in epochs if record.get("k-NN")]
     if not points:
         return page.card("k-NN", "", page.missing("No k-NN was run during training: set run.knn_train and run.knn_val."))
-    others = {
-        label: results.get(f"knn{ending}", {}).get("metrics", {}).get("top1_k10") for ending, label in COLUMNS.items() if ending
-    }
-    references = {label: value for label, value in others.items() if value is not None}
-    return page.card("k-NN during training", "top-1 in %, k = 10", line_chart({"teacher": points}, references=references))
+    chart = line_chart({"teacher": points}, references=_baselines(results, "knn", "top1_k10"))
+    return page.card("k-NN during training", "top-1 in %, k = 10", chart)
+
+
+def _baselines(results: dict[str, Record], evaluator: str, key: str) -> dict[str, float]:
+    """A metric of the untrained encoder and of raw pixels, where they were evaluated, by label."""
+    metrics = {label: results.get(evaluator + ending, {}).get("metrics", {}) for ending, label in COLUMNS.items() if ending}
+    return {label: each[key] for label, each in metrics.items() if key in each}
 
 
 def _attention(out: Path, data: str, num_images: int, device: torch.device, *, trained: bool) -> str:
