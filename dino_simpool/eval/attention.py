@@ -43,18 +43,7 @@ from dino_simpool.eval import decoded, run
 from dino_simpool.features.encode import progress_bar
 from dino_simpool.features.maps import attention_maps, entropy, mass_mask, part_boxes, seen_size
 from dino_simpool.models.encoder import Encoder
-from dino_simpool.pictures import (
-    Size,
-    Tile,
-    contact_sheet,
-    fitted,
-    heat,
-    mask_overlay,
-    overlay,
-    save_png,
-    to_bytes,
-    unnormalize,
-)
+from dino_simpool.pictures import Tile, contact_sheet, fitted, heat, mask_overlay, overlay, save_png, to_bytes, unnormalize
 from dino_simpool.results import result_name, results_folder
 
 TILE = 160
@@ -131,7 +120,7 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
                 path = folder / f"{index:0{len(str(len(images) - 1))}d}_{_file_name(name)}"
                 seen = seen_size(encoder, picture.shape[1]), seen_size(encoder, picture.shape[2])
                 heads = own.reshape(-1, *own.shape[-2:]).numpy()
-                record, tiles = write_image(path, picture, heads, name=name, original=original, seen=seen, cfg=cfg)
+                record, tiles = write_image(path, picture, heads, name=name, size=original, seen=seen, cfg=cfg)
                 written[index] = {"name": name, "files": path.name, **record}, tiles if index in on_sheet else []
             bar.update(min(distributed.world_size() * len(indices), len(chosen) - bar.n))
     everyone = {index: each for part in distributed.gather_objects(written) for index, each in part.items()}
@@ -172,15 +161,15 @@ def find_any_images(cfg: AttentionConfig) -> ImageSet:
 
 
 def write_image(
-    path: Path, picture: Tensor, maps: np.ndarray, *, name: str, original: list[int], seen: Size, cfg: AttentionConfig
+    path: Path, picture: Tensor, maps: np.ndarray, *, name: str, size: list[int], seen: tuple[int, int], cfg: AttentionConfig
 ) -> tuple[dict[str, Any], list[Tile]]:
     """Write all files of one image; return the contents of its .json and its contact sheet tiles.
 
     path: of the files, without their endings.   picture: (3, H', W') in 0..1, as the encoder saw
-    it.   maps: (heads, h, w).   name, original: name and H, W of the image.   seen: the pixels of
+    it.   maps: (heads, h, w).   name, size: name and H, W of the image.   seen: the pixels of
     the picture, down and across, that the cells cover.
     """
-    height, width = original
+    height, width = size
     box = (0.0, 0.0, seen[1] * width / picture.shape[2], seen[0] * height / picture.shape[1])
     said, tiles = [], [_tile(picture, name)]
     for head, attention in enumerate(maps):

@@ -49,9 +49,14 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
     positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     rows = []
     for maps, _, indices in attention_maps(
-        encoder, images, chosen[positions], transform=EvalTransform(**settings), batch_size=cfg.batch_size,
-        workers=cfg.workers, precision=cfg.precision,
-    ):  # fmt: skip
+        encoder,
+        images,
+        chosen[positions],
+        transform=EvalTransform(**settings),
+        batch_size=cfg.batch_size,
+        workers=cfg.workers,
+        precision=cfg.precision,
+    ):
         for index, cells in zip(indices.tolist(), maps.double().numpy(), strict=True):
             mask = read_mask(mask_path(cfg.data, cfg.val, images.name(index)), images.path(index), images.read_bytes(index))
             box = seen_box(encoder, mask.shape, resize=settings["resize"], crop=settings["image_size"])

@@ -33,9 +33,16 @@ ROUNDING = 1e-12
 
 
 def attention_maps(
-    encoder: Encoder, images: ImageSet, indices: Sequence[int] | np.ndarray, *, transform: Callable[[Image.Image], Any],
-    batch_size: int, workers: int | None, precision: str = "fp32", per_head: bool = False,
-) -> Iterator[tuple[Tensor, Any, Tensor]]:  # fmt: skip
+    encoder: Encoder,
+    images: ImageSet,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    transform: Callable[[Image.Image], Any],
+    batch_size: int,
+    workers: int | None,
+    precision: str = "fp32",
+    per_head: bool = False,
+) -> Iterator[tuple[Tensor, Any, Tensor]]:
     """Attention maps of the images `indices` in this order, by batch, in evaluation mode.
 
     Each item: maps (B, h, w) float32 on the CPU, each with the sum 1 (per_head: (B, heads, h, w));
