@@ -1,15 +1,17 @@
-"""Small pictures of tensors: what the encoder saw, and where it looked. Images are (3, H, W) float in 0..1.
+"""Pictures of what the encoder saw and where it looked, as tensors in 0..1, and contact sheets.
 
-Attention is drawn as published for DINO: each map from its lowest to its highest value in viridis, its cells as squares, over
-the image at half opacity. viridis is by S. van der Walt and N. Smith (public domain, CC0); ten of its colours are kept here,
-with straight lines between them.
+Attention is drawn as published for DINO: each map from its lowest to its highest value in viridis,
+its cells as squares, over the image at half opacity. viridis is by S. van der Walt and N. Smith
+(public domain, CC0); ten of its colors are kept here, with straight lines between them.
 
-h, w: cells of the attention; seen: pixels (down, across), from the top left, that the cells cover; the rest is left as it is.
+h, w: cells of the attention; seen: pixels (down, across), from the top left, that the cells cover;
+the rest stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +22,30 @@ from torch import Tensor
 
 Size = tuple[int, int]
 """down, across"""
+Color = tuple[int, int, int]
+"""red, green, blue in 0..255"""
 
 VIRIDIS = [
     (68, 1, 84), (72, 40, 120), (62, 73, 137), (49, 104, 142), (38, 130, 142),
     (31, 158, 137), (53, 183, 121), (110, 206, 88), (181, 222, 43), (253, 231, 37),
 ]  # fmt: skip
 MASK = (255, 64, 32)
-"""Colour of a mask; its outline is lighter."""
+"""Color of a mask; its outline is lighter."""
 OUTLINE = (255, 236, 200)
-CAPTION = 20
-"""Height of a line of text in pixels."""
+INK, GRAY = (20, 20, 20), (110, 110, 110)
+"""Colors of the first line of a caption and of the others."""
+GAP = 12
+"""Pixels between the tiles of a contact sheet and around all of them."""
 
 
 def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo the normalisation of (3, H, W) or (B, 3, H, W): floats in 0..1, on the CPU."""
+    """Undo the normalization of (3, H, W) or (B, 3, H, W): floats in 0..1, on the CPU."""
     shape = (3, 1, 1)
     return (images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
 
 
 def enlarge(cells: Tensor, size: Size, *, smooth: bool) -> Tensor:
-    """Cells (h, w) as pixels `size`: each a rectangle, or smooth: bicubic between their centres, within their range."""
+    """Cells (h, w) as pixels `size`: rectangles, or bicubic between their centers, in their range."""
     if not smooth:
         return F.interpolate(cells[None, None], size, mode="nearest-exact")[0, 0]
     pixels = F.interpolate(cells[None, None], size, mode="bicubic", align_corners=False)[0, 0]
@@ -47,15 +53,18 @@ def enlarge(cells: Tensor, size: Size, *, smooth: bool) -> Tensor:
 
 
 def paint(strength: Tensor, ramp: Sequence[Sequence[float]]) -> Tensor:
-    """Values (H, W) in 0..1 as colours (C, H, W) in 0..1.   ramp: two or more colours of C channels in 0..255, evenly apart."""
-    colours = torch.tensor(ramp, dtype=torch.float64) / 255
+    """Values (H, W) in 0..1 as colors (C, H, W) in 0..1.
+
+    ramp: two or more colors of C channels in 0..255, evenly spaced.
+    """
+    colors = torch.tensor(ramp, dtype=torch.float64) / 255
     place = strength.double().clamp(0, 1) * (len(ramp) - 1)
     low = place.long().clamp(max=len(ramp) - 2)
-    return torch.lerp(colours[low], colours[low + 1], (place - low)[..., None]).permute(2, 0, 1).float()
+    return torch.lerp(colors[low], colors[low + 1], (place - low)[..., None]).permute(2, 0, 1).float()
 
 
 def heat(attention: Tensor, size: Size, *, smooth: bool = False) -> Tensor:
-    """Attention (h, w) as a picture (3, *size): its lowest value dark blue, its highest yellow; dark blue if all are equal."""
+    """Attention (h, w) as a picture (3, *size), from dark blue (lowest, or all equal) to yellow."""
     attention = attention.double()
     spread = attention.max() - attention.min()
     relative = (attention - attention.min()) / spread if spread > 0 else torch.zeros_like(attention)
@@ -71,50 +80,25 @@ def overlay(image: Tensor, attention: Tensor, *, seen: Size | None = None, smoot
 
 
 def mask_overlay(image: Tensor, mask: Tensor, *, seen: Size | None = None) -> Tensor:
-    """An image (3, H, W) with a mask (h, w) of cells in half opaque colour, and its outline inside of its border."""
+    """An image (3, H, W) with a mask (h, w) in half-opaque color and an outline inside its border."""
     down, across = seen or (image.shape[1], image.shape[2])
     inside = torch.zeros(image.shape[1:])
     inside[:down, :across] = enlarge(mask.float(), (down, across), smooth=False)
     width = 1 + max(image.shape[1:]) // 300
-    # What lies outside of the picture counts as outside of the mask.
+    # What lies outside the picture counts as outside the mask.
     outside = F.pad(1 - inside, (width,) * 4, value=1.0)[None, None]
-    for side in ((2 * width + 1, 1), (1, 2 * width + 1)):  # one after another: the square would take its whole area a pixel
+    for side in ((2 * width + 1, 1), (1, 2 * width + 1)):  # a square window would be slower
         outside = F.max_pool2d(outside, side, stride=1)
     border = inside.bool() & outside[0, 0].bool()
-    colour, line = (torch.tensor(each)[:, None, None] / 255 for each in (MASK, OUTLINE))
-    return torch.where(border, line, torch.where(inside.bool(), 0.5 * image + 0.5 * colour, image))
+    color, line = (torch.tensor(each)[:, None, None] / 255 for each in (MASK, OUTLINE))
+    return torch.where(border, line, torch.where(inside.bool(), 0.5 * image + 0.5 * color, image))
 
 
 def strip(images: Sequence[Tensor]) -> Tensor:
-    """Images side by side on white, smaller ones at the top: (3, greatest height, sum of widths + gaps)."""
+    """Images side by side on white, smaller ones at the top: (3, height, sum of widths + gaps)."""
     height = max(image.shape[1] for image in images)
     padded = [F.pad(image, (0, 2, 0, height - image.shape[1]), value=1.0) for image in images]
     return torch.cat(padded, dim=2)
-
-
-def fit_in(image: Tensor, side: int) -> Tensor:
-    """An image (3, H, W) made smaller or larger, so that its longer side has `side` pixels."""
-    scale = side / max(image.shape[1:])
-    size = [max(1, round(length * scale)) for length in image.shape[1:]]
-    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-
-
-def tile(image: Tensor, side: int) -> Tensor:
-    """An image (3, H, W), H and W up to `side`, in the middle of a white square (3, side, side)."""
-    top, left = (side - image.shape[1]) // 2, (side - image.shape[2]) // 2
-    return F.pad(image, (left, side - image.shape[2] - left, top, side - image.shape[1] - top), value=1.0)
-
-
-def sheet(rows: Sequence[Sequence[Tensor]], captions: Sequence[str]) -> Tensor:
-    """Rows of equal tiles (3, S, S) with one line of captions, one for each column, above them: (3, H, W)."""
-    assert all(len(row) == len(captions) for row in rows)
-    body = torch.cat([F.pad(strip(row), (0, 0, 0, 2), value=1.0) for row in rows], dim=1)
-    column = body.shape[2] // len(captions)
-    head = Image.new("RGB", (body.shape[2], CAPTION), "white")
-    draw = ImageDraw.Draw(head)
-    for number, caption in enumerate(captions):
-        draw.text((column * (number + 0.5) - 1, CAPTION / 2), caption, "black", ImageFont.load_default(12), anchor="mm")
-    return torch.cat([torch.from_numpy(np.array(head)).permute(2, 0, 1) / 255, body], dim=1)
 
 
 def to_bytes(image: Tensor) -> np.ndarray:
@@ -125,3 +109,68 @@ def to_bytes(image: Tensor) -> np.ndarray:
 def save_png(path: str | Path, image: Tensor) -> None:
     """Write a picture (3, H, W) in 0..1 as an 8-bit PNG."""
     Image.fromarray(to_bytes(image)).save(path, "PNG")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture on a contact sheet, with its caption."""
+
+    image: Image.Image
+    caption: tuple[str, ...] = ()
+    """Lines below the picture, the first dark, the others gray; a long line loses its beginning."""
+    frame: Color | None = None
+    """Color of a frame around the picture, None for no frame."""
+
+
+def fitted(image: Image.Image, size: int) -> Image.Image:
+    """The image in RGB, made smaller or larger so that its longer side has `size` pixels."""
+    scale = size / max(image.size)
+    shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGB").resize(shape, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Tile]], *, size: int = 160, lines: Sequence[int] = (), font_size: int = 13
+) -> Image.Image:
+    """Rows of small pictures with captions, on white: RGB.
+
+    size: side in pixels of the square that each picture is fitted into, in its own shape and
+    centered.   lines: columns with a line on their left, which sets them apart.   ValueError if
+    there is no tile.
+    """
+    columns = max((len(row) for row in rows), default=0)
+    if not columns:
+        raise ValueError("a contact sheet needs at least one picture")
+    font = ImageFont.load_default(font_size)
+    line_height = font_size + 4
+    tops = [GAP]
+    for row in rows:
+        count = max((len(tile.caption) for tile in row), default=0)
+        tops.append(tops[-1] + size + count * line_height + (4 if count else 0) + GAP)
+    lefts = [GAP + column * (size + GAP) + 2 * GAP * sum(line <= column for line in lines) for column in range(columns)]
+    sheet = Image.new("RGB", (lefts[-1] + size + GAP, tops[-1]), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, top in zip(rows, tops, strict=False):
+        for tile, left in zip(row, lefts, strict=False):
+            picture = fitted(tile.image, size)
+            x, y = left + (size - picture.width) // 2, top + (size - picture.height) // 2
+            sheet.paste(picture, (x, y))
+            if tile.frame:
+                draw.rectangle((x - 3, y - 3, x + picture.width + 2, y + picture.height + 2), outline=tile.frame, width=3)
+            for number, text in enumerate(tile.caption):
+                place = (left, top + size + 4 + number * line_height)
+                draw.text(place, shortened(text, size, font), fill=GRAY if number else INK, font=font)
+    for column in lines:
+        if column < columns:
+            x = lefts[column] - 3 * GAP // 2
+            draw.line((x, GAP, x, tops[-1] - GAP), fill=(200, 200, 200))
+    return sheet
+
+
+def shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, or dots and the part of its end that fits into `width` pixels: it tells files apart."""
+    text = text.encode("utf-8", "replace").decode()  # a file name need not be text
+    if font.getlength(text) <= width:
+        return text
+    starts = (start for start in range(1, len(text)) if font.getlength(f"...{text[start:]}") <= width)
+    return f"...{text[next(starts, len(text)) :]}"

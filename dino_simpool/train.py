@@ -29,6 +29,7 @@ from dino_simpool.data import (
     ImageSet,
     class_folder,
     default_workers,
+    evenly,
     find_images,
     keep_freed_memory,
     read_or_replace,
@@ -37,7 +38,8 @@ from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.feed import Feed, build_feed, colors_on_device
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.failures import NonFiniteLoss, non_finite_names, write_failure
-from dino_simpool.features.encode import evaluation_mode, try_sizes
+from dino_simpool.features.encode import try_sizes
+from dino_simpool.features.maps import attention_of
 from dino_simpool.files import write_atomically
 from dino_simpool.learners import Learner, build_learner
 from dino_simpool.logs import RunLog, progress, say
@@ -309,17 +311,14 @@ def _end_epoch(run: Run) -> None:
     run.epoch_open = False
 
 
-@torch.no_grad()
 def _attention_strip(run: Run, images: ImageSet, transform: EvalTransform) -> Tensor:
     """Eight images, evenly spread over the set, each above its attention: (3, H, W) in 0..1."""
-    encoder = run.learner.encoder
-    chosen = [int(i) for i in torch.linspace(0, len(images) - 1, min(8, len(images)))]
+    chosen = evenly(len(images), 8).tolist()
     pixels = torch.stack([transform(read_or_replace(images.read, i, total=len(images), seed=0, epoch=0)[0]) for i in chosen])
     shown = unnormalize(pixels, transform.mean, transform.std)
     try:
-        with evaluation_mode(encoder):
-            attention = encoder.attention(pixels.to(run.device)).cpu()
-    except ValueError as error:  # the class token of an unusual block has no attention to show, and the training needs none
+        attention = attention_of(run.learner.encoder, pixels, names=[images.name(i) for i in chosen])
+    except ValueError as error:  # a pooling or block without attention to show; training needs none
         say(f"no attention maps: {error}")
         return strip(list(shown))
     return torch.cat([strip(list(shown)), strip([overlay(image, a) for image, a in zip(shown, attention, strict=True)])], dim=1)

@@ -27,7 +27,7 @@ SOURCES = {
 """Every module of the package by its dotted name."""
 
 LEVELS = (
-    {"config", "distributed", "signals", "pictures", "contact_sheet", "files", "failures"},
+    {"config", "distributed", "signals", "pictures", "files", "failures"},
     {"logs"},
     {"data", "models", "synthetic"},
     {"checkpoint", "dino", "layouts", "results"},

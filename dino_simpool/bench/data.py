@@ -27,10 +27,9 @@ from torchvision import transforms
 from dino_simpool import distributed
 from dino_simpool.bench import interleave, machine, medians, table, write
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, BenchDataConfig, CropsConfig
-from dino_simpool.data import ImageSet, default_workers, find_images, keep_freed_memory, train_loader
+from dino_simpool.data import ImageSet, default_workers, evenly, find_images, keep_freed_memory, train_loader
 from dino_simpool.data.augment import MultiCrop, batch, pixels
 from dino_simpool.data.decode import EncodedImage
-from dino_simpool.eval.masks import evenly
 from dino_simpool.results import results_folder
 
 

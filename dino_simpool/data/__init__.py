@@ -28,7 +28,7 @@ from dino_simpool.data.loaders import (
     train_loader,
 )
 from dino_simpool.data.replace import read_or_replace
-from dino_simpool.data.sources import ImageSet, class_folder, find_images, folder_or_archive
+from dino_simpool.data.sources import ImageSet, class_folder, evenly, find_images, folder_or_archive
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -43,6 +43,7 @@ __all__ = [
     "class_folder",
     "default_workers",
     "epoch_order",
+    "evenly",
     "find_images",
     "folder_or_archive",
     "index_loader",

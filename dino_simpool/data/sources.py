@@ -168,6 +168,11 @@ def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
     return ImageSet(root, index, labels, tuple(index.groups))
 
 
+def evenly(total: int, count: int) -> np.ndarray:
+    """At most `count` of the indices 0..total-1, evenly spread from the first to the last: int64, ascending, each once."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+
+
 def folder_or_archive(root: str) -> str:
     """`root`, or root.tar or root.zip if only such an archive exists."""
     if not os.path.exists(root):

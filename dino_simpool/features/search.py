@@ -20,13 +20,13 @@ import numpy as np
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import SearchConfig, to_dict
-from dino_simpool.contact_sheet import Tile, contact_sheet
 from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, find_images
 from dino_simpool.features.chunks import chunks
 from dino_simpool.features.encode import extract_features
 from dino_simpool.features.extract import make_transform, read_meta
 from dino_simpool.files import file_sha256, write_atomically
 from dino_simpool.models.encoder import Encoder
+from dino_simpool.pictures import Tile, contact_sheet
 from dino_simpool.results import versions
 
 SPARE = 32
@@ -68,7 +68,7 @@ def main(cfg: SearchConfig) -> None:
     write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
     shown = enumerate(found[: cfg.sheet_rows])
     rows = [tiles(queries, i, result["query"], result["neighbors"][: cfg.sheet_columns], images) for i, result in shown]
-    write_atomically(out / "contact_sheet.png", lambda path: contact_sheet(rows, lead=1).save(path, format="PNG"))
+    write_atomically(out / "contact_sheet.png", lambda path: contact_sheet(rows, lines=[1]).save(path, format="PNG"))
     print(describe(found, out))
 
 
@@ -182,7 +182,7 @@ def neighbors_of(
 
 
 def tiles(queries: ImageSet, number: int, name: str, neighbors: list[dict[str, Any]], images: ImageSet) -> list[Tile]:
-    """A row of the contact sheet: the query in blue, then its neighbours, the query itself among them in gold."""
+    """A row of the contact sheet: the query in blue, then its neighbors; the query itself among them is gold."""
     row = [Tile(queries.read(number), ("query", os.path.basename(name)), BLUE)]
     for neighbor in neighbors:
         itself = neighbor["query_itself"]

@@ -1,9 +1,10 @@
-"""One self-contained HTML page about a run: results, curves, attention before and after training, crops, settings.
+"""One self-contained HTML page about a run: results, curves, attention, crops, settings.
 
-Everything comes from the run's folder (log.jsonl, config.yaml, last.pth, results/*.json) and from the images. A part that
-cannot be made is named on the page, with the command that would provide it; nothing is ever filled in.
+Everything comes from the folder of the run (log.jsonl, config.yaml, last.pth, results/*.json) and
+from the images. Where something is missing, the page says so and shows the command that provides
+it; nothing is made up.
 
-    page.py   style sheet, tables        chart.py   curves as SVG        panels.py   attention and crops
+    page.py   style sheet, tables    chart.py   curves as SVG    panels.py   attention and crops
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder, read_state
 from dino_simpool.config import ReportConfig, TrainConfig, from_dict
 from dino_simpool.files import write_atomically
-from dino_simpool.logs import read_log
+from dino_simpool.logs import TIMING_FIELDS, read_log
 from dino_simpool.report import page
 from dino_simpool.report.chart import Point, line_chart, short
 from dino_simpool.report.panels import attention_cards, crop_cards, ramp_css
@@ -30,15 +31,22 @@ from dino_simpool.results import versions
 Record = dict[str, Any]
 
 EVALUATORS = {"knn": "k-NN", "linear": "linear probe", "linear_grid": "linear probe (grid)", "masks": "attention on objects"}
-"""Names of results/*.json, and what they are called on the page."""
+"""Names of results/*.json, and what the page calls them."""
 COLUMNS = {"": "trained", "_untrained": "untrained", "_pixels": "raw pixels"}
-"""Endings of these names, and what they are called."""
+"""Endings of these names, and what the page calls them."""
 METRICS = {
-    "top1": "top-1", "top5": "top-5", "best_top1": "top-1, best epoch", "last_top1": "top-1, last epoch",
-    "best_top5": "top-5, best epoch", "last_top5": "top-5, last epoch", "attention_in_mask": "inside the mask",
-    "mask_area": "the mask's share of the area", "ratio": "inside / area",
-}  # fmt: skip
-"""Metrics in the table, and what they are called; those of k-NN carry their k (top1_k10). The others are in the folded list."""
+    "top1": "top-1",
+    "top5": "top-5",
+    "best_top1": "top-1, best epoch",
+    "last_top1": "top-1, last epoch",
+    "best_top5": "top-5, best epoch",
+    "last_top5": "top-5, last epoch",
+    "attention_in_mask": "inside the mask",
+    "mask_area": "the mask's share of the area",
+    "ratio": "inside / area",
+}
+"""Metrics in the table, and what the page calls them; for k-NN they end in k (top1_k10). All others
+are in the folded list."""
 CURVES = (
     (
         "Loss and teacher entropy",
@@ -50,10 +58,13 @@ CURVES = (
     ("Effective rank", "directions in use before the prototypes", {"effective_rank": "rank"}),
     ("Gradient norm", "of all parameters, before clipping", {"grad_norm": "norm"}),
 )
+"""Charts of fields of log.jsonl: title, note, and field -> label of its line."""
+NO_CURVES = TIMING_FIELDS | {"step", "epoch"} | {name for _, _, names in CURVES for name in names}
+"""Every other number in the step lines has a chart under "More curves"."""
 
 
 def main(cfg: ReportConfig) -> Path:
-    """The command `dino-simpool report`: make the page and say where it is."""
+    """The command `dino-simpool report`: write the page and print its path."""
     path = build_report(Path(cfg.out), data=cfg.data, num_images=cfg.num_images, device=distributed.setup(cfg.device))
     print(f"report: {path}")
     return path
@@ -62,11 +73,12 @@ def main(cfg: ReportConfig) -> Path:
 def build_report(out: Path, *, data: str, num_images: int, device: torch.device) -> Path:
     """Write OUT/report.html and return its path.
 
-    out: folder of a training run.   data: folder with held-out images in val/ and perhaps masks/val/; empty for none.
-    num_images: of these to show.   ValueError or OSError if there is no run in `out`, or a file of it is damaged.
+    out: folder of a training run.   data: folder with held-out images in val/ and, optionally,
+    masks/val/; empty for none.   num_images: how many of these to show.   ValueError or OSError if
+    `out` holds no run, or a file of the run is damaged.
     """
     if not (out / "config.yaml").is_file():
-        raise ValueError(f"{out} holds no run (there is no config.yaml): give the run.out of a training")
+        raise ValueError(f"{out} holds no run (there is no config.yaml): give the run.out of a training run")
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}: give 1 or more")
     options = (out / "config.yaml").read_text()
@@ -99,7 +111,7 @@ def _read_result(path: Path) -> Record:
 
 
 def _lead(cfg: TrainConfig, state: Record | None) -> str:
-    """What was trained, in a sentence."""
+    """One sentence about what was trained."""
     gamma = "" if cfg.model.gamma is None else f", gamma {cfg.model.gamma:g}"
     pool = f"SimPool{gamma}" if cfg.model.pool == "simpool" else cfg.model.pool
     images = f"{state['num_images']:,} images" if state else "images"
@@ -108,24 +120,22 @@ def _lead(cfg: TrainConfig, state: Record | None) -> str:
 
 
 def _tiles(cfg: TrainConfig, records: list[Record], results: dict[str, Record]) -> str:
-    """The few numbers that matter."""
+    """The most important numbers."""
     steps = _of_kind(records, "step")
     tiles = []
     if "knn" in results:
         key, value = next(iter(results["knn"]["metrics"].items()))
-        others = {
-            label: results.get(f"knn{ending}", {}).get("metrics", {}).get(key) for ending, label in COLUMNS.items() if ending
-        }
-        note = ", ".join(f"{label} {other:.1f}" for label, other in others.items() if other is not None)
+        note = ", ".join(f"{label} {other:.1f}" for label, other in _baselines(results, "knn", key).items())
         tiles.append(page.tile(_metric_name("knn", key), f"{value:.1f} %", note or "trained teacher"))
     if "masks" in results:
-        before = results.get("masks_untrained", {}).get("metrics", {}).get("ratio")
+        before = _baselines(results, "masks", "ratio").get("untrained")
         note = "uniform 1×" if before is None else f"untrained {before:.2f}×, uniform 1×"
         tiles.append(page.tile("Attention on the object", f"{results['masks']['metrics']['ratio']:.2f}×", note))
     if steps:
-        loss, done = steps[-1]["loss_over_lnK"], steps[-1]["step"]
-        note = f"ln K = {math.log(cfg.head.out_dim):.2f}, K = {cfg.head.out_dim:,}"
-        tiles.append(page.tile("Loss / ln K", "not finite" if loss is None else short(loss), note))
+        last, done = steps[-1], steps[-1]["step"]
+        if "loss_over_lnK" in last:
+            loss, note = last["loss_over_lnK"], f"ln K = {math.log(cfg.head.out_dim):.2f}, K = {cfg.head.out_dim:,}"
+            tiles.append(page.tile("Loss / ln K", "not finite" if loss is None else short(loss), note))
         seconds = sum(record.get("seconds") or 0 for record in steps)
         rate = f", {done * cfg.run.batch_size / seconds:,.0f} images/s" if seconds else ""
         tiles.append(page.tile("Training", _duration(seconds), f"{done:,} steps{rate}"))
@@ -133,7 +143,7 @@ def _tiles(cfg: TrainConfig, records: list[Record], results: dict[str, Record]) 
 
 
 def _results(out: Path, data: str, results: dict[str, Record]) -> str:
-    """A table of the metrics of the trained encoder, the untrained one and raw pixels; what is absent; a list of everything."""
+    """A table of metrics (trained, untrained, raw pixels), what is missing, a list of everything."""
     rows, absent = [], []
     command = f"--checkpoint {out}/last.pth --data {data or 'DIR'}"
     for evaluator, name in EVALUATORS.items():
@@ -156,27 +166,23 @@ def _results(out: Path, data: str, results: dict[str, Record]) -> str:
     ]
     parts = [page.table(["", *COLUMNS.values()], rows, main=1)] if rows else []
     parts += [page.missing(text) for text in absent]
-    parts += [page.folded("All metrics in results/*.json", "\n".join(everything))] if everything else []
+    parts += [page.folded("All metrics in results/*.json", page.lines("\n".join(everything)))] if everything else []
     return "".join(parts)
 
 
 def _curves_note(records: list[Record]) -> str:
-    """How much was done, and how long the run waited for images."""
+    """The number of steps, and how long the run waited for images."""
     steps = _of_kind(records, "step")
-    timed = [
-        (record["seconds"], record["data_wait_percent"]) for record in steps if record.get("data_wait_percent") is not None
-    ]
-    total = sum(seconds for seconds, _ in timed)
-    waiting = (
-        f" {sum(seconds * percent for seconds, percent in timed) / total:.0f} % of the time went into waiting for images."
-        if total
-        else ""
-    )
-    return f"{steps[-1]['step']:,} steps.{waiting}" if steps else ""
+    note = f"{steps[-1]['step']:,} steps." if steps else ""
+    timed = [record for record in steps if record.get("data_wait_percent") is not None]
+    if total := sum(record["seconds"] for record in timed):
+        waiting = sum(record["seconds"] * record["data_wait_percent"] for record in timed) / total
+        note += f" {waiting:.0f} % of the time was spent waiting for images."
+    return note
 
 
 def _curves(records: list[Record], results: dict[str, Record]) -> str:
-    """Small charts over the steps of the training."""
+    """Small charts over the steps of training; fields that CURVES does not name are folded."""
     steps = _of_kind(records, "step")
     if not steps:
         return page.missing("No step is in log.jsonl yet.")
@@ -185,56 +191,63 @@ def _curves(records: list[Record], results: dict[str, Record]) -> str:
         series = {label: _points(steps, name) for name, label in names.items()}
         chart = line_chart(series) if any(series.values()) else page.missing(f"log.jsonl has no {' and no '.join(names)}.")
         cards.append(page.card(title, note, chart))
-    return f'<div class="charts">{"".join(cards)}</div>'
+    fields = dict.fromkeys(name for record in steps for name in record if name not in NO_CURVES)
+    others = {name: points for name in fields if (points := _points(steps, name))}
+    more = [page.card(name, "", line_chart({"value": points})) for name, points in others.items()]
+    return page.charts(cards) + (page.folded("More curves", page.charts(more)) if more else "")
 
 
 def _knn_card(epochs: list[Record], results: dict[str, Record]) -> str:
-    """k-NN accuracy of the teacher during the training, beside that of the untrained encoder and of raw pixels."""
+    """k-NN accuracy of the teacher during training, with the untrained encoder and raw pixels."""
     points = [(record["step"], record["k-NN"]["10"]["top1"]) for record in epochs if record.get("k-NN")]
     if not points:
-        return page.card("k-NN", "", page.missing("No k-NN was run during the training: set run.knn_train and run.knn_val."))
-    others = {
-        label: results.get(f"knn{ending}", {}).get("metrics", {}).get("top1_k10") for ending, label in COLUMNS.items() if ending
-    }
-    references = {label: value for label, value in others.items() if value is not None}
-    return page.card("k-NN during the training", "top-1 in %, k = 10", line_chart({"teacher": points}, references=references))
+        return page.card("k-NN", "", page.missing("No k-NN was run during training: set run.knn_train and run.knn_val."))
+    chart = line_chart({"teacher": points}, references=_baselines(results, "knn", "top1_k10"))
+    return page.card("k-NN during training", "top-1 in %, k = 10", chart)
+
+
+def _baselines(results: dict[str, Record], evaluator: str, key: str) -> dict[str, float]:
+    """A metric of the untrained encoder and of raw pixels, where they were evaluated, by label."""
+    metrics = {label: results.get(evaluator + ending, {}).get("metrics", {}) for ending, label in COLUMNS.items() if ending}
+    return {label: each[key] for label, each in metrics.items() if key in each}
 
 
 def _attention(out: Path, data: str, num_images: int, device: torch.device, *, trained: bool) -> str:
-    """Held-out images under the attention of the encoder before and after training."""
+    """Held-out images with the attention of the encoder before and after training."""
     if not trained:
-        return page.missing(f"There is no {out}/last.pth to look with.")
+        return page.missing(f"There is no {out}/last.pth.")
     if not data:
         return page.missing(f"No images were given: dino-simpool report --out {out} --data DIR (with val/ in it)")
     before, after = (load_encoder(out / "last.pth", which=which) for which in ("untrained", "teacher"))
     cards, top = attention_cards({"before": before, "after": after}, data, split="val", num_images=num_images, device=device)
-    return (
-        '<p class="soft">What the pooling of the encoder weighs: the image, the attention before training, and after it. '
-        f'Colour: 0× <span class="scale" style="background:{ramp_css()}"></span> {top:.1f}× uniform attention. Where the data '
-        "have masks, the white line is the true object, the number the density of attention on it (uniform: 1×); elsewhere the "
-        "line is around 60 % of the attention.</p>" + cards
+    note = (
+        "What the pooling of the encoder weighs: the image, the attention before training, and after training. Color: 0× "
+        f'<span class="scale" style="background:{ramp_css()}"></span> {top:.1f}× uniform attention. Where the data have masks, '
+        "the white line is the outline of the true object and the number is the density of attention on it (uniform: 1×). "
+        "Without masks, the line encloses 60 % of the attention."
     )
+    return f'<p class="soft">{note}</p>{cards}'
 
 
 def _crops(cfg: TrainConfig) -> str:
-    """What the training saw of a few of its images."""
+    """The views that the run saw of a few training images."""
     roots = [root for root in ([cfg.data.root] if isinstance(cfg.data.root, str) else cfg.data.root) if root]
     gone = [root for root in roots if not Path(root).exists()]
     if gone or not roots:
         return page.missing(f"The training images are not here: {', '.join(gone) or 'data.root is empty'}.")
-    note = "Views of training images in the first epoch; the boxes of global crops are blue, those of local ones orange."
+    note = "Views of training images in the first epoch. Boxes of global crops are blue, boxes of local crops orange."
     return f'<p class="soft">{note}</p>{crop_cards(cfg, num_images=4)}'
 
 
 def _settings(options: str, results: dict[str, Record], state: Record | None) -> str:
-    """The options of the run, and the versions of what trained, evaluated, and made this page."""
+    """The options of the run, and the library versions of training, evaluation and this page."""
     columns: dict[str, Record] = {"training": state["versions"] if state else {}, "this page": versions()}
     for stem, record in results.items():
-        if record.get("versions") not in (None, *columns.values()):  # one column for all that are alike
+        if record.get("versions") not in (None, *columns.values()):  # equal versions share a column
             columns[stem] = record["versions"]
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [[name, *(str(column.get(name, "–")) for column in columns.values())] for name in names]
-    return page.folded("config.yaml: every option of the training", options) + page.table(["version", *columns], rows)
+    return page.folded("config.yaml: every option of the run", page.lines(options)) + page.table(["version", *columns], rows)
 
 
 def _of_kind(records: list[Record], kind: str) -> list[Record]:
@@ -242,12 +255,13 @@ def _of_kind(records: list[Record], kind: str) -> list[Record]:
 
 
 def _points(records: list[Record], name: str) -> list[Point]:
-    """(step, value) of the records that have a value."""
-    return [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    """(step, value) of the records in which the field is a number."""
+    values = [(record["step"], record.get(name)) for record in records]
+    return [(step, value) for step, value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
 
 
 def _metric_name(evaluator: str, key: str) -> str:
-    """top1_k10 of knn: k-NN, top-1, k = 10."""
+    """What the page calls a metric, such as "k-NN: top-1, k = 10" for top1_k10 of knn."""
     name, _, k = key.partition("_k")
     return f"{EVALUATORS[evaluator]}: {METRICS.get(name, name)}{f', k = {k}' if k else ''}"
 
@@ -259,7 +273,7 @@ def _metric(key: str, value: float | None) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds as 3 h 12 min, 5 min 8 s or 8 s."""
+    """Seconds as text: 3 h 12 min, 5 min 8 s or 8 s."""
     minutes, hours = int(seconds) // 60, int(seconds) // 3600
     if hours:
         return f"{hours} h {minutes % 60} min"

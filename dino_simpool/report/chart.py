@@ -1,7 +1,7 @@
-"""Line charts as SVG text: no plotting library, sharp at any size, colours by the page's style sheet (light or dark).
+"""Line charts as SVG text: no plotting library, sharp at any size, colors from the style sheet.
 
-A chart shows a few series over the step, straight lines for comparison, and the value at each point when it is pointed at. Long
-series are shortened to the means of neighbouring points.
+A chart shows a few series over the steps, horizontal lines for comparison, and the value of a point
+when the mouse is over it. Long series are shortened to the means of neighboring points.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from html import escape
 
 Point = tuple[float, float]
 Place = Callable[[float, float], Point]
-"""Step and value to x and y of the SVG."""
+"""(step, value) -> (x, y) in the SVG."""
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 74, 12, 30
-"""Margins around the plot; names and last values stand on the right."""
+"""Margins around the plot; names and last values are on the right."""
 MAX_POINTS = 120
+"""Most points of a line."""
 
 
 def line_chart(series: Mapping[str, Sequence[Point]], *, references: Mapping[str, float] | None = None) -> str:
-    """An <svg> of the series, name -> (step, value) points, with at least one point in all.
+    """An <svg> of the series, name -> (step, value) points; at least one series must have a point.
 
-    references: name -> value of horizontal dashed lines.
+    references: name -> value of a horizontal dashed line.
     """
     lines = {name: shorten(points) for name, points in series.items() if points}
     references = references or {}
@@ -50,7 +51,7 @@ def line_chart(series: Mapping[str, Sequence[Point]], *, references: Mapping[str
 
 
 def shorten(points: Sequence[Point]) -> list[Point]:
-    """At most MAX_POINTS points: means of runs of equal length, and the last point itself."""
+    """At most MAX_POINTS points: means over runs of equal length, and the last point itself."""
     run = math.ceil((len(points) - 1) / (MAX_POINTS - 1)) if len(points) > MAX_POINTS else 1
     if run == 1:
         return list(points)
@@ -62,8 +63,8 @@ def shorten(points: Sequence[Point]) -> list[Point]:
 
 
 def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
-    """About `count` round numbers, 1, 2 or 5 times a power of ten apart and two at least, that enclose low and high."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value only: some room on both sides
+    """About `count` (at least two) multiples of 1, 2 or 5 times a power of ten around low and high."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a single value: leave room on both sides
         room = abs(high) * 0.1 or 1.0
         low, high = low - room, high + room
     raw = (high - low) / count
@@ -73,7 +74,7 @@ def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number as people write it: 12000 as 12k, 0.00005 as 5e-5, otherwise three digits that count."""
+    """A number for display: 12000 as 12k, 0.00005 as 5e-5, others with three significant digits."""
     if value and abs(value) < 1e-2:
         digits, exponent = f"{value:.1e}".split("e")
         return f"{digits.removesuffix('.0')}e{int(exponent)}"
@@ -96,7 +97,7 @@ def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], place: Place) -> s
 
 
 def _line(name: str, points: Sequence[Point], place: Place, style: str) -> str:
-    """The line, a dot at its end, and an invisible disc on each point that tells its value."""
+    """The line, a dot at its end, and on each point an invisible disc with its value as tooltip."""
     placed = [place(*point) for point in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
     parts = [f'<polyline class="line {style}" points="{path}"/>']
@@ -108,13 +109,13 @@ def _line(name: str, points: Sequence[Point], place: Place, style: str) -> str:
 
 
 def _end_labels(ends: Sequence[tuple[float, str, float, str]]) -> str:
-    """Name and last value at the right end of each line (y, name, value, style), moved apart where they would overlap."""
+    """Name and last value at the right end of each line (y, name, value, style), without overlap."""
     x, space, lowest = WIDTH - RIGHT + 8, 24, HEIGHT - BOTTOM - 14
     ordered = sorted(ends)
     heights: list[float] = []
     for y, *_ in ordered:
         heights.append(max(y, heights[-1] + space if heights else TOP + 6))
-    for i in reversed(range(len(heights))):  # back up, if the last ones were pushed below the plot
+    for i in reversed(range(len(heights))):  # move up again if the last ones are below the plot
         heights[i] = min(heights[i], lowest - space * (len(heights) - 1 - i))
     parts = []
     for y, (_, name, value, style) in zip(heights, ordered, strict=True):

@@ -1,4 +1,4 @@
-"""The page around the contents: style sheet, sections, tables, tiles. Everything that is passed as text gets escaped here."""
+"""The HTML around the contents: style sheet, sections, tables, tiles. Text is escaped here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ p { margin: 0 0 12px; max-width: 80ch; overflow-wrap: anywhere; } .soft { color:
 .charts, .cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 .cards.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 14px; min-width: 0; }
-.card + .card, .missing + .card { margin-top: 12px; } .tiles .card, .charts .card, .cards .card { margin-top: 0; }
+.card + .card, .missing + .card, .charts + .card, details .charts { margin-top: 12px; }
+.tiles .card, .charts .card, .cards .card { margin-top: 0; }
 .tile .value { font-size: 1.9rem; font-weight: 650; line-height: 1.15; }
 .tile .name { color: var(--soft); font-size: .85rem; }
 .card h3 { font-size: .95rem; margin: 0; } .card h3 + p { margin: 0 0 6px; }
@@ -58,18 +59,18 @@ def document(title: str, body: str) -> str:
 
 
 def section(title: str, note: str, content: str) -> str:
-    """A heading, a sentence (may be empty) and contents that are HTML already."""
+    """A heading, a sentence (may be empty) and contents in HTML."""
     said = f'<p class="soft">{escape(note)}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{said}\n{content}</section>\n"
 
 
 def missing(text: str) -> str:
-    """Says what is not there, and how to get it."""
+    """A note on what is missing, and how to get it."""
     return f'<p class="missing">{escape(text)}</p>'
 
 
 def tile(name: str, value: str, note: str) -> str:
-    """One number that matters."""
+    """One important number."""
     return (
         f'<div class="card tile"><div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'
         f'<div class="name">{escape(note)}</div></div>'
@@ -77,12 +78,12 @@ def tile(name: str, value: str, note: str) -> str:
 
 
 def card(title: str, note: str, content: str) -> str:
-    """A box with a heading, a line under it and contents that are HTML already."""
+    """A box with a heading, a line under it and contents in HTML."""
     return f'<div class="card"><h3>{escape(title)}</h3><p class="soft small">{escape(note)}</p>{content}</div>'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, main: int | None = None) -> str:
-    """A table of texts; main: number of the column that stands out."""
+    """A table of text cells.   main: number of the column to highlight."""
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"]
     for row in rows:
         cells = (f"<td{' class=main' if i == main else ''}>{escape(cell)}</td>" for i, cell in enumerate(row))
@@ -90,6 +91,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, main: int | N
     return f'<div class="card scroll"><table>{"".join(lines)}</table></div>'
 
 
-def folded(title: str, text: str) -> str:
-    """A text of many lines that opens on a click."""
-    return f'<details class="card"><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>'
+def charts(cards: Sequence[str]) -> str:
+    """Cards with charts, side by side."""
+    return f'<div class="charts">{"".join(cards)}</div>'
+
+
+def lines(text: str) -> str:
+    """Text of many lines, shown as it is."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def folded(title: str, content: str) -> str:
+    """Contents in HTML that open on a click."""
+    return f'<details class="card"><summary>{escape(title)}</summary>{content}</details>'

@@ -1,11 +1,13 @@
 """The pictures of the page: attention over held-out images, before and after training, and crops.
 
-A panel is an SVG in pixels of the picture that the encoder saw: the picture in grey, the attention as colour above it, the
-outline of the true mask, or without one that of the cells with 60 % of the attention. Colour stands for attention relative to
-uniform attention, on one scale for all panels, so that before and after can be compared; a scale of its own for each image
-would show structure in noise.
+A panel is an SVG in pixels of the picture that the encoder saw: the picture in gray, the attention
+in color above it, and the outline of the true mask, or, without a mask, of the cells with 60 % of
+the attention. Color stands for attention relative to uniform attention, on one scale for all
+panels, so that before and after can be compared; a separate scale for each image would show
+structure in noise.
 
-h, w: cells of the attention; S: side of the picture; seen: pixels of that side which the cells cover.
+h, w: cells of the attention; S: side of the picture; seen: pixels of that side which the cells
+cover.
 """
 
 from __future__ import annotations
@@ -22,27 +24,28 @@ from PIL import Image
 from torch import Tensor
 
 from dino_simpool.config import EvalConfig, TrainConfig
-from dino_simpool.data import EvalTransform, find_images, folder_or_archive, read_or_replace
+from dino_simpool.data import EvalTransform, evenly, find_images, folder_or_archive, read_or_replace
 from dino_simpool.data.augment import MultiCrop
-from dino_simpool.eval.attention import mass_mask
-from dino_simpool.eval.masks import Box, cell_coverage, evenly, mask_path, read_mask, seen_box, seen_size, shares
+from dino_simpool.eval.masks import mask_path, read_mask
 from dino_simpool.features.encode import preprocessing
+from dino_simpool.features.maps import Box, attention_maps, cell_coverage, mass_mask, seen_box, seen_size, shares
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.pictures import enlarge, paint, to_bytes, unnormalize
 
 RAMP = [(255, 221, 87, 0), (252, 141, 50, 150), (214, 40, 57, 215), (140, 12, 74, 240)]
-"""Colour and opacity (RGBA) from no attention to the top of the scale."""
+"""Color and opacity (RGBA) from no attention to the top of the scale."""
 OUTLINE_CELLS = 64
-"""A mask is drawn on a grid of this many cells a side at most."""
+"""A mask is drawn on a grid of at most this many cells per side."""
 
 
 def attention_cards(
     encoders: dict[str, Encoder], data: str, *, split: str, num_images: int, device: torch.device
 ) -> tuple[str, float]:
-    """HTML of num_images held-out images with the attention of each encoder, and the top of the colour scale.
+    """HTML of held-out images with the attention of each encoder, and the top of the color scale.
 
-    encoders: label -> encoder, all of one shape.   data: folder with `split`/ (or with the images themselves), and perhaps
-    masks/`split`/.   FileNotFoundError or ValueError if there are no images.
+    encoders: label -> encoder, all of the same architecture.   data: folder with `split`/ (or with
+    the images themselves), and optionally masks/`split`/.   FileNotFoundError or ValueError if
+    there are no images.
     """
     one = next(iter(encoders.values()))
     settings = preprocessing(one, EvalConfig())
@@ -52,10 +55,11 @@ def attention_cards(
     images = find_images(held_out if Path(held_out).exists() else data)
     chosen = evenly(len(images), num_images).tolist()
     transform = EvalTransform(**settings)
-    pixels = torch.stack([transform(images.read(index)) for index in chosen])
-    with torch.inference_mode():
-        maps = {label: encoder.to(device).attention(pixels.to(device)).cpu().double() for label, encoder in encoders.items()}
-    relative = {label: attention * attention[0].numel() for label, attention in maps.items()}
+    relative, pixels = {}, torch.empty(0)
+    for label, encoder in encoders.items():
+        batches = list(attention_maps(encoder.to(device), images, chosen, transform=transform, batch_size=16, workers=0))
+        maps, pixels = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
+        relative[label] = maps.double() * maps[0].numel()
     top = max(2.0, torch.cat([attention.flatten() for attention in relative.values()]).quantile(0.99).item())
     shown = unnormalize(pixels, transform.mean, transform.std)
     cards = []
@@ -69,14 +73,14 @@ def attention_cards(
         figures = [figure(panel(side, picture_layer(shown[row], name)), path.parent.name or path.name)]
         for label, attention in relative.items():
             lines, said = _compare(attention[row].numpy(), truth, seen)
-            grey = f'<use href="#{name}" style="filter:grayscale(1)"/>'
-            figures.append(figure(panel(side, grey, heat_layer(attention[row] / top, seen), lines), f"{label} {said}"))
+            gray = f'<use href="#{name}" style="filter:grayscale(1)"/>'
+            figures.append(figure(panel(side, gray, heat_layer(attention[row] / top, seen), lines), f"{label} {said}"))
         cards.append(f'<div class="card panels">{"".join(figures)}</div>')
     return f'<div class="cards">{"".join(cards)}</div>', top
 
 
 def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: int) -> tuple[str, str]:
-    """The outline of the true mask, and the density of the attention (h, w) inside it; without one that of most attention."""
+    """Outline of the true mask and density of attention (h, w) in it, or outline of most attention."""
     if truth is None:
         return outline(mass_mask(attention), seen), ""
     cells = min(OUTLINE_CELLS, seen)
@@ -87,7 +91,7 @@ def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: 
 
 
 def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
-    """HTML of training images with the boxes of their crops, and of the views that the run made of them in its first epoch."""
+    """HTML of training images with the boxes of their crops and their views of the first epoch."""
     roots = (cfg.data.root,) if isinstance(cfg.data.root, str) else cfg.data.root
     images = find_images([root for root in roots if root], subset_per_class=cfg.data.subset_per_class).decoded(
         max_pixels=cfg.data.max_pixels, exif_orientation=cfg.data.exif_orientation
@@ -95,7 +99,7 @@ def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
     augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
     cards = []
     for index in evenly(len(images), num_images).tolist():
-        image, _ = read_or_replace(images.read, index, total=len(images), seed=cfg.run.seed, epoch=0)  # as in the training
+        image, _ = read_or_replace(images.read, index, total=len(images), seed=cfg.run.seed, epoch=0)  # as in training
         draw = augment.draw(image.height, image.width, seed=cfg.run.seed, epoch=0, index=index)
         figures = []
         for view, pixels in enumerate(augment.views(np.asarray(image), draw)):
@@ -108,7 +112,7 @@ def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
 
 
 def _original(image: Image.Image, boxes: np.ndarray) -> str:
-    """A training image, made small, with the boxes (V, 4) of its crops: top, left, height, width in its own pixels."""
+    """A training image, made smaller, with its crop boxes (V, 4): top, left, height, width (pixels)."""
     small = image.copy()
     small.thumbnail((256, 256))
     layers = [
@@ -116,44 +120,44 @@ def _original(image: Image.Image, boxes: np.ndarray) -> str:
     ]
     for view, (top, left, height, width) in enumerate(boxes.tolist()):
         place = f'x="{left}" y="{top}" width="{width}" height="{height}"'
-        colour = "var(--s1)" if view < 2 else "var(--s2)"
-        layers.append(f'<rect {place} fill="none" stroke="{colour}" stroke-width="2" vector-effect="non-scaling-stroke"/>')
+        color = "var(--s1)" if view < 2 else "var(--s2)"
+        layers.append(f'<rect {place} fill="none" stroke="{color}" stroke-width="2" vector-effect="non-scaling-stroke"/>')
     return _svg(image.width, image.height, "".join(layers))
 
 
 def panel(side: int, *layers: str) -> str:
-    """An SVG of side x side units with layers on each other."""
+    """An SVG of side x side units with layers on top of each other."""
     return _svg(side, side, "".join(layers))
 
 
 def figure(content: str, caption: str, *, width: int | None = None) -> str:
-    """A panel with a line of text under it; width: on the page, in pixels."""
+    """A panel with a line of text under it.   width: on the page, in pixels."""
     style = f' style="width:{width}px"' if width else ""
     return f"<figure{style}>{content}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def picture_layer(image: Tensor, name: str) -> str:
-    """A picture (3, S, S) in 0..1, to be used again by its name on the page."""
+    """A picture (3, S, S) in 0..1, with a name for using it again on the page."""
     pixels = to_bytes(image)
     side = pixels.shape[0]
     return f'<image id="{name}" href="{data_uri(pixels)}" width="{side}" height="{side}"{_sharp(side)}/>'
 
 
 def heat_layer(strength: Tensor, seen: int) -> str:
-    """Attention (h, w) as colour: 0 is transparent, 1 (and above) the end of the ramp; smooth between the centres of cells."""
+    """Attention (h, w) as smooth color: 0 is transparent, 1 and above the end of the ramp."""
     height, width = strength.shape
     rgba = paint(enlarge(strength, (6 * height, 6 * width), smooth=True), RAMP)
     return f'<image href="{data_uri(to_bytes(rgba))}" width="{seen}" height="{seen}" preserveAspectRatio="none"/>'
 
 
 def ramp_css() -> str:
-    """The colour scale as a CSS gradient."""
-    colours = ", ".join(f"rgba({r:.0f},{g:.0f},{b:.0f},{a / 255:.2f})" for r, g, b, a in RAMP)
-    return f"linear-gradient(90deg, {colours})"
+    """The color scale as a CSS gradient."""
+    colors = ", ".join(f"rgba({r:.0f},{g:.0f},{b:.0f},{a / 255:.2f})" for r, g, b, a in RAMP)
+    return f"linear-gradient(90deg, {colors})"
 
 
 def outline(mask: np.ndarray, seen: int) -> str:
-    """The border of a mask (n, n) bool along the edges of its cells, which cover seen x seen units of a panel."""
+    """The border of a mask (n, n) bool, which covers seen x seen units, along the edges of cells."""
     padded = np.pad(mask, 1)
     unit = seen / len(mask)
     across = [f"M{x * unit:g} {y * unit:g}h{unit:g}" for y, x in np.argwhere(padded[1:] != padded[:-1]) - (0, 1)]
@@ -163,7 +167,7 @@ def outline(mask: np.ndarray, seen: int) -> str:
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """A picture (H, W, 3 or 4) uint8 as a PNG inside a URI."""
+    """A picture (H, W, 3 or 4) uint8 as a data URI with a PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -174,5 +178,5 @@ def _svg(width: int, height: int, content: str) -> str:
 
 
 def _sharp(side: int) -> str:
-    """Small pictures are shown with their pixels, not blurred."""
+    """Style that shows the pixels of small pictures instead of blurring them."""
     return ' style="image-rendering:pixelated"' if side <= 64 else ""

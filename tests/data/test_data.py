@@ -18,7 +18,7 @@ from torchvision import datasets, transforms
 
 from dino_simpool import data, distributed
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
-from dino_simpool.data import EvalTransform, TrainBatches, class_folder, find_images, index_loader, train_loader
+from dino_simpool.data import EvalTransform, TrainBatches, class_folder, evenly, find_images, index_loader, train_loader
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.decode import read_rgb
 
@@ -138,6 +138,20 @@ def test_subset_takes_the_first_sorted_files_of_each_class(tmp_path):
     for source in (class_folder, lambda path, **options: find_images([path], **options)):
         with pytest.raises(ValueError, match=r"class a in .* has 2 images: subset_per_class 3"):
             source(str(root), subset_per_class=3)
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [
+        (1, 10, [0]),
+        (5, 5, [0, 1, 2, 3, 4]),
+        (5, 9, [0, 1, 2, 3, 4]),
+        (9, 3, [0, 4, 8]),
+        (7, 1, [0]),
+    ],
+)
+def test_evenly(total, count, expected):
+    assert evenly(total, count).tolist() == expected
 
 
 def message(error: pytest.ExceptionInfo) -> str:

@@ -1,4 +1,4 @@
-"""Attention of any image: the maps by independent loops, masks and boxes by hand and by brute force, and what is drawn."""
+"""Attention of any image: the maps by independent loops, boxes in pixels of the image, what is drawn, and the files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +17,10 @@ from test_distributed import group, run_processes, values
 
 from dino_simpool import checkpoint, cli, config, distributed
 from dino_simpool.config import AttentionConfig, ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
-from dino_simpool.eval.attention import (
-    FitTransform,
-    connected_parts,
-    entropy,
-    evaluate,
-    find_any_images,
-    main,
-    mass_mask,
-    part_boxes,
-)
-from dino_simpool.eval.masks import seen_size
+from dino_simpool.eval.attention import FitTransform, evaluate, find_any_images, main
+from dino_simpool.features.maps import connected_parts, mass_mask
 from dino_simpool.models.encoder import Encoder, build_encoder
-from dino_simpool.pictures import OUTLINE, VIRIDIS, enlarge, heat, mask_overlay, overlay, paint, sheet, tile
+from dino_simpool.pictures import GAP, VIRIDIS
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = {
@@ -80,6 +70,11 @@ def run_here(encoder: Encoder, cfg: AttentionConfig) -> tuple[dict, Path]:
     """What `evaluate` returns, and the folder of its files."""
     Path(cfg.out).mkdir(exist_ok=True)
     return evaluate(encoder, cfg), Path(cfg.out) / "attention"
+
+
+def sheet_size(rows: int, columns: int, *, groups: int) -> tuple[int, int]:
+    """Width and height of a contact sheet of tiles of 160 pixels with one line of caption each."""
+    return GAP + columns * (160 + GAP) + 2 * GAP * (groups - 1), GAP + rows * (160 + 4 + 17 + GAP)
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -154,106 +149,7 @@ def test_heads_need_no_fused_kernel(pool: str) -> None:
     torch.testing.assert_close(encoder.attention(images, per_head=True), fused, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("family", "more", "stride"),
-    [
-        ("vit", {}, 16),
-        ("resnet", {}, 4),
-        ("resnet", {"stem": "standard", "depth": (1, 1, 1, 1)}, 32),
-        ("convnext", {}, 4),
-        ("convnext", {"stem": "standard", "depth": (1, 1, 1, 1)}, 32),
-        ("convnext", {"arch": "convnext_atto_ols", "stem": "standard", "depth": (1, 1, 1, 1)}, 32),
-    ],
-)
-def test_cells_cover_what_is_seen(family: str, more: dict, stride: int) -> None:
-    """The cells that come out, times their stride, but no more than there is."""
-    encoder = encoder_of(family, **more)
-    for size in (64, 75, 95, 96, 127, 130):
-        cells = encoder.attention(torch.zeros(1, 3, size, 64)).shape[1]
-        assert seen_size(encoder, size) == min(size, cells * stride)
-
-
-# -- masks
-
-
-@pytest.mark.parametrize(
-    ("attention", "kept"),
-    [
-        ([0.4, 0.3, 0.2, 0.1], [0, 1]),
-        ([0.7, 0.1, 0.1, 0.1], [0]),
-        ([0.1, 0.1, 0.1, 0.7], [3]),
-        ([4.0, 3.0, 2.0, 1.0], [0, 1]),  # any sum
-        ([1.0, 0.0, 0.0], [0]),
-        ([1.0], [0]),
-        ([0.25] * 4, [1, 2, 3]),  # of equal ones the first goes first
-        ([0.1] * 10, [4, 5, 6, 7, 8, 9]),  # exactly 60 %: not one more
-    ],
-)
-def test_mask_by_hand(attention: list[float], kept: list[int]) -> None:
-    for dtype in (np.float32, np.float64):
-        assert np.flatnonzero(mass_mask(np.array([attention], dtype), 0.6)).tolist() == kept
-
-
-@pytest.mark.parametrize("mass", [0.1, 0.3, 0.5, 0.6, 0.9])
-def test_mask_of_a_uniform_map_has_the_exact_number_of_cells(mass: float) -> None:
-    """Sums of equal shares are where rounding would add or lose a cell; 3136 are the cells of the paper."""
-    for count in (*range(1, 120), 784, 3136):
-        mask = mass_mask(np.full((1, count), np.float32(1 / count)), mass)[0]
-        kept = math.ceil(Fraction(str(mass)) * count)
-        assert mask.sum() == kept and mask[count - kept :].all(), count
-
-
-def test_mask_equals_the_definition_in_exact_numbers() -> None:
-    """The smallest set of largest values with at least the mass, over all sizes of the set, with ties on purpose."""
-    rng = np.random.default_rng(0)
-    for case in range(200):
-        attention = rng.integers(1, 8 if case % 2 else 1000, (rng.integers(1, 5), rng.integers(1, 6)))
-        mass = Fraction(int(rng.integers(1, 20)), 20)
-        flat = [int(each) for each in attention.ravel()]
-        largest_first = sorted(range(len(flat)), key=lambda cell: (-flat[cell], -cell))
-        count = next(n for n in range(1, len(flat) + 1) if sum(flat[c] for c in largest_first[:n]) >= mass * sum(flat))
-        mask = mass_mask(attention.astype(np.float64), float(mass))
-        assert set(np.flatnonzero(mask)) == set(largest_first[:count])
-
-
-def test_entropy() -> None:
-    assert entropy(np.full((3, 5), 0.2)) == pytest.approx(100)
-    assert entropy(np.array([[0.0, 1.0], [0.0, 0.0]])) == 0
-    assert entropy(np.array([[0.5, 0.5, 0, 0]])) == pytest.approx(50)
-    assert entropy(np.ones((1, 1))) == 100
-
-
-# -- parts and boxes
-
-
-def test_parts_by_hand() -> None:
-    mask = np.array([[1, 0, 0, 1, 1], [1, 0, 1, 0, 1], [0, 0, 0, 0, 1], [1, 1, 0, 0, 0]], bool)
-    parts = [{tuple(cell) for cell in part.tolist()} for part in connected_parts(mask)]
-    # corners do not connect; of equal parts the upper one is first
-    assert parts == [{(0, 3), (0, 4), (1, 4), (2, 4)}, {(0, 0), (1, 0)}, {(3, 0), (3, 1)}, {(1, 2)}]
-    assert connected_parts(np.zeros((2, 2), bool)) == []
-
-
-def test_parts_equal_spreading_labels() -> None:
-    for seed in range(20):
-        mask = np.random.default_rng(seed).random((7, 9)) < 0.6
-        labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-        for _ in range(mask.size):  # every cell takes the highest label beside it
-            padded = np.pad(labels, 1)
-            around = np.stack([labels, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
-            labels = np.where(mask, around.max(0), 0)
-        expected = {frozenset(map(tuple, np.argwhere(labels == label).tolist())) for label in set(labels[mask].tolist())}
-        parts = connected_parts(mask)
-        assert {frozenset(map(tuple, part.tolist())) for part in parts} == expected
-        assert [len(part) for part in parts] == sorted(map(len, expected), reverse=True)
-
-
-def test_boxes_by_hand() -> None:
-    attention = np.array([[0.3, 0.3, 0.0], [0.0, 0.0, 0.0], [0.0, 0.1, 0.3]])
-    found = part_boxes(attention, attention > 0.2, (0, 0, 60, 30))
-    assert [each["box"] for each in found] == [[0, 0, 40, 10], [40, 20, 60, 30]]
-    assert [each["cells"] for each in found] == [2, 1] and [each["mass"] for each in found] == pytest.approx([60, 30])
-    assert part_boxes(attention, attention > 0.2, (10, 5, 13, 8))[1]["box"] == [12, 7, 13, 8]
+# -- boxes
 
 
 @pytest.mark.parametrize(
@@ -324,55 +220,21 @@ def test_pictures_to_the_pixel(tmp_path: Path) -> None:
     assert (drawn[64:] == image[64:]).all() and (drawn[:, 48:] == image[:, 48:]).all()
 
 
-def test_heat_goes_from_lowest_to_highest() -> None:
-    first, last = (torch.tensor(VIRIDIS[end]) / 255 for end in (0, -1))
-    drawn = heat(torch.tensor([[0.1, 0.7], [0.1, 0.1]]), (4, 6))
-    assert drawn.shape == (3, 4, 6)
-    torch.testing.assert_close(drawn[:, 0, 0], first)
-    torch.testing.assert_close(drawn[:, 1, 3], last)
-    assert torch.equal(heat(torch.full((2, 2), 0.25), (2, 2)), first[:, None, None].expand(3, 2, 2))
-    lightness = paint(torch.linspace(0, 1, 256)[None], VIRIDIS)[:, 0].T @ torch.tensor([0.2126, 0.7152, 0.0722])
-    assert (lightness.diff() > 0).all(), "more attention is lighter, without colours too"
-
-
-@pytest.mark.parametrize("smooth", [False, True])
-def test_enlarged_cells(smooth: bool) -> None:
-    cells = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
-    pixels = enlarge(cells, (7, 13), smooth=smooth)
-    assert pixels.shape == (7, 13) and pixels.min() >= cells.min() and pixels.max() <= cells.max()
-    nearest = cells[[int((y + 0.5) * 3 / 7) for y in range(7)]][:, [int((x + 0.5) * 5 / 13) for x in range(13)]]
-    assert torch.equal(pixels, nearest) is not smooth
-    assert torch.equal(enlarge(cells, (3, 5), smooth=smooth), cells)
-
-
-def test_overlays_leave_their_input_alone() -> None:
-    image, cells = torch.rand(3, 6, 6), torch.rand(3, 3)
-    before = image.clone()
-    overlay(image, cells), mask_overlay(image, cells > 0.5)
-    assert torch.equal(image, before)
-
-
-def test_sheet_places_tiles_in_columns() -> None:
-    red, blue = torch.zeros(3, 4, 8), torch.zeros(3, 8, 8)
-    red[0], blue[2] = 1, 1
-    drawn = sheet([[tile(red, 8), tile(blue, 8)], [tile(blue, 8), tile(red, 8)]], ["a", "b"])
-    assert drawn.shape == (3, 20 + 2 * 10, 2 * 10)
-    assert drawn[:, 20 + 4, 4].tolist() == [1, 0, 0] and drawn[:, 20 + 4, 14].tolist() == [0, 0, 1]
-    assert drawn[:, 20 + 0, 4].tolist() == [1, 1, 1], "white above a wide picture"
-    assert drawn[:, 30 + 4, 14].tolist() == [1, 0, 0] and (drawn[:, :20] < 0.5).any(), "captions are black on white"
-
-
-@pytest.mark.parametrize("shape", [(40, 60), (7, 900), (900, 7), (1, 1)])
-def test_the_outline_is_where_the_mask_meets_what_is_outside(shape: tuple[int, int]) -> None:
-    mask = torch.from_numpy(np.random.default_rng(0).random((3, 5)) > 0.4)
-    drawn = mask_overlay(torch.zeros(3, *shape), mask)
-    inside = np.pad(enlarge(mask.float(), shape, smooth=False).numpy() > 0, 4)
-    width = 1 + max(shape) // 300
-    line = torch.tensor(OUTLINE) / 255
-    for row, column in np.random.default_rng(1).integers(0, shape, (300, 2)).tolist():
-        around = inside[row + 4 - width : row + 5 + width, column + 4 - width : column + 5 + width]
-        outlined = bool(inside[row + 4, column + 4]) and not around.all()
-        assert torch.equal(drawn[:, row, column], line) == outlined
+def test_sheet_shows_the_pictures_that_are_written(tmp_path: Path) -> None:
+    """Image, attention and mask of three images in a row, at the size of a tile, and a fourth below."""
+    images = write_images(tmp_path / "data", [(160, 160)] * 4)
+    _, folder = run_here(encoder_of(), options(tmp_path / "data", tmp_path, fit="native"))
+    sheet = pixels_of(tmp_path / "attention.png")
+    assert sheet.shape[1::-1] == sheet_size(2, 9, groups=3)
+    for number, image in enumerate(images):
+        drawn = [image, *(pixels_of(folder / f"{number}_a{number}_{kind}.png") for kind in ("overlay", "mask"))]
+        top = GAP + number // 3 * (160 + 4 + 17 + GAP)
+        for column, picture in enumerate(drawn, 3 * (number % 3)):
+            left = GAP + column * (160 + GAP) + column // 3 * 2 * GAP
+            assert (sheet[top : top + 160, left : left + 160] == picture).all()
+            assert sheet[top + 164 : top + 181, left : left + 160].min() < 60, "each has a caption"
+    left = GAP + 3 * (160 + GAP) + 2 * GAP
+    assert (sheet[GAP + 193 :, left : left + 3 * (160 + GAP) - GAP] == 255).all(), "white beside the fourth"
 
 
 # -- sizes, poolings, files
@@ -422,7 +284,7 @@ def test_each_head_has_its_files(tmp_path: Path, pool: str) -> None:
     assert sorted(path.name for path in folder.iterdir()) == names
     assert [len(record["maps"]) for record in result["images"]] == [2, 2] and result["counts"] == {"images": 2, "maps": 4}
     with Image.open(tmp_path / "attention.png") as drawn:
-        assert drawn.size == (2 * 5 * 162 if 2 * 5 <= 9 else 5 * 162, 20 + 2 * 162)
+        assert drawn.size == sheet_size(2, 5, groups=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -454,7 +316,7 @@ def test_two_processes_share_the_images(tmp_path: Path) -> None:
     one, two = (sorted(path.name for path in (tmp_path / name / "attention").iterdir()) for name in ("one", "two"))
     assert one == two and len(one) == 3 * 5
     with Image.open(tmp_path / "one/attention.png") as a, Image.open(tmp_path / "two/attention.png") as b:
-        assert a.size == b.size == (6 * 162, 20 + 162)
+        assert a.size == b.size == sheet_size(1, 6, groups=2)
 
 
 # -- where images come from, and mistakes
@@ -583,7 +445,7 @@ def test_the_command(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[
     assert list(attention.shape) == grid and attention.sum() == pytest.approx(1, abs=1e-6)
     assert pixels_of(results / "attention/0_a0_overlay.png").shape == (84, 96, 3)
     assert pixels_of(results / "attention/0_a0_heat.png").shape[:2] == tuple(record["images"][0]["seen"])
-    assert pixels_of(results / "attention.png").shape == (20 + 162, 2 * 3 * 162, 3)
+    assert pixels_of(results / "attention.png").shape[1::-1] == sheet_size(1, 6, groups=2)
 
 
 def test_untrained_weights_have_their_own_files(tmp_path: Path) -> None:

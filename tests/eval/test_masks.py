@@ -1,4 +1,4 @@
-"""The share of attention on the object, by hand, by an independent loop, and over images and processes."""
+"""The share of attention on the object: by an independent loop, over images and processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from PIL import Image
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig, ModelConfig
 from dino_simpool.data import EvalTransform
-from dino_simpool.eval.masks import cell_coverage, evaluate, evenly, read_mask, seen_box, shares
+from dino_simpool.eval.masks import evaluate, read_mask
+from dino_simpool.features.maps import seen_box
 from dino_simpool.models.encoder import build_encoder
 
 MODEL = {"arch": "vit_tiny", "patch_size": 4, "width": 16, "heads": 2, "depth": 1, "image_size": 16}
@@ -28,90 +29,6 @@ def write_set(root, masks: dict[str, np.ndarray], seed: int = 0) -> None:
         ):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
-
-
-def test_by_hand():
-    mask = np.zeros((4, 4), bool)
-    mask[:2, :2] = True  # a quarter: the first of 2 x 2 cells
-    coverage = cell_coverage(mask, (0, 0, 4, 4), grid=(2, 2))
-    assert coverage.tolist() == [[1, 0], [0, 0]]
-    assert shares(np.full((2, 2), 0.25), coverage) == (0.25, 0.25)  # uniform: ratio 1
-    assert shares(np.array([[1.0, 0], [0, 0]]), coverage) == (1, 0.25)  # all inside: ratio 1 / area = 4
-    assert shares(np.array([[0, 0.5], [0.5, 0]]), coverage) == (0, 0.25)  # all outside: 0
-    assert shares(np.array([[2.0, 1], [1, 0]]), coverage) == (0.5, 0.25)  # the mass need not be 1
-
-
-def test_cells_that_cut_pixels():
-    mask = np.array([[True, False, False]])
-    assert np.allclose(cell_coverage(mask, (0, 0, 3, 1), grid=(1, 2)), [[1 / 1.5, 0]], atol=1e-15)
-    assert np.allclose(
-        cell_coverage(mask, (0, 0, 3, 1), grid=(2, 6)), [[1, 1, 0, 0, 0, 0]] * 2, atol=1e-15
-    )  # cells below a pixel
-    assert np.allclose(cell_coverage(mask, (0.5, 0, 2.5, 1), grid=(1, 1)), [[0.25]], atol=1e-15)
-    assert np.allclose(cell_coverage(mask, (-1, 0, 1, 2), grid=(1, 2)), [[0, 0.5]], atol=1e-15)  # beyond the image: nothing
-
-
-@pytest.mark.parametrize(
-    ("shape", "grid", "box"),
-    [
-        ((7, 5), (3, 2), (0, 0, 5, 7)),
-        ((5, 9), (4, 4), (1.3, 0.2, 7.7, 4.9)),
-        ((1, 1), (3, 5), (0, 0, 1, 1)),
-        ((6, 6), (7, 11), (0.5, 0, 6, 5)),
-    ],
-)
-def test_coverage_equals_a_loop_over_cells_and_pixels(shape, grid, box):
-    mask = np.random.default_rng(0).random(shape) < 0.5
-    left, top, right, bottom = box
-    height, width = (bottom - top) / grid[0], (right - left) / grid[1]
-    expected = np.zeros(grid)
-    for i in range(grid[0]):
-        for j in range(grid[1]):
-            for y, x in zip(*np.nonzero(mask), strict=True):
-                down = min(top + (i + 1) * height, y + 1) - max(top + i * height, y)
-                across = min(left + (j + 1) * width, x + 1) - max(left + j * width, x)
-                expected[i, j] += max(down, 0) * max(across, 0) / (height * width)
-    coverage = cell_coverage(mask, box, grid=grid)
-    np.testing.assert_allclose(coverage, expected, atol=1e-12)
-    inside, area = shares(np.full(grid, 1 / (grid[0] * grid[1])), coverage)
-    assert inside == pytest.approx(area, rel=1e-12)  # uniform attention: 1, for any mask and grid
-
-
-@pytest.mark.parametrize(
-    ("size", "resize", "crop"), [((40, 30), 20, 16), ((30, 41), 18, 16), ((16, 16), 16, 16), ((12, 50), 24, 12)]
-)
-def test_seen_box_is_what_the_transform_keeps(size, resize, crop):
-    """A ramp image holds its own coordinates: their means over the crop must be the centre of the box."""
-    width, height = size
-    ramp = np.zeros((height, width, 3), np.uint8)
-    ramp[..., 0], ramp[..., 1] = np.arange(width) * 4, np.arange(height)[:, None] * 4
-    encoder = build_encoder(ModelConfig(**MODEL | {"image_size": crop}))
-    seen = EvalTransform(crop, resize=resize, mean=(0, 0, 0), std=(1 / 255,) * 3)(Image.fromarray(ramp)) / 4 + 0.5
-    left, top, right, bottom = seen_box(encoder, (height, width), resize=resize, crop=crop)
-    assert seen[0].mean().item() == pytest.approx((left + right) / 2, abs=0.2)
-    assert seen[1].mean().item() == pytest.approx((top + bottom) / 2, abs=0.2)
-    assert right - left == pytest.approx(crop * min(size) / resize, rel=0.05)
-
-
-def test_vit_sees_whole_patches_only():
-    encoder = build_encoder(ModelConfig(**MODEL))
-    assert seen_box(encoder, (18, 18), resize=18, crop=18) == (0, 0, 16, 16)
-    cnn = build_encoder(ModelConfig(arch="resnet18", width=8, stem="small", depth=(1, 1)))
-    assert seen_box(cnn, (18, 18), resize=18, crop=18) == (0, 0, 18, 18)
-
-
-@pytest.mark.parametrize(
-    ("total", "count", "expected"),
-    [
-        (1, 10, [0]),
-        (5, 5, [0, 1, 2, 3, 4]),
-        (5, 9, [0, 1, 2, 3, 4]),
-        (9, 3, [0, 4, 8]),
-        (7, 1, [0]),
-    ],
-)
-def test_evenly(total, count, expected):
-    assert evenly(total, count).tolist() == expected
 
 
 def test_evaluate_equals_a_loop_and_leaves_the_encoder_as_it_was(tmp_path):

@@ -1,4 +1,4 @@
-"""`search`: against brute force, with duplicates and ties; what it refuses; and the tiles of its contact sheet."""
+"""`search`: against brute force, with duplicates and ties; what it refuses; and its contact sheet."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 from test_distributed import group, run_processes, values
 from test_extract import config, exported, fill
 
 from dino_simpool import cli
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import ConfigError, SearchConfig, parse
-from dino_simpool.contact_sheet import GAP, Tile, contact_sheet, shortened
 from dino_simpool.data import EvalTransform, find_images
 from dino_simpool.data.decode import read_rgb
 from dino_simpool.features import extract as extraction
 from dino_simpool.features import search as module
 from dino_simpool.features.extract import build_index, extract
 from dino_simpool.features.search import main, nearest
+from dino_simpool.pictures import GAP
 
 
 @pytest.fixture(scope="module")
@@ -246,59 +246,6 @@ def test_queries_that_cannot_be(extracted: Path, tmp_path: Path) -> None:
 
 
 # -- the contact sheet
-
-
-def solid(colour: tuple[int, int, int], size: tuple[int, int] = (10, 10)) -> Image.Image:
-    return Image.new("RGB", size, colour)
-
-
-def test_tiles_are_where_they_belong() -> None:
-    """Two rows of three and two tiles of 50 pixels, the first of each row apart and framed."""
-    red, green, blue, grey, frame = (200, 0, 0), (0, 150, 0), (0, 0, 250), (90, 90, 90), (1, 2, 3)
-    rows = [
-        [Tile(solid(red), ("query", "x"), frame), Tile(solid(green, (100, 50)), ("1.", "a")), Tile(solid(blue, (20, 80)))],
-        [Tile(solid(grey), ("query", "y"), frame), Tile(solid(blue), ("1.", "b"))],
-    ]
-    sheet = contact_sheet(rows, size=50, lead=1, font_size=13)
-    lefts, tops = [GAP, 4 * GAP + 50, 5 * GAP + 100], [GAP, 2 * GAP + 50 + 4 + 34]
-    assert sheet.mode == "RGB" and sheet.size == (lefts[2] + 50 + GAP, tops[1] + 50 + 4 + 34 + GAP)
-    pixel = sheet.load()
-    for row, colours in enumerate([(red, green, blue), (grey, blue, (255, 255, 255))]):
-        for column, colour in enumerate(colours):
-            assert pixel[lefts[column] + 25, tops[row] + 25] == colour
-    for row, colour in enumerate((red, grey)):
-        assert pixel[lefts[0], tops[row]] == pixel[lefts[0] + 49, tops[row] + 49] == colour
-        assert pixel[lefts[0] - 1, tops[row] + 20] == pixel[lefts[0] + 50, tops[row] + 20] == frame
-    # A wide picture is as wide as its tile and centred in its height; a high one the other way.
-    at = [pixel[lefts[1] + 1, tops[0] + y] for y in (11, 13, 36, 38)]
-    assert at == [(255, 255, 255), green, green, (255, 255, 255)]
-    at = [pixel[lefts[2] + x, tops[0] + 1] for x in (17, 20, 29, 32)]
-    assert at == [(255, 255, 255), blue, blue, (255, 255, 255)]
-    # Captions: dark and grey ink below their tile, none where there is no caption.
-    array = np.asarray(sheet).astype(int).max(2)
-    for row in (0, 1):
-        lines = [array[tops[row] + 54 + 17 * line :][:17, lefts[0] : lefts[0] + 50].min() for line in (0, 1)]
-        assert lines[0] < 60 and 90 < lines[1] < 200
-    assert array[tops[0] + 54 : tops[0] + 88, lefts[2] :].min() == 255
-    separator = (lefts[0] + 50 + lefts[1]) // 2
-    assert pixel[separator, tops[0] + 60] == (200, 200, 200)
-
-
-def test_sheet_without_captions_is_tight_and_one_without_tiles_is_refused() -> None:
-    assert contact_sheet([[Tile(solid((0, 0, 0)))]], size=30).size == (30 + 2 * GAP, 30 + 2 * GAP)
-    for rows in ([], [[]]):
-        with pytest.raises(ValueError, match="one picture at least"):
-            contact_sheet(rows)
-
-
-def test_long_captions_keep_their_end() -> None:
-    font = ImageFont.load_default(13)
-    text = "folder/" * 9 + "image_0123.jpg"
-    short = shortened(text, 120, font)
-    assert short.startswith("...") and text.endswith(short[3:]) and "0123.jpg" in short
-    assert font.getlength(short) <= 120 < font.getlength("..." + text[-len(short) + 2 :])
-    assert shortened("a.jpg", 120, font) == "a.jpg" and shortened(text, 1, font) == "..."
-    assert shortened(os.fsdecode(b"caf\xe9"), 120, font) == "caf?"
 
 
 def test_sheet_of_a_search_shows_query_and_neighbours(extracted: Path, tmp_path: Path) -> None:

@@ -130,6 +130,27 @@ def test_the_whole_page(finished):
     assert "77.7 %" not in page.text and "77.7000" in page.text  # other k: in the folded list only
 
 
+def test_every_number_of_a_step_has_a_curve(finished, tmp_path):
+    """Also the metrics of a learner that the page does not know, folded; without those of timing and what is no number."""
+    (tmp_path / "config.yaml").write_text((finished / "run/config.yaml").read_text())
+    log = RunLog(tmp_path, tensorboard=False)
+    for step in range(1, 6):
+        log.write({
+            "kind": "step", "step": step, "epoch": 0, "loss": 2.0, "accuracy<5>": math.nan if step == 1 else 7.5 * step,
+            "feature_spread": 0.9, "phase": "warm-up", "frozen": True, "never": math.nan, "seconds": 0.5,
+            "images_per_second": 3.0, "data_wait_percent": 10.0, "max_memory_mb": 9.0,
+        })  # fmt: skip
+    log.write({"kind": "epoch", "step": 5, "epoch": 0, "train_accuracy": 1.0})
+    log.close()
+    text = build_report(tmp_path, data="", num_images=1, device=CPU).read_text()
+    page = _Page(text)
+    assert "Loss / ln K" not in page.text and "5 steps" in page.text
+    known, more = re.fullmatch(r"(.*)<summary>More curves</summary>(.*?)</details>.*", text, re.DOTALL).groups()
+    assert re.findall("<h3>(.*?)</h3>", more) == ["loss", "accuracy&lt;5&gt;"]
+    assert [len(points_of(svg)[0]) for svg in re.findall("<svg.*?</svg>", more)] == [5, 4]
+    assert "value, step 5: 37.5" in more and "<svg" in known and "Feature spread" in known
+
+
 def test_ratios_under_the_pictures_are_those_of_the_evaluator(finished):
     page = _Page(build_report(finished / "run", data=str(finished / "data"), num_images=100, device=CPU).read_text())
     for label, name in (("before", "masks_untrained"), ("after", "masks")):
@@ -170,7 +191,7 @@ def test_parts_that_are_missing_are_named(finished, tmp_path):
     log.write({"kind": "step", "step": 1, "loss_over_lnK": math.nan, "lr": 0.0})
     log.close()
     text = _Page(build_report(tmp_path, data="", num_images=1, device=CPU).read_text()).text
-    assert "not finite" in text and "No k-NN was run during the training" in text and "log.jsonl has no loss_over_lnK" in text
+    assert "not finite" in text and "No k-NN was run during training" in text and "log.jsonl has no loss_over_lnK" in text
 
 
 def test_images_without_masks_or_val_folder(finished, tmp_path):
