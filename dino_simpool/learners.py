@@ -16,37 +16,8 @@ from dino_simpool.config import TrainConfig
 from dino_simpool.data import ImageSet
 from dino_simpool.data.feed import Batch
 from dino_simpool.dino.learner import build_dino
+from dino_simpool.dino.plan import Plan
 from dino_simpool.models.encoder import Encoder
-
-
-class Plan(Protocol):
-    """Length and schedules of a run (dino.plan.Plan is one)."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the images."""
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-
-    @property
-    def epochs(self) -> int:
-        """Epochs, the last of which may be partial."""
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What looks wrong, one sentence each."""
-
-    @property
-    def suggestions(self) -> tuple[str, ...]:
-        """What would suit this run better, one sentence each."""
-
-    def values(self, step: int) -> Any:
-        """The schedules at a step, 0 to total_steps - 1: a dataclass, whose fields are logged."""
-
-    def table(self) -> str:
-        """The schedules as text."""
 
 
 class Learner(Protocol):
@@ -66,7 +37,7 @@ class Learner(Protocol):
 
     @property
     def plan(self) -> Plan:
-        """Length and schedules of the run."""
+        """Length and schedules of the run; the fields of `plan.values(step)` are logged."""
 
     @property
     def encoder(self) -> Encoder:
