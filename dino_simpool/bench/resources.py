@@ -29,6 +29,7 @@ from torch.nn.modules.conv import _ConvNd
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import ModelConfig, ResourcesConfig, TrainConfig, parse, to_dict
+from dino_simpool.features.encode import try_sizes
 from dino_simpool.files import write_atomically
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.pooling.simpool import SimPool, as_tokens
@@ -62,7 +63,9 @@ def count_multiply_adds(cfg: ModelConfig, image_size: int) -> Counter[str]:
     with torch.device("meta"):
         encoder = build_encoder(cfg).eval()
         image = torch.empty(1, 3, image_size, image_size)
-    if unknown := [b for b in getattr(encoder.trunk, "blocks", ()) if not isinstance(getattr(b, "attn", None), Attention)]:
+    try_sizes(encoder, [image_size], device=image.device)
+    blocks = encoder.trunk.blocks if cfg.is_vit else ()
+    if unknown := [block for block in blocks if not isinstance(getattr(block, "attn", None), Attention)]:
         raise ValueError(f"{cfg.arch} has {type(unknown[0]).__name__}, whose attention is not counted: use a standard ViT")
     is_convnext = find_arch(cfg.arch)[0] == "convnext"
     parts: Counter[str] = Counter()

@@ -39,7 +39,7 @@ from dino_simpool.data.augment import to_tensor
 from dino_simpool.eval import decoded, run
 from dino_simpool.eval.masks import Box, evenly, seen_size
 from dino_simpool.features.encode import evaluation_mode, progress_bar
-from dino_simpool.models.encoder import Encoder, thin_images
+from dino_simpool.models.encoder import Encoder
 from dino_simpool.pictures import fit_in, heat, mask_overlay, overlay, save_png, sheet, tile, unnormalize
 from dino_simpool.results import result_name, results_folder
 
@@ -127,7 +127,7 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
 def _maps(encoder: Encoder, pixels: Tensor, cfg: AttentionConfig, *, names: list[str]) -> np.ndarray:
     """Maps (B, heads, h, w) float32 of images (B, 3, H, W); names: what errors call them."""
     try:
-        with evaluation_mode(encoder), thin_images(encoder), torch.inference_mode():
+        with evaluation_mode(encoder), torch.inference_mode():
             with torch.autocast(pixels.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                 maps = encoder.attention(pixels, per_head=cfg.heads == "each")
     except ValueError as error:

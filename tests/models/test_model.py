@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,16 @@ import torch
 from golden.load import assert_close, load, meta
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from dino_simpool.config import ModelConfig
 from dino_simpool.dino.model import DinoHead, DinoModel, make_teacher
-from dino_simpool.models.encoder import build_encoder, position_matrix
-from dino_simpool.models.trunk import find_arch
+from dino_simpool.models import encoder as encoder_module
+from dino_simpool.models.encoder import Encoder, build_encoder, position_matrix
+from dino_simpool.models.pooling import build_pool
+from dino_simpool.models.pooling.simpool import as_tokens
+from dino_simpool.models.trunk import SHORT_NAMES, find_arch
 
 TINY: dict[str, dict[str, Any]] = {
     "vit": {"arch": "vit_tiny", "width": 32, "heads": 2, "depth": 2, "patch_size": 4, "image_size": 32},
@@ -49,7 +54,7 @@ def tiny(trunk: str = "vit", pool: str = "simpool", **options: Any) -> ModelConf
 
 
 def grid_of(encoder: nn.Module, height: int, width: int) -> tuple[int, int]:
-    if encoder.config.arch.startswith("vit"):
+    if encoder.config.is_vit:
         return height // encoder.config.patch_size, width // encoder.config.patch_size
     reduction = {"small": 4}.get(encoder.config.stem, 32)
     return -(-height // reduction), -(-width // reduction)
@@ -60,18 +65,62 @@ def test_contract(trunk: str, pool: str) -> None:
     """Shapes at square and other sizes, attention that sums to 1, finite values, a gradient for every parameter."""
     torch.manual_seed(0)
     encoder = build_encoder(tiny(trunk, pool)).double().eval()
+    assert encoder.embed_dim == encoder.pool.out_dim == build_pool(encoder.config, encoder.trunk.num_features).out_dim
     for size in ((2, 64, 64), (1, 64, 96), (1, 96, 64)):
         images = torch.randn(size[0], 3, *size[1:], dtype=torch.float64)
         grid = grid_of(encoder, *size[1:])
         features, tokens, attention = encoder(images), encoder.tokens(images), encoder.attention(images)
         assert features.shape == (size[0], encoder.embed_dim)
-        assert tokens.shape == (size[0], grid[0] * grid[1], encoder.embed_dim)
+        assert tokens.shape == (size[0], grid[0] * grid[1], encoder.trunk.num_features)
+        assert encoder.pool(encoder.pool_input(images)[0]).shape == (size[0], encoder.pool.out_dim)
+        assert encoder.pool_input(images)[1] == grid
         assert attention.shape == (size[0], *grid)
         assert features.isfinite().all() and tokens.isfinite().all() and (attention >= 0).all()
         assert_close(attention.detach().sum((1, 2)), np.ones(size[0]), 0, 1e-5)
         torch.testing.assert_close(encoder(images[:1]), features[:1])
     encoder(images).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+class WideningPool(nn.Module):
+    """Mean and maximum side by side: twice as wide as the trunk, without attention."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out_dim = 2 * dim
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Any:
+        pooled = torch.cat([as_tokens(x).mean(1), as_tokens(x).amax(1)], 1)
+        return (pooled, None) if return_attention else pooled
+
+
+@pytest.mark.parametrize("trunk", TINY)
+def test_the_norm_fits_a_pooling_that_widens(trunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "build_pool", lambda cfg, dim: WideningPool(dim))
+    images = torch.randn(2, 3, 64, 96)
+    orders = ["pool_then_norm"] + ["norm_then_pool"] * ("vit" in trunk)
+    for order in orders:
+        encoder = build_encoder(tiny(trunk, norm_order=order)).eval()
+        dim = encoder.trunk.num_features
+        assert encoder.embed_dim == 2 * dim and encoder(images).shape == (2, 2 * dim)
+        if trunk.startswith("resnet"):
+            assert isinstance(encoder.norm, nn.Identity)
+            continue
+        plain = build_encoder(tiny(trunk)).norm
+        assert type(encoder.norm) is type(plain) and encoder.norm.eps == plain.eps == 1e-6
+        if order == "norm_then_pool":
+            assert encoder.norm.normalized_shape == (dim,)
+        else:
+            pooled = encoder.pool(encoder.tokens(images))
+            torch.testing.assert_close(encoder(images), F.layer_norm(pooled, (2 * dim,), eps=1e-6))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_pooling_without_attention_is_refused(per_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "build_pool", lambda cfg, dim: WideningPool(dim))
+    encoder = build_encoder(tiny("vit", "gap"))
+    with pytest.raises(ValueError, match=r"^model\.pool gap has no attention maps: use one that has, such as simpool$"):
+        encoder.attention(torch.randn(1, 3, 32, 32), per_head=per_head)
 
 
 @pytest.mark.parametrize(("trunk", "pool"), COMBINATIONS)
@@ -142,6 +191,19 @@ def test_parameter_counts_of_the_head(dim: int, out_dim: int, batch_norm: bool, 
     assert sum(p.numel() for p in head.parameters()) == count
 
 
+def test_one_question_whether_it_is_a_vit() -> None:
+    """ModelConfig.is_vit agrees with find_arch for every name that it knows."""
+    seen = {"vit": 0, "resnet": 0, "convnext": 0}
+    for name in [*timm.list_models(), *SHORT_NAMES]:
+        try:
+            family = find_arch(name)[0]
+        except ValueError:
+            continue
+        seen[family] += 1
+        assert ModelConfig(name, pool="gap").is_vit == (family == "vit"), name
+    assert min(seen.values()) > 20
+
+
 @pytest.mark.parametrize(
     ("arch", "words"),
     [
@@ -175,9 +237,17 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], words: str) 
         build_encoder(ModelConfig(**options))
 
 
-def test_small_maps_and_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"1 x 2 map.*stem small"):
-        build_encoder(ModelConfig("resnet18", width=8))(torch.randn(1, 3, 32, 64))
+@pytest.mark.parametrize("pool", ["simpool gamma", "gap"])
+def test_maps_of_one_position_are_pooled(pool: str) -> None:
+    """Whether such a size is a mistake is for `try_sizes` to say."""
+    encoder = build_encoder(ModelConfig("resnet18", width=8, **POOLS[pool])).eval()
+    features, attention = encoder(torch.randn(2, 3, 32, 32)), encoder.attention(torch.randn(2, 3, 32, 64))
+    assert features.shape == (2, 64) and features.isfinite().all()
+    assert attention.shape == (2, 1, 2)
+    assert torch.equal(encoder.attention(torch.randn(2, 3, 32, 32)), torch.ones(2, 1, 1))
+
+
+def test_images_smaller_than_a_patch_are_refused() -> None:
     encoder = build_encoder(tiny("vit"))
     with pytest.raises(ValueError, match="smaller than a patch"):
         encoder(torch.randn(1, 3, 3, 32))
@@ -275,6 +345,67 @@ def test_positions_of_the_early_published_code() -> None:
     torch.testing.assert_close(matrix @ stored.flatten(2)[0].T, expected.flatten(2)[0].T)
     with pytest.raises(ValueError, match="40 x 40"):
         position_matrix((14, 14), (40, 40), "dino_legacy", device=stored.device, dtype=stored.dtype)
+
+
+def export(encoder: Encoder, images: Tensor, *, strict: bool) -> Tensor:
+    return torch.export.export(encoder, (images,), strict=strict).module()(images)
+
+
+def fake(encoder: Encoder, images: Tensor) -> None:
+    """Fake images through fake weights: real tensors must not meet them."""
+    mode = FakeTensorMode()
+    state = {name: mode.from_tensor(value) for name, value in encoder.state_dict().items()}
+    with mode:
+        features = torch.func.functional_call(encoder, state, (mode.from_tensor(images),))
+        assert isinstance(features, FakeTensor) and features.shape == (len(images), encoder.embed_dim)
+
+
+TRACERS: dict[str, Callable[[Encoder, Tensor], Tensor | None]] = {
+    "export": lambda encoder, images: export(encoder, images, strict=False),
+    "strict export": lambda encoder, images: export(encoder, images, strict=True),
+    "compile": lambda encoder, images: torch.compile(encoder, backend="aot_eager", fullgraph=True)(images),
+    "trace": lambda encoder, images: torch.jit.trace(encoder, (images,), check_trace=False)(images),
+    "fake": fake,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("rule", ["size", "dino"])
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_tracing_leaves_no_trace(tracer: str, rule: str, cached: bool) -> None:
+    """What is traced at another grid computes the same, and so does the encoder itself afterwards, in the same process."""
+    torch.manual_seed(0)
+    encoder = build_encoder(tiny("vit", "simpool gamma", pos_interp=rule)).eval().requires_grad_(False)
+    images, cache = torch.randn(2, 3, 24, 40), encoder_module._cached_position_matrix
+    cache.cache_clear()
+    expected = encoder(images)
+    if not cached:
+        cache.cache_clear()
+    torch._dynamo.reset()
+    traced = TRACERS[tracer](encoder, images)
+    assert cache.cache_info().currsize == cached
+    if traced is not None:
+        torch.testing.assert_close(traced, expected)
+    assert torch.equal(encoder(images), expected)
+
+
+def test_exported_sizes_may_vary() -> None:
+    encoder = build_encoder(tiny("vit", "simpool gamma")).eval().requires_grad_(False)
+    sizes = {2: 4 * torch.export.Dim("h", min=2, max=20), 3: 4 * torch.export.Dim("w", min=2, max=20)}
+    program = torch.export.export(encoder, (torch.randn(1, 3, 24, 40),), dynamic_shapes=(sizes,)).module()
+    for height, width in ((24, 40), (44, 12)):
+        images = torch.randn(1, 3, height, width)
+        torch.testing.assert_close(program(images), encoder(images))
+
+
+def test_positions_after_an_export_to_onnx() -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    encoder, images = build_encoder(tiny("vit")).eval().requires_grad_(False), torch.randn(1, 3, 24, 40)
+    encoder_module._cached_position_matrix.cache_clear()
+    torch.onnx.export(encoder, (images,), dynamo=True)
+    assert type(encoder(images)) is Tensor
 
 
 def test_positions_made_without_gradients_serve_training_too() -> None:

@@ -126,7 +126,7 @@ def tiny_cnn(settings: dict[str, Any]) -> Encoder:
     trunk = ResNet(Bottleneck, (1, 1, 2, 1), num_classes=0, global_pool="", channels=(5, 10, 20, 40))
     trunk.conv1, trunk.bn1 = nn.Conv2d(3, 5, 7, 2, 3, bias=False), nn.BatchNorm2d(5)
     trunk.layer1[0].conv1, trunk.layer1[0].downsample[0] = (nn.Conv2d(5, out, 1, bias=False) for out in (5, 20))
-    pooling = SimPool(160, gamma=2.0, min_over="batch") if pool == "simpool" else GapPool()
+    pooling = SimPool(160, gamma=2.0, min_over="batch") if pool == "simpool" else GapPool(160)
     return Encoder(trunk, pooling, norm=nn.Identity(), config=ModelConfig("resnet50", **options))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -155,7 +157,7 @@ def test_gradients_agree_with_finite_differences(gamma: float | None, min_over: 
     assert torch.autograd.gradcheck(lambda x, *_: pool(x, return_attention=True), (x, *pool.parameters()))
 
 
-@pytest.mark.parametrize("pool", [SimPool(6, gamma=2.0), SimPool(6, num_heads=3), GapPool()])
+@pytest.mark.parametrize("pool", [SimPool(6, gamma=2.0), SimPool(6, num_heads=3), GapPool(6)])
 def test_maps_are_tokens_read_row_by_row(pool: nn.Module) -> None:
     x = torch.randn(2, 6, 3, 5)
     pooled, attention = pool(x, return_attention=True)
@@ -216,14 +218,14 @@ def test_autocast_is_switched_off_inside() -> None:
     pool, x = SimPool(16, gamma=1.25), torch.randn(2, 9, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside, keys = pool(x), pool.keys(x)
-        assert GapPool()(x.bfloat16()).dtype == torch.float32
+        assert GapPool(16)(x.bfloat16()).dtype == torch.float32
     assert torch.equal(inside, pool(x))
     assert torch.equal(keys, pool.keys(x))
 
 
 def test_float64_stays_float64() -> None:
     pool, x = random_pool(8, gamma=2.0), torch.randn(2, 5, 8, dtype=torch.float64)
-    assert pool(x).dtype == pool.keys(x).dtype == GapPool()(x).dtype == torch.float64
+    assert pool(x).dtype == pool.keys(x).dtype == GapPool(8)(x).dtype == torch.float64
     assert not torch.equal(pool(x), pool.float()(x.float()).double())
 
 
@@ -235,6 +237,31 @@ def test_keys_give_the_attention() -> None:
     assert keys.shape == (2, 5, 8)
     torch.testing.assert_close(scores.softmax(1), pool(x, return_attention=True)[1])
     torch.testing.assert_close(pool.keys(x.transpose(1, 2).reshape(2, 8, 1, 5)), keys)
+
+
+def test_attention_of_each_head() -> None:
+    """That of head h is the softmax of its slices of query and keys; the mean over heads is what is returned otherwise."""
+    pool, x = random_pool(8, gamma=2.0, num_heads=2), torch.randn(3, 8, 2, 5, dtype=torch.float64)
+    pooled, heads = pool(x, return_attention="heads")
+    assert heads.shape == (3, 2, 2, 5)
+    query, keys = pool.q(x.mean((2, 3))).view(3, 2, 4), pool.keys(x).view(3, 10, 2, 4)
+    expected = (torch.einsum("bhc,bnhc->bhn", query, keys) / 2).softmax(-1)
+    torch.testing.assert_close(heads.flatten(2), expected)
+    same, mean = pool(x, return_attention=True)
+    torch.testing.assert_close((pooled, heads.mean(1)), (same, mean))
+    tokens = x.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(pool(tokens, return_attention="heads")[1], expected)
+
+
+def test_simpool_needs_torch_only() -> None:
+    program = (
+        "import sys\n"
+        "from dino_simpool import SimPool, attach_simpool\n"
+        "from dino_simpool.models.pooling import build_pool\n"
+        "found = {'timm', 'torchvision', 'jsonargparse', 'PIL', 'cv2', 'faiss'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_parameters_are_the_announced_ones() -> None:
@@ -252,7 +279,7 @@ def test_wrong_options_are_refused(options: dict[str, object], words: str) -> No
         SimPool(8, **options)
 
 
-@pytest.mark.parametrize("pool", [SimPool(8), GapPool(), ClsPool()])
+@pytest.mark.parametrize("pool", [SimPool(8), GapPool(8), ClsPool(8)])
 def test_wrong_shapes_are_refused(pool: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"\(2, 8\)"):
         pool(torch.randn(2, 8))
@@ -260,14 +287,13 @@ def test_wrong_shapes_are_refused(pool: nn.Module) -> None:
 
 def test_baselines() -> None:
     x = torch.randn(2, 5, 8)
-    pooled, attention = GapPool()(x, return_attention=True)
+    pooled, attention = GapPool(8)(x, return_attention=True)
     torch.testing.assert_close(pooled, x.mean(1))
     assert torch.equal(attention, torch.full((2, 5), 0.2))
-    assert torch.equal(ClsPool()(x), x[:, 0])
-    weights = torch.rand(2, 4)
-    assert ClsPool()(x, return_attention=True, attention=weights)[1] is weights
-    with pytest.raises(ValueError, match=r"encoder\.attention"):
-        ClsPool()(x, return_attention=True)
+    assert torch.equal(ClsPool(8)(x), x[:, 0])
+    pooled, attention = ClsPool(8)(x, return_attention=True)
+    assert torch.equal(pooled, x[:, 0]) and attention is None
+    assert GapPool(8).out_dim == ClsPool(8).out_dim == SimPool(8).out_dim == 8
 
 
 def small_models() -> dict[str, nn.Module]:
