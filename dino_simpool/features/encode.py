@@ -45,9 +45,8 @@ def try_sizes(encoder: Encoder, sizes: Sequence[int], *, device: torch.device) -
     """
     with evaluation_mode(encoder), torch.no_grad():
         for size in sizes:
-            images = torch.zeros(1, 3, size, size, device=device)
-            encoder(images)
-            grid = encoder.pool_input(images)[1]
+            x, grid = encoder.pool_input(torch.zeros(1, 3, size, size, device=device))
+            encoder.pool(x)
             if not encoder.config.is_vit and min(grid) < 2:
                 raise ValueError(
                     f"{encoder.config.arch} turns images of {size} x {size} pixels into a {grid[0]} x {grid[1]} map, "
