@@ -104,10 +104,17 @@ def main(cfg: ResourcesConfig) -> None:
     image_size = cfg.image_size or encoder.config.image_size
     metrics = resources(encoder, image_size=image_size, num_classes=cfg.num_classes)
     record = {
-        "evaluator": "resources", "dataset": None, "split": None, "metrics": metrics, "units": "parameters, multiply-adds",
-        "config": to_dict(cfg), "image_size": image_size, "num_classes": cfg.num_classes, "model": source,
+        "evaluator": "resources",
+        "dataset": None,
+        "split": None,
+        "metrics": metrics,
+        "units": "parameters, multiply-adds",
+        "config": to_dict(cfg),
+        "image_size": image_size,
+        "num_classes": cfg.num_classes,
+        "model": source,
         "versions": versions(),
-    }  # fmt: skip
+    }
     if not distributed.is_main():
         return
     print(describe(encoder.config, metrics, image_size=image_size, num_classes=cfg.num_classes))

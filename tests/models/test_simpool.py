@@ -1,4 +1,4 @@
-"""SimPool against the published numbers, an independent loop, and the situations that a training meets."""
+"""SimPool against published numbers and an independent loop, and in all conditions of training."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def random_pool(dim: int, **options: object) -> SimPool:
 
 
 def pool_by_loops(pool: SimPool, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Algorithm 2 of the paper, one number at a time: tokens (N, D) of one image -> pooled (D,), attention (N,)."""
+    """Algorithm 2 of the paper in plain loops: tokens (N, D) -> pooled (D,), attention (N,)."""
     parameters = {name: value.detach().numpy() for name, value in pool.named_parameters()}
     count, dim = tokens.shape
     normed = np.empty_like(tokens)
@@ -83,7 +83,7 @@ def pool_by_loops(pool: SimPool, tokens: np.ndarray) -> tuple[np.ndarray, np.nda
 @pytest.mark.parametrize("precision", ["64", ""])
 @pytest.mark.parametrize("case", CASES)
 def test_golden_batch(case: str, precision: str) -> None:
-    """The published module with its minimum over the whole batch: output, attention, all gradients."""
+    """Output, attention and gradients of the published module, minimum over the batch."""
     dtype = torch.float64 if precision else torch.float32
     pool = make_pool(case, dtype, "batch")
     x = torch.from_numpy(GOLDEN[f"{case}/in/x"]).to(dtype).requires_grad_()
@@ -111,8 +111,9 @@ def test_golden_image(case: str, precision: str) -> None:
 @pytest.mark.parametrize("min_over", ["image", "batch"])
 @pytest.mark.parametrize("case", [case for case in cases(GOLDEN) if "heads" in case])
 def test_golden_heads(case: str, min_over: str) -> None:
-    """Four heads. That run had biases in W_q and W_k, which the paper has not: the latter cancels in the softmax, the former is
-    put into W_q so that it comes out for the mean tokens of these four images."""
+    """Four heads. That run had biases in W_q and W_k, which the paper does not have. The latter
+    cancels in the softmax; the former is put into W_q, so that it is right for these four images.
+    """
     pool, parameters = make_pool(case, torch.float64, min_over), sub(GOLDEN, f"{case}/param")
     x = torch.from_numpy(GOLDEN[f"{case}/in/x"]).double()
     one = torch.linalg.pinv(x.mean(1)) @ torch.ones(len(x), dtype=torch.float64)  # one . mean = 1 for each image
@@ -169,7 +170,7 @@ def test_maps_are_tokens_read_row_by_row(pool: nn.Module) -> None:
     torch.testing.assert_close(pool(x.to(memory_format=torch.channels_last)), pooled)
 
 
-def test_an_image_does_not_see_its_neighbours() -> None:
+def test_an_image_does_not_see_its_neighbors() -> None:
     """min_over="image" is a function of the image alone, min_over="batch" is not."""
     torch.manual_seed(2)
     x = torch.randn(4, 9, 8) * torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1)
@@ -203,7 +204,7 @@ def test_gradients_are_finite(x: Tensor, gamma: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    """In float16 itself 1e-6^2 would be 0; here only the rounding of weights, input and output is lost."""
+    """In float16 itself 1e-6^2 is 0. Only weights, input and output are rounded."""
     torch.manual_seed(3)
     pool, x = SimPool(16, gamma=2.0).to(dtype), torch.randn(2, 9, 16).to(dtype)
     pooled, attention = pool(x, return_attention=True)
@@ -240,7 +241,7 @@ def test_keys_give_the_attention() -> None:
 
 
 def test_attention_of_each_head() -> None:
-    """That of head h is the softmax of its slices of query and keys; the mean over heads is what is returned otherwise."""
+    """Softmax of the slices of query and keys of each head; otherwise the mean over heads."""
     pool, x = random_pool(8, gamma=2.0, num_heads=2), torch.randn(3, 8, 2, 5, dtype=torch.float64)
     pooled, heads = pool(x, return_attention="heads")
     assert heads.shape == (3, 2, 2, 5)
