@@ -1,24 +1,25 @@
-"""Parameters and multiply-adds of an encoder for one image, as the paper counts them and in full: Table 8.
+"""Parameters and multiply-adds of an encoder for one image, as in Table 8 of the paper and in full.
 
-Source: "Keep It SimPool", Table 8, whose figures are those of a hook counter like THOP. One multiply-add is one "FLOP"; counted
-are convolutions and linear layers without bias, and 4 per number that enters a stock BatchNorm or LayerNorm (the norms of
-ConvNeXt were a class of their own, so they are left out); attention products, powers and minima are not. Columns:
+Source: "Keep It SimPool", Table 8, whose figures are those of a hook counter like THOP. One
+multiply-add is one "FLOP". It counts convolutions and linear layers without bias, and 4 per number
+that enters a stock BatchNorm or LayerNorm. It does not count the norms of ConvNeXt (which were a
+class of their own), attention products, powers and minima. Columns:
 
     params          trainable parameters, with a classifier of num_classes
-    macs_thop       as above; of SimPool (N + 1) D^2, its keys being a linear layer of all tokens, and its norm
-    macs_full       also 2 n^2 D of each attention layer of n tokens, and 2 N D of SimPool
-    macs_executed   the same with W_k folded into SimPool's query (`simpool`), as this package computes it
+    macs_thop       as above; for SimPool (N + 1) D^2, its keys being a linear layer, and its norm
+    macs_full       also 2 n^2 D for each attention layer of n tokens, and 2 N D for SimPool
+    macs_executed   the same with W_k folded into SimPool's query, as this package computes it
 
-The forward pass runs on torch's meta device: sizes only, so that it takes no time and memory whatever the encoder.
+The forward pass runs on torch's meta device, which computes sizes only and so needs no time and
+memory for any encoder.
 
-N positions that are pooled, D width.
+Letters: N pooled positions, D width.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch.nn.modules.conv import _ConvNd
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import ModelConfig, ResourcesConfig, TrainConfig, parse, to_dict
+from dino_simpool.features.encode import try_sizes
 from dino_simpool.files import write_atomically
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.pooling.simpool import SimPool, as_tokens
@@ -37,10 +39,10 @@ from dino_simpool.results import model_record, results_folder, versions
 
 
 def resources(encoder: Encoder, *, image_size: int | None = None, num_classes: int = 1000) -> dict[str, int]:
-    """params, macs_thop, macs_full and macs_executed of an encoder for one image of image_size pixels a side.
+    """params, macs_thop, macs_full and macs_executed of an encoder for one square image.
 
-    image_size: null for that of its config. num_classes: of a linear classifier on it, 0 for none. The encoder is not changed.
-    ValueError if the image is too small for it, or its attention is of an unknown kind.
+    image_size: pixels a side, None for that of its config.   num_classes: of a linear classifier on
+    top, 0 for none.   ValueError if the image is too small or the kind of attention is unknown.
     """
     dim, params = encoder.embed_dim, sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     parts = count_multiply_adds(encoder.config, image_size or encoder.config.image_size)
@@ -55,14 +57,17 @@ def resources(encoder: Encoder, *, image_size: int | None = None, num_classes: i
 
 
 def count_multiply_adds(cfg: ModelConfig, image_size: int) -> Counter[str]:
-    """Multiply-adds for one square image: layers, norms, attention; of SimPool pool_layers, pool_attention, pool_executed.
+    """Multiply-adds for one square image: layers, norms (SimPool's included) and attention.
 
-    pool_executed is what takes the place of the other two when the keys are folded. SimPool's norm is among the norms.
+    For SimPool also pool_layers and pool_attention, and pool_executed, which replaces these two
+    when the keys are folded.
     """
     with torch.device("meta"):
         encoder = build_encoder(cfg).eval()
         image = torch.empty(1, 3, image_size, image_size)
-    if unknown := [b for b in getattr(encoder.trunk, "blocks", ()) if not isinstance(getattr(b, "attn", None), Attention)]:
+    try_sizes(encoder, [image_size], device=image.device)
+    blocks = encoder.trunk.blocks if cfg.is_vit else ()
+    if unknown := [block for block in blocks if not isinstance(getattr(block, "attn", None), Attention)]:
         raise ValueError(f"{cfg.arch} has {type(unknown[0]).__name__}, whose attention is not counted: use a standard ViT")
     is_convnext = find_arch(cfg.arch)[0] == "convnext"
     parts: Counter[str] = Counter()
@@ -77,7 +82,7 @@ def count_multiply_adds(cfg: ModelConfig, image_size: int) -> Counter[str]:
         elif isinstance(module, Attention):
             tokens = inputs[0].shape[1]
             parts["attention"] += 2 * tokens**2 * module.num_heads * module.head_dim
-        elif isinstance(module, SimPool):  # its layers are weights in functions, which no hook sees
+        elif isinstance(module, SimPool):  # it uses the weights of its layers in functions, without a hook
             _, positions, dim = as_tokens(inputs[0]).shape
             parts["norms"] += 4 * positions * dim
             parts["pool_layers"] += (positions + 1) * dim**2
@@ -92,17 +97,24 @@ def count_multiply_adds(cfg: ModelConfig, image_size: int) -> Counter[str]:
 
 
 def main(cfg: ResourcesConfig) -> None:
-    """The command resources."""
+    """The command `dino-simpool resources`."""
     distributed.setup("cpu")
     encoder, source = encoder_of(cfg)
     folder = results_folder(cfg.out, cfg.checkpoint) if cfg.out or cfg.checkpoint else None
     image_size = cfg.image_size or encoder.config.image_size
     metrics = resources(encoder, image_size=image_size, num_classes=cfg.num_classes)
     record = {
-        "evaluator": "resources", "dataset": None, "split": None, "metrics": metrics, "units": "parameters, multiply-adds",
-        "config": to_dict(cfg), "image_size": image_size, "num_classes": cfg.num_classes, "model": source,
+        "evaluator": "resources",
+        "dataset": None,
+        "split": None,
+        "metrics": metrics,
+        "units": "parameters, multiply-adds",
+        "config": to_dict(cfg),
+        "image_size": image_size,
+        "num_classes": cfg.num_classes,
+        "model": source,
         "versions": versions(),
-    }  # fmt: skip
+    }
     if not distributed.is_main():
         return
     print(describe(encoder.config, metrics, image_size=image_size, num_classes=cfg.num_classes))
@@ -116,7 +128,10 @@ def main(cfg: ResourcesConfig) -> None:
 
 
 def encoder_of(cfg: ResourcesConfig) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder of the checkpoint, of the recipe or of the model options, and its record. ValueError if two are given."""
+    """The encoder of the checkpoint, recipe or model options, and its record.
+
+    ValueError if more than one of them is given.
+    """
     given = {"checkpoint": cfg.checkpoint, "recipe": cfg.recipe, "model": cfg.model if cfg.model != ModelConfig() else None}
     names = [name for name, value in given.items() if value]
     if len(names) > 1:
@@ -132,15 +147,17 @@ def encoder_of(cfg: ResourcesConfig) -> tuple[Encoder, dict[str, Any]]:
 
 
 def describe(model: ModelConfig, metrics: dict[str, int], *, image_size: int, num_classes: int) -> str:
-    """What is printed: the counts, in full and in millions or billions."""
+    """The printed text: the counts, in full and in millions or billions."""
     head = f"with a classifier of {num_classes} classes" if num_classes else "without a classifier"
     exponent = f", gamma {model.gamma}" if model.pool == "simpool" else ""
     lines = [f"resources: {model.arch}, {model.pool}{exponent}, 1 x 3 x {image_size} x {image_size}, {head}"]
-    of: dict[str, tuple[str, Callable[[int], str]]] = {
-        "params": ("parameters", lambda count: f"{count / 1e6:.3f} M"),
-        "macs_thop": ("multiply-adds, as Table 8 counts them", lambda count: f"{count / 1e9:.3f} G"),
-        "macs_full": ("  with the products of attention", lambda count: f"{count / 1e9:.3f} G"),
-        "macs_executed": ("  as executed, SimPool's keys folded", lambda count: f"{count / 1e9:.3f} G"),
+    names = {
+        "params": "parameters",
+        "macs_thop": "multiply-adds, as Table 8 counts them",
+        "macs_full": "  with the products of attention",
+        "macs_executed": "  as executed, SimPool's keys folded",
     }
-    lines += [f"  {of[name][0]:<38} {count:>16,} {of[name][1](count):>11}" for name, count in metrics.items()]
+    for name, count in metrics.items():
+        short = f"{count / 1e6:.3f} M" if name == "params" else f"{count / 1e9:.3f} G"
+        lines.append(f"  {names[name]:<38} {count:>16,} {short:>11}")
     return "\n".join(lines)

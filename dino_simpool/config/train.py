@@ -91,7 +91,6 @@ class ModelConfig:
     """Divides RGB in 0..1 after the mean is subtracted."""
 
     def __post_init__(self) -> None:
-        is_vit = self.arch.startswith(("vit", "deit"))
         if min(self.num_heads, self.patch_size, self.image_size) < 1:
             raise ValueError("model.num_heads, patch_size and image_size must be 1 or more")
         if self.resize is not None and self.resize < self.image_size:
@@ -101,22 +100,27 @@ class ModelConfig:
         sizes = (self.width, self.heads, *(self.depth if isinstance(self.depth, tuple) else (self.depth,)))
         if min(1 if size is None else size for size in sizes) < 1:
             raise ValueError("model.width, depth and heads must be 1 or more, or null for those of the architecture")
-        if self.pool == "cls" and not is_vit:
+        if self.pool == "cls" and not self.is_vit:
             raise ValueError(f"model.pool cls needs a ViT, and {self.arch} has no class token: use gap or simpool")
         if self.gamma is not None and not 0 < self.gamma < math.inf:
             raise ValueError(f"model.gamma is {self.gamma}: give a number above 0, or null for the plain average")
         if self.beta and (self.pool != "simpool" or self.gamma is None):
             raise ValueError("model.beta exists only with pool simpool and a gamma: set model.gamma, or model.beta false")
-        if self.norm_order == "norm_then_pool" and not is_vit:
+        if self.norm_order == "norm_then_pool" and not self.is_vit:
             raise ValueError(f"model.norm_order norm_then_pool is for ViTs; {self.arch} has its norm after pooling or none")
-        if self.stem == "small" and is_vit:
+        if self.stem == "small" and self.is_vit:
             raise ValueError(f"model.stem small is for CNNs; for small images give {self.arch} a smaller model.patch_size")
-        if is_vit and self.image_size % self.patch_size:
+        if self.is_vit and self.image_size % self.patch_size:
             raise ValueError(_not_divisible("model.image_size", self.image_size, self.patch_size))
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path is {self.drop_path}: allowed is 0 up to (not including) 1")
         if not min(self.std) > 0:
             raise ValueError(f"model.std is {self.std}: give numbers above 0")
+
+    @property
+    def is_vit(self) -> bool:
+        """Whether the trunk is a ViT, which has tokens and patches, and not a CNN, which has maps."""
+        return self.arch.startswith(("vit", "deit"))
 
 
 @dataclass(frozen=True)
@@ -277,7 +281,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.model.arch.startswith(("vit", "deit")):
+        if self.model.is_vit:
             for name, size in (("global_size", self.crops.global_size), ("local_size", self.crops.local_size)):
                 if size % self.model.patch_size and (name == "global_size" or self.crops.num_local):
                     raise ValueError(_not_divisible(f"crops.{name}", size, self.model.patch_size))

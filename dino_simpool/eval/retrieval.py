@@ -44,7 +44,7 @@ from dino_simpool.features.whitening import Whitening, unit, whitening_set
 from dino_simpool.layouts.landmarks import landmarks
 from dino_simpool.layouts.lists import differing_counts, part_counts
 from dino_simpool.logs import say
-from dino_simpool.models.encoder import Encoder, thin_images
+from dino_simpool.models.encoder import Encoder
 
 PROTOCOLS = {
     "easy": (("easy",), ("junk", "hard")),
@@ -258,14 +258,13 @@ def _features(
 ) -> dict[str, Tensor]:
     """The features of each set, one image at a time."""
     device = next(encoder.parameters()).device
-    with thin_images(encoder):
-        return {
-            name: extract_features(
-                MultiScale(encoder, scales), images, transform=transform, batch_size=cfg.batch_size, workers=cfg.workers,
-                device=device, precision=cfg.precision, description=name,
-            )
-            for name, images in sets.items()
-        }  # fmt: skip
+    return {
+        name: extract_features(
+            MultiScale(encoder, scales), images, transform=transform, batch_size=cfg.batch_size, workers=cfg.workers,
+            device=device, precision=cfg.precision, description=name,
+        )
+        for name, images in sets.items()
+    }  # fmt: skip
 
 
 def _scored(order: Tensor, truth: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:

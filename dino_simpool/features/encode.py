@@ -38,11 +38,20 @@ def evaluation_mode(encoder: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def try_sizes(encoder: nn.Module, sizes: Sequence[int], *, device: torch.device) -> None:
-    """One grey image of each size through the encoder in evaluation mode: a size that it cannot take is a ValueError now."""
+def try_sizes(encoder: Encoder, sizes: Sequence[int], *, device: torch.device) -> None:
+    """Pass one gray image of each size through the encoder in evaluation mode.
+
+    ValueError for a size that it cannot take, or that a CNN turns into a map under 2 x 2: pooling such a map is a mistake.
+    """
     with evaluation_mode(encoder), torch.no_grad():
         for size in sizes:
-            encoder(torch.zeros(1, 3, size, size, device=device))
+            x, grid = encoder.pool_input(torch.zeros(1, 3, size, size, device=device))
+            encoder.pool(x)
+            if not encoder.config.is_vit and min(grid) < 2:
+                raise ValueError(
+                    f"{encoder.config.arch} turns images of {size} x {size} pixels into a {grid[0]} x {grid[1]} map, "
+                    "2 x 2 is the least: set model.stem small, fewer stages in model.depth, or larger images"
+                )
 
 
 def encode(encoder: Callable[[Tensor], Tensor], images: Tensor, *, device: torch.device, precision: str) -> Tensor:

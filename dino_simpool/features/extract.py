@@ -44,7 +44,7 @@ from dino_simpool.config import EvalConfig, ExtractConfig
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import encode, evaluation_mode, feature_batches, preprocessing, progress_bar
+from dino_simpool.features.encode import encode, evaluation_mode, feature_batches, preprocessing, progress_bar, try_sizes
 from dino_simpool.features.rows import RowFile
 from dino_simpool.files import file_sha256, write_atomically
 from dino_simpool.models.encoder import Encoder
@@ -130,6 +130,7 @@ def extract(
     folder, device = Path(out), next(encoder.parameters()).device
     view = view or {"view": "crop", **preprocessing(encoder, EvalConfig())}
     compute = level_of(encoder, level)
+    try_sizes(encoder, [view["image_size"]], device=device)
     with evaluation_mode(encoder):
         blank = torch.zeros(1, 3, view["image_size"], view["image_size"])
         shape = (len(images), *encode(compute, blank, device=device, precision=precision).shape[1:])

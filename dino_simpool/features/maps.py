@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dino_simpool.data import ImageSet, index_loader
 from dino_simpool.features.encode import encode, evaluation_mode
-from dino_simpool.models.encoder import Encoder, thin_images
+from dino_simpool.models.encoder import Encoder
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom in pixels"""
@@ -69,7 +69,7 @@ def attention_of(
     """
     forward, device = partial(encoder.attention, per_head=per_head), next(encoder.parameters()).device
     try:
-        with evaluation_mode(encoder), thin_images(encoder):
+        with evaluation_mode(encoder):
             maps = encode(forward, pixels, device=device, precision=precision).cpu()
     except ValueError as error:
         raise ValueError(f"{names[0]}: {error}") from error
@@ -139,7 +139,7 @@ def seen_size(encoder: Encoder, size: int) -> int:
     maps without padding. A ResNet pads and sees everything.
     """
     trunk = encoder.trunk
-    if hasattr(trunk, "patch_embed"):
+    if encoder.config.is_vit:
         return size // encoder.config.patch_size * encoder.config.patch_size
     if not isinstance(trunk, ConvNeXt):
         return size

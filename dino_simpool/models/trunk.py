@@ -1,14 +1,17 @@
-"""The trunks of the encoders: ViTs, ResNets and ConvNeXts of timm without pooling and classifier, in any size.
+"""Trunks: ViTs, ResNets and ConvNeXts from timm, without pooling and classifier, in any size.
 
-Source: timm, whose blocks compute what the published self-supervised models compute. Set as in facebookresearch/dino and not as
-in timm: the class token starts from a truncated normal of 0.02, the last BatchNorm of a residual branch from 1. Ours: the small
-stems (one 3x3 convolution of stride 1, no pooling) and the widths and stages of CNNs for images of 32 to 64 pixels.
+Source: timm, whose blocks compute what the published self-supervised models compute. Deviations
+from timm, as in facebookresearch/dino: the class token is drawn from a truncated normal of 0.02,
+and the last BatchNorm of a residual branch starts at 1. Ours: the small stems (one 3x3 convolution
+of stride 1, no pooling) and the widths and stages of CNNs for images of 32 to 64 pixels.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -17,13 +20,18 @@ from torch import Tensor, nn
 
 from dino_simpool.config import ModelConfig
 
-RECIPES = {f"vit_{size}": f"vit_{size}_patch16_224" for size in ("tiny", "small", "base")}
-"""Our short names; those of the CNNs are timm's own."""
+MakeNorm = Callable[[int], nn.Module]
+"""Makes the final norm of an encoder for features of this width."""
+SHORT_NAMES = {f"vit_{size}": f"vit_{size}_patch16_224" for size in ("tiny", "small", "base")}
+"""Our names for ViTs of timm. Its names for CNNs are short already."""
 
 
 def find_arch(arch: str) -> tuple[str, str]:
-    """Family ("vit", "resnet" or "convnext") and timm name of an architecture; a ValueError with the nearest name otherwise."""
-    name = RECIPES.get(arch, arch)
+    """Family ("vit", "resnet" or "convnext") and timm name of an architecture.
+
+    ValueError, with the nearest name, if timm does not know it.
+    """
+    name = SHORT_NAMES.get(arch, arch)
     known = {
         model: "vit"
         for module in ("vision_transformer", "deit")
@@ -34,15 +42,16 @@ def find_arch(arch: str) -> tuple[str, str]:
     if name in known:
         return known[name], name
     if timm.is_model(name):
-        raise ValueError(f"model.arch is {arch}, which is of another family of timm: allowed are ViTs, ResNets and ConvNeXts")
-    nearest = difflib.get_close_matches(arch, [*RECIPES, *known], 1, cutoff=0)
+        raise ValueError(f"model.arch is {arch}, which is of another family: allowed are ViTs, ResNets and ConvNeXts of timm")
+    nearest = difflib.get_close_matches(arch, [*SHORT_NAMES, *known], 1, cutoff=0)
     raise ValueError(f"model.arch is {arch}, which timm does not know: did you mean {nearest[0]}?")
 
 
-def build_trunk(cfg: ModelConfig) -> tuple[Any, nn.Module]:
-    """Trunk without pooling and classifier, and the norm that belongs after it; `trunk.num_features` is the width D.
+def build_trunk(cfg: ModelConfig) -> tuple[Any, MakeNorm]:
+    """Trunk without pooling and classifier, and what makes the norm that goes with it.
 
-    An architecture that does not exist, or sizes that do not fit it, are a ValueError.
+    `trunk.num_features` is the width D. ValueError if the architecture does not exist or the sizes
+    do not fit it.
     """
     family, name = find_arch(cfg.arch)
     return {"vit": _vit, "resnet": _resnet, "convnext": _convnext}[family](name, cfg)
@@ -53,7 +62,7 @@ def _on_meta(name: str) -> Any:
         return timm.create_model(name)
 
 
-def _vit(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
+def _vit(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
     patch = re.search(r"patch(\d+)", cfg.arch)
     if patch and int(patch[1]) != cfg.patch_size:
         raise ValueError(
@@ -87,25 +96,28 @@ def _vit(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
     if trunk.cls_token is not None:
         nn.init.trunc_normal_(trunk.cls_token, std=0.02)
     norm, trunk.norm = trunk.norm, nn.Identity()
-    return trunk, norm
+    return trunk, partial(norm.__class__, eps=norm.eps)
 
 
 def _stages(cfg: ModelConfig) -> dict[str, Any]:
-    """Blocks in each of the four stages of a CNN, as far as given; stages that are left out have none."""
+    """Number of blocks in each of the four stages of a CNN, if given; stages left out have none."""
     if cfg.depth is None:
         return {}
     depth = cfg.depth if isinstance(cfg.depth, tuple) else (cfg.depth,) * 4
     if not 1 <= len(depth) <= 4 or min(depth) < 1 or sum(depth) < 2:
-        raise ValueError(f"model.depth is {cfg.depth}: give one to four numbers of blocks, each 1 or more, two blocks in all")
+        raise ValueError(
+            f"model.depth is {cfg.depth}: give one to four numbers of blocks, each 1 or more, at least two blocks in all"
+        )
     return {"depth": depth + (0,) * (4 - len(depth))}
 
 
 class SubsampledConv(nn.Conv2d):
-    """A convolution of kernel 1 and some stride, as one of stride 1 on the positions that it visits: the same sums.
+    """A strided 1x1 convolution, computed as one of stride 1 on the positions that it visits: the
+    same sums.
 
-    oneDNN (3.12, with torch 2.14) computes the weights' gradient of the strided one out of bounds, if the channels are last and
-    fewer than its vectors hold, which are 16 at most: processes crash, or train on wrong numbers. See
-    github.com/uxlfoundation/oneDNN/issues/6035.
+    oneDNN (3.12, with torch 2.14) computes the weight gradient of the strided one out of bounds if
+    the channels are last and fewer than its vectors hold (at most 16): processes crash, or train on
+    wrong numbers. See github.com/uxlfoundation/oneDNN/issues/6035.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,14 +125,14 @@ class SubsampledConv(nn.Conv2d):
         return nn.functional.conv2d(x[..., ::rows, ::columns], self.weight, self.bias)
 
 
-def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
+def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
     sizes: dict[str, Any] = {"layers": stages["depth"]} if (stages := _stages(cfg)) else {}
     plain_stem = False
     if cfg.width:
         if cfg.width % 2:
             raise ValueError(f"model.width is {cfg.width}: give an even number for {cfg.arch}")
         plain_stem = isinstance(_on_meta(name).conv1, nn.Conv2d)
-        # timm has a width for its deep stems only; the single convolution is put back below.
+        # timm has a width for deep stems only; the single convolution is put back below.
         sizes |= {"channels": tuple(cfg.width * 2**i for i in range(4)), "stem_width": cfg.width // 2, "stem_type": "deep"}
     trunk: Any = timm.create_model(
         name, num_classes=0, global_pool="", zero_init_last=False, drop_path_rate=cfg.drop_path, **sizes
@@ -134,12 +146,12 @@ def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
         trunk.maxpool = nn.Identity()
     for module in trunk.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) != module.stride and module.in_channels < 16:
-            module.__class__ = SubsampledConv  # its weights stay as they are
+            module.__class__ = SubsampledConv  # keeps its weights
     trunk.num_features = trunk.feature_info[-1]["num_chs"]
-    return trunk, nn.Identity()
+    return trunk, nn.Identity
 
 
-def _convnext(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
+def _convnext(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
     sizes: dict[str, Any] = {"depths": stages["depth"]} if (stages := _stages(cfg)) else {}
     if cfg.width:
         sizes |= {"dims": tuple(cfg.width * 2**i for i in range(4))}
@@ -157,4 +169,4 @@ def _convnext(name: str, cfg: ModelConfig) -> tuple[Any, nn.Module]:
         nn.init.zeros_(convolution.bias)
         trunk.stem = nn.Sequential(convolution, norm)
     eps, trunk.head = trunk.head.norm.eps, nn.Identity()
-    return trunk, nn.LayerNorm(trunk.num_features, eps=eps)
+    return trunk, partial(nn.LayerNorm, eps=eps)

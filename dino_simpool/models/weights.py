@@ -1,10 +1,12 @@
-"""Weights of other projects and ours: the key tables, a loader that runs no code, and a strict check that names what differs.
+"""Weights of other projects: key tables, a loader that runs no code, and a strict check.
 
-Sources: the files written by facebookresearch/dino and by the self-supervised code of SimPool (github.com/billpsomas/simpool),
-both here "dino", and by SimPool's supervised code, a fork of timm, here "supervised". Ours are the names of `model.DinoModel`:
-`encoder.trunk.*`, `encoder.pool.*`, `encoder.norm.*`, `head.*`, and `classifier.*` for a supervised file's linear classifier.
+Sources: the files written by facebookresearch/dino and by the self-supervised code of SimPool
+(github.com/billpsomas/simpool), both called "dino" here, and by SimPool's supervised code, a fork
+of timm, called "supervised". Our names are those of `dino.model.DinoModel`: `encoder.trunk.*`,
+`encoder.pool.*`, `encoder.norm.*`, `head.*`, and `classifier.*` for the linear classifier of a
+supervised file.
 
-A row of a table is (dino, supervised, ours); `#` stands for a number and `*` for the rest of a name.
+A row of a table is (dino, supervised, ours); `#` stands for a number, `*` for the rest of a name.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ ENCODERS: dict[str, tuple[Row, ...]] = {
         ("head.*", "head.fc.*", "classifier.*"),
     ),
 }
-"""By family: what each part of an encoder is called."""
+"""The names of the parts of an encoder, by family."""
 
 _PROTOTYPES = (
     ("last_layer.weight_g", "", "last_layer.parametrizations.weight.original0"),
@@ -76,7 +78,7 @@ HEADS: dict[str, tuple[Row, ...]] = {
         *_PROTOTYPES,
     ),
 }
-"""DINO heads: the published ones number all modules of one sequence, activations included."""
+"""DINO heads. The published ones number all modules of one sequence, activations included."""
 
 FAMILY_KEYS = {
     "patch_embed.proj.weight": "vit",
@@ -88,11 +90,12 @@ COLUMNS = {"dino": 0, "supervised": 1, "ours": 2}
 
 
 def load_official(path: str | Path) -> dict[str, Any]:
-    """The content of a published .pth file, tensors on the CPU; besides them it may hold only the plain values that those have.
+    """The content of a published .pth file, with its tensors on the CPU.
 
-    A file that would run code, is damaged, or is no dictionary is a ValueError.
+    Other than tensors it may hold only the plain values that published files have. ValueError if
+    loading it could run code, or if it is broken or not a dictionary.
     """
-    # Learning rates were saved as NumPy scalars, which this function makes; old versions saved it under another name.
+    # It makes NumPy scalars, as which learning rates were saved, in old files under another name.
     scalar: Any = np.float64(0).__reduce__()[0]
     harmless = [
         argparse.Namespace,
@@ -107,20 +110,20 @@ def load_official(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {found[1]}, and loading it could run code" if found else "is no checkpoint"
+        what = f"holds {found[1]}, and loading it could run code" if found else "is not a checkpoint"
         raise ValueError(f"{path} {what}: only tensors and plain values are loaded, get the file from its authors") from error
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read, it is damaged or no checkpoint: copy it again") from error
+        raise ValueError(f"{path} cannot be read, it is broken or not a checkpoint: copy it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: a dictionary of weights is needed")
+        raise ValueError(f"{path} holds a {type(content).__name__}: give a dictionary of weights")
     return content
 
 
 def from_official(checkpoint: Mapping[str, Any], *, which: Literal["teacher", "student"] = "teacher") -> dict[str, Tensor]:
-    """Weights under our names, from the content of a published file or of ours, or from a bare state dict.
+    """Weights under our names, from the content of a published file or ours, or a bare state dict.
 
-    which: of a self-supervised file the teacher or the student; of a supervised one teacher means its moving average, if it has
-    one. Names that no table knows are a ValueError.
+    which: teacher or student of a self-supervised file; of a supervised file, teacher is the moving
+    average if there is one. ValueError for names that no table knows.
     """
     state = {_strip(name): value for name, value in _choose(checkpoint, which).items() if ".aux_bn." not in name}
     if any(name.startswith(("encoder.trunk.", "trunk.")) for name in state):
@@ -129,7 +132,7 @@ def from_official(checkpoint: Mapping[str, Any], *, which: Literal["teacher", "s
     if any(name.startswith(("backbone.", "head.mlp.")) for name in state):
         encoder, head = _section(state, "backbone."), _section(state, "head.")
         if stray := [name for name in state if not name.startswith(("backbone.", "head."))]:
-            raise ValueError(f"weights that no table knows: {_first(stray)}")
+            raise ValueError(f"unknown names of weights: {_first(stray)}")
     elif "last_layer.weight_g" in state:
         encoder, head = {}, state
     else:
@@ -145,9 +148,11 @@ def from_official(checkpoint: Mapping[str, Any], *, which: Literal["teacher", "s
 
 
 def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict[str, Tensor]:
-    """Weights under published names: "dino" with backbone. and head. in front, "supervised" as the timm fork has them, bare.
+    """Weights under published names.
 
-    state: under our names, a whole DinoModel, an encoder or a head. The head has no place in a supervised file (ValueError).
+    state: of a whole DinoModel, an encoder or a head, under our names.   layout: "dino" has the
+    prefixes backbone. and head.; "supervised" has none, as in the fork of timm, and no place for a
+    head (ValueError).
     """
     bare = ("trunk.", "pool.", "norm.")
     state = {f"encoder.{name}" if name.startswith(bare) else name: value for name, value in state.items()}
@@ -156,7 +161,7 @@ def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict
     renamed = _rename(encoder, ENCODERS[_family(_section(encoder, "trunk."))], layout) if encoder else {}
     if layout == "supervised":
         if head:
-            raise ValueError("a supervised file has no place for a DINO head: convert the encoder only, or to the layout dino")
+            raise ValueError("a supervised file has no place for a DINO head: convert the encoder only, or use layout dino")
         return renamed
     return {f"backbone.{name}": value for name, value in renamed.items()} | {
         f"head.{name}": value for name, value in _rename(head, _head_rows(head), "dino").items()
@@ -164,9 +169,9 @@ def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Loads all weights of a module, which must be exactly those of state; a ValueError names the first five that are not.
+    """Load all weights of a module. ValueError, with the first five that differ, unless all match.
 
-    source: what the message calls the state, a path for instance.
+    source: what the message calls the state, such as a path.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in state]
@@ -182,7 +187,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) 
 
 
 def _choose(checkpoint: Mapping[str, Any], which: str) -> Mapping[str, Tensor]:
-    """The state dict in a checkpoint."""
+    """The state dict inside a checkpoint."""
     if all(isinstance(value, Tensor) for value in checkpoint.values()):
         return checkpoint
     places = ("student", "state_dict") if which == "student" else ("teacher", "state_dict_ema", "state_dict")
@@ -205,7 +210,7 @@ def _family(names: Iterable[str]) -> str:
     for name, family in FAMILY_KEYS.items():
         if name in names:
             return family
-    raise ValueError(f"no ViT, ResNet or ConvNeXt is known by these weights: {_first(names)}")
+    raise ValueError(f"no ViT, ResNet or ConvNeXt has these weights: {_first(names)}")
 
 
 def _head_rows(names: Iterable[str]) -> tuple[Row, ...]:
@@ -216,7 +221,7 @@ def _head_rows(names: Iterable[str]) -> tuple[Row, ...]:
 
 
 def _without_class_position(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drops the first position of early SimPool files, which have one for a class token but no class token."""
+    """Drops the first position of early SimPool files: that of a class token that they lack."""
     state = dict(state)
     if "pos_embed" in state and "cls_token" not in state:
         rows = state["pos_embed"].shape[1]
@@ -231,7 +236,7 @@ def _without_class_position(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(state: Mapping[str, Tensor], rows: tuple[Row, ...], target: str) -> dict[str, Tensor]:
-    """All names by a table: to ours from the published layout that knows them all, or from ours to a published layout."""
+    """Renames all weights: to ours from the layout that knows all names, or from ours to target."""
     unknown: dict[str, list[str]] = {}
     for source in ("dino", "supervised") if target == "ours" else ("ours",):
         pairs = [(_pattern(row[COLUMNS[source]]), row[COLUMNS[target]]) for row in rows]
@@ -241,7 +246,7 @@ def _rename(state: Mapping[str, Tensor], rows: tuple[Row, ...], target: str) -> 
             assert len(set(names.values())) == len(names)
             return {new: state[name] for name, new in names.items() if new is not None}
     fewest = min(unknown.values(), key=len)
-    raise ValueError(f"weights that no table knows: {_first(fewest)}")
+    raise ValueError(f"unknown names of weights: {_first(fewest)}")
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -258,6 +263,6 @@ def _translate(name: str, pairs: list[tuple[re.Pattern[str], str]]) -> str | Non
 
 
 def _first(names: Iterable[str]) -> str:
-    """The first five of many names."""
+    """The first five names, with dots if there are more."""
     names = list(names)
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds against Table 8, against torch's own counter, and against nets small enough to count by hand."""
+"""Parameters and multiply-adds against Table 8, torch's counter, and counts by hand."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def flops(encoder: nn.Module, image: torch.Tensor) -> int:
     ],
 )
 def test_as_executed_is_what_torch_counts(options: dict[str, Any], size: int) -> None:
-    """torch counts two operations a multiply-add, no norms, and at other sizes the product that makes position embeddings."""
+    """torch counts 2 per multiply-add, no norms, and the product for resampled positions."""
     encoder = build_encoder(ModelConfig(**options)).eval()
     for module in encoder.modules():
         if isinstance(module, Attention):
             module.fused_attn = False  # torch does not count its fused kernel of the CPU
     norms = count_multiply_adds(encoder.config, size)["norms"]
     ours = resources(encoder, image_size=size, num_classes=0)["macs_executed"] - norms
-    resized = hasattr(encoder.trunk, "patch_embed") and size != 32
+    resized = encoder.config.is_vit and size != 32
     positions = (size // 8) ** 2 * 16 * 32 if resized else 0
     assert 2 * (ours + positions) == flops(encoder, torch.randn(1, 3, size, size))
 

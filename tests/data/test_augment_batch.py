@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_augment import SMALL, one_view, picture, recipe, stored
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dino_simpool.data.augment import ViewDraw, batch, pixels
 from dino_simpool.data.augment.draw import blur_kernel
@@ -154,6 +155,19 @@ def test_normalisation_follows_its_arguments():
             expected = (x.double() / 255 - torch.tensor(mean).double()) / torch.tensor(std).double()
             ours = batch.normalize(x, mean=mean, std=std, dtype=torch.float32)
             torch.testing.assert_close(ours.double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_normalization_of_fake_tensors_does_not_reach_real_ones(cached):
+    views, settings = torch.arange(72, dtype=torch.uint8).reshape(2, 3, 4, 3), {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    batch._along_rows.cache_clear()
+    expected = batch.normalize(views, **settings, dtype=torch.float32)
+    if not cached:
+        batch._along_rows.cache_clear()
+    with FakeTensorMode() as mode:
+        fake = batch.normalize(mode.from_tensor(views), **settings, dtype=torch.float32)
+    assert isinstance(fake, FakeTensor) and batch._along_rows.cache_info().currsize == cached
+    assert torch.equal(batch.normalize(views, **settings, dtype=torch.float32), expected)
 
 
 def test_the_widest_blur_sets_the_width_of_the_parameters():

@@ -123,12 +123,6 @@ def golden_config(settings: dict[str, Any]) -> TrainConfig:
     )
 
 
-def allow_maps_of_one_position(encoder: Encoder, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Encoder._pooled_input of a CNN without its refusal: the golden ResNet sees local crops of 32 px, which it makes 1 x 1."""
-    maps = encoder.trunk.forward_features(images)
-    return maps, (maps.shape[-2], maps.shape[-1])
-
-
 def copy_position_gradients(encoder: Encoder, embedding: Tensor, grid: tuple[int, int], *, square: bool) -> Tensor:
     """Encoder._positions as the reference computed it on its CPU: at the native grid torch's bicubic interpolation by 4.1 / 4
     resamples, but its backward pass takes equal sizes for a copy (on CUDA its forward pass does so too)."""
@@ -164,8 +158,6 @@ def test_four_iterations_of_the_published_training(name: str, dtype: torch.dtype
     adamw = settings["optimizer"] == "adamw"
     if adamw:
         monkeypatch.setattr(Encoder, "_positions", copy_position_gradients)
-    else:
-        monkeypatch.setattr(Encoder, "_pooled_input", allow_maps_of_one_position)
     cfg = golden_config(settings)
     plan = make_plan(cfg, settings["B"])
     learner = learner_of(cfg, dtype)

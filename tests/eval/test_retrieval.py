@@ -430,10 +430,6 @@ def test_thin_images(arch: str, shorter: int, refused: str, tmp_path: Path) -> N
             evaluate(encoder, cfg)
     else:
         assert evaluate(encoder, cfg)["ranks"].shape == (2, 6)
-    assert encoder.least_map == 2  # everywhere else one row is still a mistake
-    if arch == "resnet18":
-        with pytest.raises(ValueError, match="2 x 2 is the least"):
-            encoder(torch.zeros(1, 3, 32, 70))
 
 
 def in_two_processes(rank: int, root: str) -> None:

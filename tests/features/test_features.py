@@ -19,7 +19,8 @@ from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.decode import read_rgb
 from dino_simpool.eval import linear
 from dino_simpool.eval.knn import knn_accuracy
-from dino_simpool.features.encode import extract_features
+from dino_simpool.features.encode import extract_features, try_sizes
+from dino_simpool.models.encoder import build_encoder
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(arch="resnet18", pool="gap", image_size=8)
@@ -114,6 +115,35 @@ def test_bf16_rounds_the_products_only(images: ImageSet):
     assert rounded.dtype == torch.float32
     assert not torch.equal(exact, rounded)
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "message"),
+    [
+        (ModelConfig("resnet18", width=8), [64, 33], ""),
+        (
+            ModelConfig("resnet18", width=8),
+            [64, 32],
+            r"^resnet18 turns images of 32 x 32 pixels into a 1 x 1 map, 2 x 2 is the",
+        ),
+        (ModelConfig("convnext_atto", depth=1), [64], ""),
+        (
+            ModelConfig("convnext_atto", depth=1),
+            [63],
+            "into a 1 x 1 map.*: set model.stem small, fewer stages in model.depth, or",
+        ),
+        (ModelConfig("vit_tiny", depth=1), [16], ""),  # of a ViT one patch is enough
+        (ModelConfig("vit_tiny", depth=1), [16, 15], "15 x 15 pixels are smaller than a patch"),
+    ],
+)
+def test_sizes_are_tried(model: ModelConfig, sizes: list[int], message: str):
+    encoder = build_encoder(model)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            try_sizes(encoder, sizes, device=CPU)
+    else:
+        try_sizes(encoder, sizes, device=CPU)
+    assert all(module.training for module in encoder.modules())
 
 
 def test_damaged_features_name_the_image(images: ImageSet):

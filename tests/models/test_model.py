@@ -1,9 +1,10 @@
-"""Encoders of every family and pooling: the same contract for all; positions, stems and sizes; head, student and teacher."""
+"""Encoders of every family and pooling, positions and sizes; head, student and teacher."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,16 @@ import torch
 from golden.load import assert_close, load, meta
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from dino_simpool.config import ModelConfig
 from dino_simpool.dino.model import DinoHead, DinoModel, make_teacher
-from dino_simpool.models.encoder import build_encoder, position_matrix
-from dino_simpool.models.trunk import find_arch
+from dino_simpool.models import encoder as encoder_module
+from dino_simpool.models.encoder import Encoder, build_encoder, position_matrix
+from dino_simpool.models.pooling import build_pool
+from dino_simpool.models.pooling.simpool import as_tokens
+from dino_simpool.models.trunk import SHORT_NAMES, find_arch
 
 TINY: dict[str, dict[str, Any]] = {
     "vit": {"arch": "vit_tiny", "width": 32, "heads": 2, "depth": 2, "patch_size": 4, "image_size": 32},
@@ -49,7 +54,7 @@ def tiny(trunk: str = "vit", pool: str = "simpool", **options: Any) -> ModelConf
 
 
 def grid_of(encoder: nn.Module, height: int, width: int) -> tuple[int, int]:
-    if encoder.config.arch.startswith("vit"):
+    if encoder.config.is_vit:
         return height // encoder.config.patch_size, width // encoder.config.patch_size
     reduction = {"small": 4}.get(encoder.config.stem, 32)
     return -(-height // reduction), -(-width // reduction)
@@ -57,37 +62,91 @@ def grid_of(encoder: nn.Module, height: int, width: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("trunk", "pool"), COMBINATIONS)
 def test_contract(trunk: str, pool: str) -> None:
-    """Shapes at square and other sizes, attention that sums to 1, finite values, a gradient for every parameter."""
+    """Shapes at several sizes, attention with sum 1, finite values, gradients everywhere."""
     torch.manual_seed(0)
     encoder = build_encoder(tiny(trunk, pool)).double().eval()
+    assert encoder.embed_dim == encoder.pool.out_dim == build_pool(encoder.config, encoder.trunk.num_features).out_dim
     for size in ((2, 64, 64), (1, 64, 96), (1, 96, 64)):
         images = torch.randn(size[0], 3, *size[1:], dtype=torch.float64)
         grid = grid_of(encoder, *size[1:])
-        features, tokens, attention = encoder(images), encoder.tokens(images), encoder.attention(images)
+        features, tokens = encoder(images), encoder.tokens(images)
         assert features.shape == (size[0], encoder.embed_dim)
-        assert tokens.shape == (size[0], grid[0] * grid[1], encoder.embed_dim)
-        assert attention.shape == (size[0], *grid)
-        assert features.isfinite().all() and tokens.isfinite().all() and (attention >= 0).all()
-        assert_close(attention.detach().sum((1, 2)), np.ones(size[0]), 0, 1e-5)
+        assert tokens.shape == (size[0], grid[0] * grid[1], encoder.trunk.num_features)
+        x, found = encoder.pool_input(images)
+        pooled, weights = encoder.pool(x, return_attention=True)
+        assert found == grid and pooled.shape == (size[0], encoder.pool.out_dim) and torch.equal(encoder.pool(x), pooled)
+        assert features.isfinite().all() and tokens.isfinite().all()
         torch.testing.assert_close(encoder(images[:1]), features[:1])
+        if weights is None and pool != "cls":
+            with pytest.raises(ValueError, match="has no attention maps"):
+                encoder.attention(images)
+            continue
+        attention = encoder.attention(images)
+        assert attention.shape == (size[0], *grid) and (attention >= 0).all()
+        assert_close(attention.detach().sum((1, 2)), np.ones(size[0]), 0, 1e-5)
+        heads = encoder.attention(images, per_head=True)
+        assert heads.shape[0] == size[0] and heads.shape[2:] == grid
+        assert_close(heads.detach().sum((2, 3)), np.ones(heads.shape[:2]), 0, 1e-5)
     encoder(images).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
 
 
+class WideningPool(nn.Module):
+    """Mean and maximum side by side: twice as wide as the trunk, without attention."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out_dim = 2 * dim
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Any:
+        pooled = torch.cat([as_tokens(x).mean(1), as_tokens(x).amax(1)], 1)
+        return (pooled, None) if return_attention else pooled
+
+
+@pytest.mark.parametrize("trunk", TINY)
+def test_the_norm_fits_a_pooling_that_widens(trunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "build_pool", lambda cfg, dim: WideningPool(dim))
+    images = torch.randn(2, 3, 64, 96)
+    orders = ["pool_then_norm"] + ["norm_then_pool"] * ("vit" in trunk)
+    for order in orders:
+        encoder = build_encoder(tiny(trunk, norm_order=order)).eval()
+        dim = encoder.trunk.num_features
+        assert encoder.embed_dim == 2 * dim and encoder(images).shape == (2, 2 * dim)
+        if trunk.startswith("resnet"):
+            assert isinstance(encoder.norm, nn.Identity)
+            continue
+        plain = build_encoder(tiny(trunk)).norm
+        assert type(encoder.norm) is type(plain) and encoder.norm.eps == plain.eps == 1e-6
+        if order == "norm_then_pool":
+            assert encoder.norm.normalized_shape == (dim,)
+        else:
+            pooled = encoder.pool(encoder.tokens(images))
+            torch.testing.assert_close(encoder(images), F.layer_norm(pooled, (2 * dim,), eps=1e-6))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_pooling_without_attention_is_refused(per_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "build_pool", lambda cfg, dim: WideningPool(dim))
+    encoder = build_encoder(tiny("vit", "gap"))
+    with pytest.raises(ValueError, match=r"^model\.pool gap has no attention maps: use one that has, such as simpool$"):
+        encoder.attention(torch.randn(1, 3, 32, 32), per_head=per_head)
+
+
 @pytest.mark.parametrize(("trunk", "pool"), COMBINATIONS)
 def test_features_are_the_pooled_tokens(trunk: str, pool: str) -> None:
-    """tokens() are what is pooled and attention() are the weights, so features can be recomputed from them."""
+    """Features can be computed from tokens(), and the weights are those of attention()."""
     encoder, images = build_encoder(tiny(trunk, pool)).eval(), torch.randn(2, 3, 64, 96)
     if pool == "cls":
-        return  # a class token is not among them
+        return  # tokens() have no class token
     pooled, attention = encoder.pool(encoder.tokens(images), return_attention=True)
     torch.testing.assert_close(encoder.norm(pooled), encoder(images))
-    torch.testing.assert_close(attention, encoder.attention(images).flatten(1))
+    if attention is not None:
+        torch.testing.assert_close(attention, encoder.attention(images).flatten(1))
 
 
 @pytest.mark.parametrize("pool", ["simpool", "gap", "cls"])
 def test_norm_order(pool: str) -> None:
-    """norm_then_pool pools normalised tokens; for the class token both orders are the same thing."""
+    """norm_then_pool pools normalized tokens; for the class token both orders are the same."""
     after = build_encoder(tiny("vit", pool)).eval()
     nn.init.normal_(after.norm.weight)
     before = build_encoder(tiny("vit", pool, norm_order="norm_then_pool")).eval()
@@ -142,6 +201,19 @@ def test_parameter_counts_of_the_head(dim: int, out_dim: int, batch_norm: bool, 
     assert sum(p.numel() for p in head.parameters()) == count
 
 
+def test_one_question_whether_it_is_a_vit() -> None:
+    """ModelConfig.is_vit agrees with find_arch for every name that it knows."""
+    seen = {"vit": 0, "resnet": 0, "convnext": 0}
+    for name in [*timm.list_models(), *SHORT_NAMES]:
+        try:
+            family = find_arch(name)[0]
+        except ValueError:
+            continue
+        seen[family] += 1
+        assert ModelConfig(name, pool="gap").is_vit == (family == "vit"), name
+    assert min(seen.values()) > 20
+
+
 @pytest.mark.parametrize(
     ("arch", "words"),
     [
@@ -175,9 +247,17 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], words: str) 
         build_encoder(ModelConfig(**options))
 
 
-def test_small_maps_and_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"1 x 2 map.*stem small"):
-        build_encoder(ModelConfig("resnet18", width=8))(torch.randn(1, 3, 32, 64))
+@pytest.mark.parametrize("pool", ["simpool gamma", "gap"])
+def test_maps_of_one_position_are_pooled(pool: str) -> None:
+    """It is `try_sizes` that refuses such a size."""
+    encoder = build_encoder(ModelConfig("resnet18", width=8, **POOLS[pool])).eval()
+    features, attention = encoder(torch.randn(2, 3, 32, 32)), encoder.attention(torch.randn(2, 3, 32, 64))
+    assert features.shape == (2, 64) and features.isfinite().all()
+    assert attention.shape == (2, 1, 2)
+    assert torch.equal(encoder.attention(torch.randn(2, 3, 32, 32)), torch.ones(2, 1, 1))
+
+
+def test_images_smaller_than_a_patch_are_refused() -> None:
     encoder = build_encoder(tiny("vit"))
     with pytest.raises(ValueError, match="smaller than a patch"):
         encoder(torch.randn(1, 3, 3, 32))
@@ -199,7 +279,7 @@ def test_small_images_have_small_cnns() -> None:
 
 
 def test_narrow_resnets_have_right_gradients_with_the_channels_last() -> None:
-    """torch's strided 1 x 1 convolution writes out of bounds there on many processors, and none is left to do so."""
+    """No strided 1 x 1 convolution of torch is left: on many processors it is wrong there."""
     encoder = build_encoder(ModelConfig("resnet18", pool="gap", width=4, depth=(1, 1, 1), stem="small"))
     strided = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride == (2, 2)]
     assert [type(m).__name__ for m in strided] == ["SubsampledConv"] * 2 and [m.in_channels for m in strided] == [4, 8]
@@ -214,7 +294,7 @@ def test_narrow_resnets_have_right_gradients_with_the_channels_last() -> None:
 
 
 def test_initialisation() -> None:
-    """Truncated normal of 0.02 for ViT and ConvNeXt, nn.Linear's own for ResNet; no residual branch starts at 0."""
+    """Truncated normal of 0.02 for ViT and ConvNeXt, that of nn.Linear for ResNet."""
     torch.manual_seed(0)
     vit, resnet, convnext = (build_encoder(tiny(name)) for name in ("vit", "resnet", "convnext"))
     for encoder, deviation in ((vit, 0.02), (convnext, 0.02), (resnet, (3 * 32) ** -0.5)):
@@ -233,7 +313,7 @@ POSITIONS = load("open_pos_embed")
 @pytest.mark.parametrize("mode", ["simpool", "official"])
 @pytest.mark.parametrize("precision", ["64", ""])
 def test_positions_match_the_published_ones(case: str, mode: str, precision: str) -> None:
-    """At all sizes, non-square and native included, where the published SimPool ViT resamples and the other does not."""
+    """At all sizes, also the native one, where only the published SimPool ViT resamples."""
     settings, dtype = meta(POSITIONS, case), torch.float64 if precision else torch.float32
     rule = "dino_always" if mode == "simpool" else "dino"
     encoder = build_encoder(
@@ -250,7 +330,7 @@ def test_positions_match_the_published_ones(case: str, mode: str, precision: str
 
 
 def test_positions_by_size_are_interpolation_from_grid_to_grid() -> None:
-    """The default: no-op at the native grid, otherwise bicubic with antialiasing, the axes not swapped."""
+    """The default: unchanged at the native grid, else antialiased bicubic, axes in order."""
     encoder = build_encoder(tiny("vit")).double()
     stored = encoder.trunk.pos_embed[0]
     assert encoder._positions(stored, (8, 8), square=False) is stored
@@ -277,8 +357,69 @@ def test_positions_of_the_early_published_code() -> None:
         position_matrix((14, 14), (40, 40), "dino_legacy", device=stored.device, dtype=stored.dtype)
 
 
+def export(encoder: Encoder, images: Tensor, *, strict: bool) -> Tensor:
+    return torch.export.export(encoder, (images,), strict=strict).module()(images)
+
+
+def fake(encoder: Encoder, images: Tensor) -> None:
+    """Pass fake images through fake weights, which fails if a real tensor meets them."""
+    mode = FakeTensorMode()
+    state = {name: mode.from_tensor(value) for name, value in encoder.state_dict().items()}
+    with mode:
+        features = torch.func.functional_call(encoder, state, (mode.from_tensor(images),))
+        assert isinstance(features, FakeTensor) and features.shape == (len(images), encoder.embed_dim)
+
+
+TRACERS: dict[str, Callable[[Encoder, Tensor], Tensor | None]] = {
+    "export": lambda encoder, images: export(encoder, images, strict=False),
+    "strict export": lambda encoder, images: export(encoder, images, strict=True),
+    "compile": lambda encoder, images: torch.compile(encoder, backend="aot_eager", fullgraph=True)(images),
+    "trace": lambda encoder, images: torch.jit.trace(encoder, (images,), check_trace=False)(images),
+    "fake": fake,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("rule", ["size", "dino"])
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_tracing_does_not_change_later_results(tracer: str, rule: str, cached: bool) -> None:
+    """Both the traced program and, later in this process, the encoder give the right numbers."""
+    torch.manual_seed(0)
+    encoder = build_encoder(tiny("vit", "simpool gamma", pos_interp=rule)).eval().requires_grad_(False)
+    images, cache = torch.randn(2, 3, 24, 40), encoder_module._cached_position_matrix
+    cache.cache_clear()
+    expected = encoder(images)
+    if not cached:
+        cache.cache_clear()
+    torch._dynamo.reset()
+    traced = TRACERS[tracer](encoder, images)
+    assert cache.cache_info().currsize == cached
+    if traced is not None:
+        torch.testing.assert_close(traced, expected)
+    assert torch.equal(encoder(images), expected)
+
+
+def test_exported_sizes_may_vary() -> None:
+    encoder = build_encoder(tiny("vit", "simpool gamma")).eval().requires_grad_(False)
+    sizes = {2: 4 * torch.export.Dim("h", min=2, max=20), 3: 4 * torch.export.Dim("w", min=2, max=20)}
+    program = torch.export.export(encoder, (torch.randn(1, 3, 24, 40),), dynamic_shapes=(sizes,)).module()
+    for height, width in ((24, 40), (44, 12)):
+        images = torch.randn(1, 3, height, width)
+        torch.testing.assert_close(program(images), encoder(images))
+
+
+def test_positions_after_an_export_to_onnx() -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    encoder, images = build_encoder(tiny("vit")).eval().requires_grad_(False), torch.randn(1, 3, 24, 40)
+    encoder_module._cached_position_matrix.cache_clear()
+    torch.onnx.export(encoder, (images,), dynamo=True)
+    assert type(encoder(images)) is Tensor
+
+
 def test_positions_made_without_gradients_serve_training_too() -> None:
-    """The cached matrix must not be an inference tensor, and a copy of the encoder must not share its parameter."""
+    """The cached matrix is no inference tensor, and copies of an encoder do not share it."""
     encoder, images = build_encoder(tiny("vit")), torch.randn(1, 3, 20, 44)
     with torch.inference_mode():
         encoder(images)
@@ -292,7 +433,7 @@ def test_positions_made_without_gradients_serve_training_too() -> None:
 
 @pytest.mark.parametrize("pool", ["simpool", "cls"])
 def test_attention_needs_no_fused_kernel(pool: str) -> None:
-    """The map is the same with and without the fused self-attention of timm, and its gradient exists."""
+    """The map is the same with and without timm's fused self-attention, and has a gradient."""
     encoder, images = build_encoder(tiny("vit", pool)).eval(), torch.randn(1, 3, 32, 48)
     fused = encoder.attention(images)
     for block in encoder.trunk.blocks:
@@ -315,7 +456,7 @@ def test_class_attention_equals_plain_loops() -> None:
 
 
 def test_registers_stand_behind_the_class_token() -> None:
-    """Features, patch tokens and the attention of the class token are those of timm's own model with the same weights."""
+    """Features, tokens and class attention are those of timm's model with the same weights."""
     torch.manual_seed(0)
     config, images = tiny("vit with registers", "cls"), torch.randn(2, 3, 56, 56, dtype=torch.float64)
     encoder = build_encoder(config).double().eval().requires_grad_(False)
@@ -369,7 +510,7 @@ def test_views_are_grouped_by_size_and_come_back_view_by_view() -> None:
 
 
 def test_head_sees_all_views_in_one_batch() -> None:
-    """In training mode BatchNorm of the head normalises over all V * B rows, that of the trunk over one size."""
+    """In training, BatchNorm of the head sees all V * B rows, that of the trunk one size."""
     torch.manual_seed(0)
     model = student("resnet").double()
     views = [torch.randn(3, 3, size, size, dtype=torch.float64) for size in (32, 32, 16)]
@@ -400,7 +541,7 @@ def drop_probabilities(model: nn.Module) -> list[float]:
 
 @pytest.mark.parametrize("trunk", ["vit", "resnet", "convnext"])
 def test_teacher(trunk: str) -> None:
-    """A copy that has no gradients, trains its own statistics, and drops no path, or the published share."""
+    """A copy without gradients, with its own statistics, and with its own drop path rate."""
     model = student(trunk, drop_path=0.4)
     assert max(drop_probabilities(model)) == pytest.approx(0.4)
     teacher = make_teacher(model)
@@ -420,7 +561,7 @@ def test_drop_path_rises_linearly_over_the_blocks() -> None:
 
 
 def test_compiled_blocks_change_nothing() -> None:
-    """As train.py compiles them: in place, one by one."""
+    """Compiled as in training: in place, one by one."""
     encoder, images = build_encoder(tiny("vit", "cls")).eval(), torch.randn(2, 3, 32, 32)
     plain = encoder(images), encoder.attention(images)
     for block in encoder.trunk.blocks:

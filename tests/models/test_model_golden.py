@@ -1,6 +1,8 @@
-"""Encoders, head and multi-crop against the published models: all weights carried over by the key tables, then equal numbers.
+"""Encoders, head and multi-crop against the published models: all weights carried over by the key
+tables, then equal numbers.
 
-Each runs in float64 (relative 1e-6) and float32 (the tolerances of the reference runs, which had other rounding).
+Each runs in float64 (relative 1e-6) and float32 (the tolerances of the reference runs, which had
+other rounding).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def tensors(arrays: dict[str, np.ndarray], dtype: torch.dtype = torch.float64) -
 
 
 def load_encoder(encoder: Encoder, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fills an encoder with published weights, every key matched; returns the classifier's, which we have no place for."""
+    """Loads published weights into an encoder, matching every key; returns the classifier's."""
     ours = from_official(state)
     classifier = {name: ours.pop(name) for name in list(ours) if name.startswith("classifier.")}
     load_strict(encoder, {name.removeprefix("encoder."): value for name, value in ours.items()}, source="golden")
@@ -57,7 +59,7 @@ def close(ours: Tensor, golden: dict[str, np.ndarray], name: str, precision: str
 
 
 def check_gradients(encoder: Encoder, golden: dict[str, np.ndarray], precision: str, *, rtol: float, noise: float = 0.0) -> int:
-    """Every gradient that is on file; noise: gradients that are zero but for rounding need only be below it."""
+    """Checks and counts stored gradients; noise: bound for those that only rounding makes."""
     count = 0
     ours = to_official({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
     for name, value in ours.items():
@@ -126,7 +128,7 @@ def tiny_cnn(settings: dict[str, Any]) -> Encoder:
     trunk = ResNet(Bottleneck, (1, 1, 2, 1), num_classes=0, global_pool="", channels=(5, 10, 20, 40))
     trunk.conv1, trunk.bn1 = nn.Conv2d(3, 5, 7, 2, 3, bias=False), nn.BatchNorm2d(5)
     trunk.layer1[0].conv1, trunk.layer1[0].downsample[0] = (nn.Conv2d(5, out, 1, bias=False) for out in (5, 20))
-    pooling = SimPool(160, gamma=2.0, min_over="batch") if pool == "simpool" else GapPool()
+    pooling = SimPool(160, gamma=2.0, min_over="batch") if pool == "simpool" else GapPool(160)
     return Encoder(trunk, pooling, norm=nn.Identity(), config=ModelConfig("resnet50", **options))
 
 
@@ -258,7 +260,7 @@ def test_published_encoder_keys(entry: str) -> None:
 @pytest.mark.parametrize("arch", ["vit_small", "resnet50", "convnext_small"])
 @pytest.mark.parametrize("mode", ["simpool", "official"])
 def test_published_student_keys(arch: str, mode: str) -> None:
-    """Encoder and head together: keys, number of parameters, and which are decayed, not decayed, or frozen."""
+    """Encoder and head: keys, number of parameters, and which are decayed or frozen."""
     published, head = KEYS[f"MultiCropWrapper/{arch}/{mode}"], KEYS[f"DINOHead/{arch}_recipe"]
     pool = "simpool" if mode == "simpool" else "cls" if arch == "vit_small" else "gap"
     vit = pool == "simpool" and arch == "vit_small"
@@ -333,7 +335,7 @@ def test_head(case: str, mode: str, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_multicrop(precision: str) -> None:
-    """Eight views of two sizes through student and teacher, BatchNorm in the head, in evaluation and training mode."""
+    """Eight views of two sizes through student and teacher, in evaluation and training mode."""
     arrays, dtype = load("open_multicrop"), PRECISIONS[precision]
     golden = sub(arrays, "mc")
     encoder = build_encoder(

@@ -1,8 +1,10 @@
-"""SimPool against the published numbers, an independent loop, and the situations that a training meets."""
+"""SimPool against published numbers and an independent loop, and in all conditions of training."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -52,7 +54,7 @@ def random_pool(dim: int, **options: object) -> SimPool:
 
 
 def pool_by_loops(pool: SimPool, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Algorithm 2 of the paper, one number at a time: tokens (N, D) of one image -> pooled (D,), attention (N,)."""
+    """Algorithm 2 of the paper in plain loops: tokens (N, D) -> pooled (D,), attention (N,)."""
     parameters = {name: value.detach().numpy() for name, value in pool.named_parameters()}
     count, dim = tokens.shape
     normed = np.empty_like(tokens)
@@ -81,7 +83,7 @@ def pool_by_loops(pool: SimPool, tokens: np.ndarray) -> tuple[np.ndarray, np.nda
 @pytest.mark.parametrize("precision", ["64", ""])
 @pytest.mark.parametrize("case", CASES)
 def test_golden_batch(case: str, precision: str) -> None:
-    """The published module with its minimum over the whole batch: output, attention, all gradients."""
+    """Output, attention and gradients of the published module, minimum over the batch."""
     dtype = torch.float64 if precision else torch.float32
     pool = make_pool(case, dtype, "batch")
     x = torch.from_numpy(GOLDEN[f"{case}/in/x"]).to(dtype).requires_grad_()
@@ -109,8 +111,9 @@ def test_golden_image(case: str, precision: str) -> None:
 @pytest.mark.parametrize("min_over", ["image", "batch"])
 @pytest.mark.parametrize("case", [case for case in cases(GOLDEN) if "heads" in case])
 def test_golden_heads(case: str, min_over: str) -> None:
-    """Four heads. That run had biases in W_q and W_k, which the paper has not: the latter cancels in the softmax, the former is
-    put into W_q so that it comes out for the mean tokens of these four images."""
+    """Four heads. That run had biases in W_q and W_k, which the paper does not have. The latter
+    cancels in the softmax; the former is put into W_q, so that it is right for these four images.
+    """
     pool, parameters = make_pool(case, torch.float64, min_over), sub(GOLDEN, f"{case}/param")
     x = torch.from_numpy(GOLDEN[f"{case}/in/x"]).double()
     one = torch.linalg.pinv(x.mean(1)) @ torch.ones(len(x), dtype=torch.float64)  # one . mean = 1 for each image
@@ -155,7 +158,7 @@ def test_gradients_agree_with_finite_differences(gamma: float | None, min_over: 
     assert torch.autograd.gradcheck(lambda x, *_: pool(x, return_attention=True), (x, *pool.parameters()))
 
 
-@pytest.mark.parametrize("pool", [SimPool(6, gamma=2.0), SimPool(6, num_heads=3), GapPool()])
+@pytest.mark.parametrize("pool", [SimPool(6, gamma=2.0), SimPool(6, num_heads=3), GapPool(6)])
 def test_maps_are_tokens_read_row_by_row(pool: nn.Module) -> None:
     x = torch.randn(2, 6, 3, 5)
     pooled, attention = pool(x, return_attention=True)
@@ -167,7 +170,7 @@ def test_maps_are_tokens_read_row_by_row(pool: nn.Module) -> None:
     torch.testing.assert_close(pool(x.to(memory_format=torch.channels_last)), pooled)
 
 
-def test_an_image_does_not_see_its_neighbours() -> None:
+def test_an_image_does_not_see_its_neighbors() -> None:
     """min_over="image" is a function of the image alone, min_over="batch" is not."""
     torch.manual_seed(2)
     x = torch.randn(4, 9, 8) * torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1)
@@ -201,7 +204,7 @@ def test_gradients_are_finite(x: Tensor, gamma: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    """In float16 itself 1e-6^2 would be 0; here only the rounding of weights, input and output is lost."""
+    """In float16 itself 1e-6^2 is 0. Only weights, input and output are rounded."""
     torch.manual_seed(3)
     pool, x = SimPool(16, gamma=2.0).to(dtype), torch.randn(2, 9, 16).to(dtype)
     pooled, attention = pool(x, return_attention=True)
@@ -216,14 +219,14 @@ def test_autocast_is_switched_off_inside() -> None:
     pool, x = SimPool(16, gamma=1.25), torch.randn(2, 9, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside, keys = pool(x), pool.keys(x)
-        assert GapPool()(x.bfloat16()).dtype == torch.float32
+        assert GapPool(16)(x.bfloat16()).dtype == torch.float32
     assert torch.equal(inside, pool(x))
     assert torch.equal(keys, pool.keys(x))
 
 
 def test_float64_stays_float64() -> None:
     pool, x = random_pool(8, gamma=2.0), torch.randn(2, 5, 8, dtype=torch.float64)
-    assert pool(x).dtype == pool.keys(x).dtype == GapPool()(x).dtype == torch.float64
+    assert pool(x).dtype == pool.keys(x).dtype == GapPool(8)(x).dtype == torch.float64
     assert not torch.equal(pool(x), pool.float()(x.float()).double())
 
 
@@ -235,6 +238,31 @@ def test_keys_give_the_attention() -> None:
     assert keys.shape == (2, 5, 8)
     torch.testing.assert_close(scores.softmax(1), pool(x, return_attention=True)[1])
     torch.testing.assert_close(pool.keys(x.transpose(1, 2).reshape(2, 8, 1, 5)), keys)
+
+
+def test_attention_of_each_head() -> None:
+    """Softmax of the slices of query and keys of each head; otherwise the mean over heads."""
+    pool, x = random_pool(8, gamma=2.0, num_heads=2), torch.randn(3, 8, 2, 5, dtype=torch.float64)
+    pooled, heads = pool(x, return_attention="heads")
+    assert heads.shape == (3, 2, 2, 5)
+    query, keys = pool.q(x.mean((2, 3))).view(3, 2, 4), pool.keys(x).view(3, 10, 2, 4)
+    expected = (torch.einsum("bhc,bnhc->bhn", query, keys) / 2).softmax(-1)
+    torch.testing.assert_close(heads.flatten(2), expected)
+    same, mean = pool(x, return_attention=True)
+    torch.testing.assert_close((pooled, heads.mean(1)), (same, mean))
+    tokens = x.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(pool(tokens, return_attention="heads")[1], expected)
+
+
+def test_simpool_needs_torch_only() -> None:
+    program = (
+        "import sys\n"
+        "from dino_simpool import SimPool, attach_simpool\n"
+        "from dino_simpool.models.pooling import build_pool\n"
+        "found = {'timm', 'torchvision', 'jsonargparse', 'PIL', 'cv2', 'faiss'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_parameters_are_the_announced_ones() -> None:
@@ -252,7 +280,7 @@ def test_wrong_options_are_refused(options: dict[str, object], words: str) -> No
         SimPool(8, **options)
 
 
-@pytest.mark.parametrize("pool", [SimPool(8), GapPool(), ClsPool()])
+@pytest.mark.parametrize("pool", [SimPool(8), GapPool(8), ClsPool(8)])
 def test_wrong_shapes_are_refused(pool: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"\(2, 8\)"):
         pool(torch.randn(2, 8))
@@ -260,14 +288,13 @@ def test_wrong_shapes_are_refused(pool: nn.Module) -> None:
 
 def test_baselines() -> None:
     x = torch.randn(2, 5, 8)
-    pooled, attention = GapPool()(x, return_attention=True)
+    pooled, attention = GapPool(8)(x, return_attention=True)
     torch.testing.assert_close(pooled, x.mean(1))
     assert torch.equal(attention, torch.full((2, 5), 0.2))
-    assert torch.equal(ClsPool()(x), x[:, 0])
-    weights = torch.rand(2, 4)
-    assert ClsPool()(x, return_attention=True, attention=weights)[1] is weights
-    with pytest.raises(ValueError, match=r"encoder\.attention"):
-        ClsPool()(x, return_attention=True)
+    assert torch.equal(ClsPool(8)(x), x[:, 0])
+    pooled, attention = ClsPool(8)(x, return_attention=True)
+    assert torch.equal(pooled, x[:, 0]) and attention is None
+    assert GapPool(8).out_dim == ClsPool(8).out_dim == SimPool(8).out_dim == 8
 
 
 def small_models() -> dict[str, nn.Module]:

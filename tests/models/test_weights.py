@@ -1,4 +1,4 @@
-"""Published files to ours and back, in every layout that was written, and files that must not be loaded."""
+"""Published files to ours and back, in every published layout, and files that are refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize(("trunk", "pool"), COMBINATIONS)
 def test_self_supervised_round_trip(trunk: str, pool: str, prefix: str) -> None:
-    """student and teacher, wrapped for several GPUs or compiled or neither."""
+    """Student and teacher, wrapped for several GPUs, compiled, or neither."""
     student, teacher = model(trunk, pool).state_dict(), model(trunk, pool).state_dict()
     checkpoint = {
         "student": {f"module.{name}": value for name, value in to_official(student).items()},
@@ -69,7 +69,7 @@ def test_heads_round_trip(head: str) -> None:
 
 @pytest.mark.parametrize(("trunk", "pool"), COMBINATIONS)
 def test_supervised_round_trip(trunk: str, pool: str) -> None:
-    """The timm fork: other names of pooling and classifier, a moving average, BatchNorm split over augmentations."""
+    """The timm fork: other names, a moving average, BatchNorm split over augmentations."""
     encoder = build_encoder(ModelConfig(**TINY[trunk], **POOLS[pool]))
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     state |= {"classifier.weight": torch.randn(5, encoder.embed_dim), "classifier.bias": torch.randn(5)}
@@ -90,7 +90,7 @@ def test_supervised_round_trip(trunk: str, pool: str) -> None:
 
 @pytest.mark.parametrize(("trunk", "pool"), COMBINATIONS)
 def test_bare_encoders_and_our_own_names(trunk: str, pool: str) -> None:
-    """A backbone alone, as the pre-trained files of DINO are, and files that are ours already."""
+    """A backbone alone, as in pre-trained files of DINO, and our own files."""
     state = model(trunk, pool).state_dict()
     encoder = {name: value for name, value in state.items() if name.startswith("encoder.")}
     backbone = {name.removeprefix("backbone."): value for name, value in to_official(encoder).items()}
@@ -104,7 +104,7 @@ def test_bare_encoders_and_our_own_names(trunk: str, pool: str) -> None:
 
 
 def test_published_names() -> None:
-    """Some names of the published files, written down by hand."""
+    """Some names of the published files, written by hand."""
     convnext = to_official(model("convnext").state_dict())
     assert {
         "backbone.downsample_layers.0.1.weight",
@@ -189,7 +189,7 @@ def test_loading_is_strict_and_names_what_differs() -> None:
 
 
 def published_file() -> dict[str, Any]:
-    """What main_dino.py of DINO saves, with the learning rate of a NumPy schedule and its options."""
+    """What main_dino.py of DINO saves, with options and the rate of a NumPy schedule."""
     state = to_official(model().state_dict())
     return {
         "student": state,
@@ -243,7 +243,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, write: Any) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
+def test_broken_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "half.pth"
     torch.save(published_file(), path)
     whole = path.read_bytes()

@@ -78,7 +78,9 @@ def compiled_colors() -> Callable[[Tensor, Tensor], Tensor]:
 def normalize(views: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Values of 0..255, (R, S, S, 3), as the encoder wants them, in the same layout: of 0..1, less the mean, divided by the
     standard deviation."""
-    scale, shift = _along_rows(mean, std, views.shape[2], views.device)
+    # Fake tensors (FakeTensorMode) must neither get into the cache nor meet real ones from it.
+    along_rows = _along_rows if type(torch.empty(0)) is Tensor else _along_rows.__wrapped__
+    scale, shift = along_rows(mean, std, views.shape[2], views.device)
     return (views.flatten(2).float() * scale).add_(shift).to(dtype).view_as(views)
 
 

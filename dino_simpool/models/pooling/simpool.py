@@ -1,15 +1,18 @@
-"""SimPool, attention-based pooling, and the two poolings that it replaces: the class token and the global average.
+"""SimPool, attention-based pooling, and a function that puts it into other models.
 
-Source: Psomas et al., "Keep It SimPool: Who Said Supervised Transformers Suffer from Attention Deficit?", ICCV 2023,
-Algorithm 2, with X the tokens of one image, X' = LayerNorm(X) and m the minimum of X' over the image:
+Source: Psomas et al., "Keep It SimPool: Who Said Supervised Transformers Suffer from Attention
+Deficit?", ICCV 2023, Algorithm 2, with X the tokens of one image, X' = LayerNorm(X) and m the
+minimum of X' over the image:
 
-    q = W_q mean_j x_j,   a_j = softmax_j(q . W_k x'_j / sqrt(D)),   u = (sum_j a_j (x'_j - m + eps)^gamma)^(1/gamma)
+    q = W_q mean_j x_j,   a_j = softmax_j(q . W_k x'_j / sqrt(D)),
+    u = (sum_j a_j (x'_j - m + eps)^gamma)^(1/gamma)
 
-Deviations, none of which changes a number of the published single-head module: W_k is folded into the query, q . W_k x'_j =
-(W_k^T q) . x'_j, which saves its (N, D) x (D, D) product; a batch of one stays a batch; the outputs of several heads are always
-put side by side. The published code takes the minimum over the whole batch, here `min_over="batch"`.
+Deviations, none of which changes a number of the published single-head module: W_k is folded into
+the query, q . W_k x'_j = (W_k^T q) . x'_j, which saves its (N, D) x (D, D) product; a batch of one
+stays a batch; the outputs of several heads are always concatenated. The published code takes the
+minimum over the whole batch, here `min_over="batch"`.
 
-Letters: B images, N tokens, D width, H heads.   This module needs torch only.
+Letters: B images, N tokens, D width; (H, W) positions.   This module needs torch only.
 """
 
 from __future__ import annotations
@@ -22,14 +25,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ReturnAttention = bool | Literal["heads"]
+"""Whether a pooling returns its attention too: True for the mean over heads, "heads" for each."""
+
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context in which products on the device of x keep their dtype; the meta device has no autocast to switch off."""
+    """Context in which products on the device of x keep their dtype."""
+    # The meta device has no autocast to turn off.
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """Tokens (B, N, D) of x, which is tokens (B, N, D) or maps (B, D, H, W), read row by row. Another shape is a ValueError."""
+    """Tokens (B, N, D) of tokens or maps (B, D, H, W), row by row. ValueError for other shapes."""
     if x.ndim == 3:
         return x
     if x.ndim == 4:
@@ -38,10 +45,11 @@ def as_tokens(x: Tensor) -> Tensor:
 
 
 class SimPool(nn.Module):
-    """Attention pooling with one query, the mean of the tokens, and a generalised mean of exponent gamma.
+    """Attention pooling: the query is the mean of the tokens; pools by a generalized mean.
 
-    dim: width D of the tokens.   gamma: exponent, None for the plain average (paper: 1.25 for ViT, 2 for CNN).
-    beta: add a learnable scalar after pooling, as in the published ViT weights; it exists only with a gamma.
+    dim: width D of the tokens and of the result.
+    gamma: exponent, None for the plain average (paper: 1.25 for ViT, 2 for CNN).
+    beta: add a learnable scalar after pooling, as in the published ViT weights. It needs a gamma.
     min_over: range of the minimum, the image (paper) or the whole batch (published training code).
     """
 
@@ -57,58 +65,54 @@ class SimPool(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"SimPool(num_heads={num_heads}): the width {dim} must be a multiple of it, choose another number")
+            raise ValueError(f"SimPool(num_heads={num_heads}): the width {dim} must be a multiple of it, give another number")
         if gamma is not None and not 0 < gamma < math.inf:
             raise ValueError(f"SimPool(gamma={gamma}): give a number above 0, or None for the plain average")
         if beta and gamma is None:
             raise ValueError("SimPool(beta=True) needs a gamma: give one, or leave beta False")
         if min_over not in ("image", "batch"):
             raise ValueError(f"SimPool(min_over={min_over!r}): allowed are image (paper) and batch (published training)")
-        self.gamma, self.num_heads, self.min_over, self.eps = gamma, num_heads, min_over, eps
+        self.out_dim, self.gamma, self.num_heads, self.min_over, self.eps = dim, gamma, num_heads, min_over, eps
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.q = nn.Linear(dim, dim, bias=False)
         self.k = nn.Linear(dim, dim, bias=False)
         self.beta = nn.Parameter(torch.zeros(1)) if beta else None
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Pools tokens (B, N, D) or maps (B, D, H, W) to (B, D); with return_attention also their attention.
+    def forward(self, x: Tensor, return_attention: ReturnAttention = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Pools tokens (B, N, D) or maps (B, D, H, W) to (B, D).
 
-        The attention is (B, N), or (B, H, W) for maps; it sums to 1 over the positions and is the mean over the heads. Half
-        precision is computed in float32, also under autocast; both outputs have the dtype of the parameters.
+        return_attention: True also returns the mean attention over heads, (B, N), or (B, H, W) for
+        maps; "heads" that of each head, (B, heads, N) or (B, heads, H, W). Its sum over positions
+        is 1. Half-precision input is computed in float32, also under autocast; both results have
+        the dtype of the parameters.
         """
         precision = self._precision()
         with without_autocast(x):
             tokens = as_tokens(x).to(precision)
-            values = self._normalise(tokens)
+            values = self._normalize(tokens)
             attention = self._attention(tokens, values)
             pooled = self._pool(values, attention).to(self.norm.weight.dtype)
         if not return_attention:
             return pooled
-        weights = attention.mean(1).to(pooled.dtype)
-        return pooled, weights.unflatten(1, x.shape[2:]) if x.ndim == 4 else weights
+        weights = (attention if return_attention == "heads" else attention.mean(1)).to(pooled.dtype)
+        return pooled, weights.unflatten(-1, x.shape[2:]) if x.ndim == 4 else weights
 
     def keys(self, x: Tensor) -> Tensor:
-        """Keys K = W_k LayerNorm(x) of eq. 14, (B, N, D), of tokens (B, N, D) or maps (B, D, H, W)."""
+        """Keys (B, N, D), K = W_k LayerNorm(x) of eq. 14, of tokens or maps x."""
         with without_autocast(x):
-            values = self._normalise(as_tokens(x).to(self._precision()))
+            values = self._normalize(as_tokens(x).to(self._precision()))
             return F.linear(values, self.k.weight.to(values.dtype)).to(self.k.weight.dtype)
 
-    def attention(self, x: Tensor) -> Tensor:
-        """Attention (B, H, N) of every head, of tokens (B, N, D) or maps (B, D, h, w); sums to 1 over the positions."""
-        with without_autocast(x):
-            tokens = as_tokens(x).to(self._precision())
-            return self._attention(tokens, self._normalise(tokens)).to(self.norm.weight.dtype)
-
     def _precision(self) -> torch.dtype:
-        # A softmax, a power and a root: 1e-6^1.25 is already the smallest number of float16.
+        # For softmax, power and root: 1e-6^1.25 is already the smallest number of float16.
         return torch.float64 if self.norm.weight.dtype == torch.float64 else torch.float32
 
-    def _normalise(self, tokens: Tensor) -> Tensor:
+    def _normalize(self, tokens: Tensor) -> Tensor:
         weight, bias = self.norm.weight.to(tokens.dtype), self.norm.bias.to(tokens.dtype)
         return F.layer_norm(tokens, self.norm.normalized_shape, weight, bias, self.norm.eps)
 
     def _attention(self, tokens: Tensor, values: Tensor) -> Tensor:
-        """(B, H, N) attention of the mean of the raw tokens to the normalised ones, both (B, N, D)."""
+        """Attention (B, heads, N) of the mean of raw tokens (B, N, D) to normalized ones."""
         dim = tokens.shape[-1]
         query = F.linear(tokens.mean(1), self.q.weight.to(tokens.dtype)).unflatten(1, (self.num_heads, -1))
         keys = self.k.weight.to(tokens.dtype).unflatten(0, (self.num_heads, -1))
@@ -116,13 +120,13 @@ class SimPool(nn.Module):
         return (folded @ values.transpose(1, 2)).softmax(-1)
 
     def _pool(self, values: Tensor, attention: Tensor) -> Tensor:
-        """Generalised mean (B, D) of values (B, N, D) under attention (B, H, N); head h pools the h-th slice of the width."""
+        """Generalized mean (B, D) of values (B, N, D); head h weighs the h-th slice of D."""
         if self.gamma is None:
             return self._average(values, attention)
-        # The minimum stays in the graph: the published gradients flow through it.
+        # The minimum stays in the graph, since the published gradients flow through it.
         minimum = values.amin((1, 2), keepdim=True) if self.min_over == "image" else values.amin()
         powers = self._average((values - minimum + self.eps) ** self.gamma, attention)
-        # A large gamma may underflow to 0, where the root has an infinite slope.
+        # A large gamma may make the power underflow to 0, where the root has an infinite slope.
         pooled = powers.clamp_min(torch.finfo(powers.dtype).tiny) ** (1 / self.gamma)
         return pooled if self.beta is None else pooled + self.beta.to(pooled.dtype)
 
@@ -135,7 +139,7 @@ class SimPool(nn.Module):
 
 
 class _MapOut(nn.Module):
-    """A pooling whose result stays a map (B, D, 1, 1), for heads that normalise or flatten it themselves."""
+    """A pooling with a map (B, D, 1, 1) as result, for heads that normalize or flatten it."""
 
     def __init__(self, pool: SimPool) -> None:
         super().__init__()
@@ -153,11 +157,11 @@ def attach_simpool(
     beta: bool = False,
     min_over: Literal["image", "batch"] = "image",
 ) -> SimPool:
-    """Replaces the global pooling of a timm or torchvision model by a new SimPool, in place, and returns the SimPool.
+    """Replaces the global pooling of a model with a new SimPool, in place, and returns the SimPool.
 
-    timm: ViTs (their prefix tokens stay but are not pooled) and CNNs with one global pooling; torchvision: CNNs that average
-    the last map. The attention of a timm CNN is `pool(model.forward_features(x), return_attention=True)[1]`. Anything else is
-    a ValueError.
+    timm: ViTs (their prefix tokens stay but are not pooled) and CNNs with one global pooling.
+    torchvision: CNNs that average the last map. ValueError for any other model. The attention of a
+    timm CNN is `pool(model.forward_features(x), return_attention=True)[1]`.
     """
     parameter: Tensor = next(model.parameters())
 
@@ -182,6 +186,6 @@ def attach_simpool(
         model.avgpool = _MapOut(pool)
         return pool
     raise ValueError(
-        f"{type(model).__name__} has no global pooling that SimPool could replace: give a ViT or CNN of timm, or "
-        "a CNN of torchvision that averages its last map"
+        f"{type(model).__name__} has no global pooling that SimPool can replace: give a ViT or CNN from timm, or "
+        "a CNN from torchvision that averages its last map"
     )
