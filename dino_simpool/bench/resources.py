@@ -16,7 +16,6 @@ N positions that are pooled, D width.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -29,11 +28,10 @@ from torch.nn.modules.conv import _ConvNd
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import ModelConfig, ResourcesConfig, TrainConfig, parse, to_dict
-from dino_simpool.files import write_atomically
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.pooling.simpool import SimPool, as_tokens
 from dino_simpool.models.trunk import find_arch
-from dino_simpool.results import model_record, results_folder, versions
+from dino_simpool.results import model_record, results_folder, write_record
 
 
 def resources(encoder: Encoder, *, image_size: int | None = None, num_classes: int = 1000) -> dict[str, int]:
@@ -100,8 +98,7 @@ def main(cfg: ResourcesConfig) -> None:
     metrics = resources(encoder, image_size=image_size, num_classes=cfg.num_classes)
     record = {
         "evaluator": "resources", "dataset": None, "split": None, "metrics": metrics, "units": "parameters, multiply-adds",
-        "config": to_dict(cfg), "image_size": image_size, "num_classes": cfg.num_classes, "model": source,
-        "versions": versions(),
+        "image_size": image_size, "num_classes": cfg.num_classes, "model": source,
     }  # fmt: skip
     if not distributed.is_main():
         return
@@ -110,8 +107,7 @@ def main(cfg: ResourcesConfig) -> None:
         print("  not written: no --out DIR and no checkpoint")
         return
     path = folder / "resources.json"
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write_text(text))
+    write_record(path, record, cfg)
     print(f"  written to {path}")
 
 

@@ -146,6 +146,7 @@ def _result(encoder: Encoder, transform: FitTransform, records: list[dict[str, A
     return {
         "entropy": float(np.mean([each["entropy"] for each in maps])),
         "mask_area": float(np.mean([each["mask_area"] for each in maps])),
+        "split": cfg.val,
         "counts": {"images": len(records), "maps": len(maps)},
         "attention": {
             "of": source[pool], "heads": cfg.heads, "mask": f"the fewest cells with {cfg.mass:g} of the mass",

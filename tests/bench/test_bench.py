@@ -55,12 +55,6 @@ def test_ways_take_turns(capsys: pytest.CaptureFixture[str]):
     assert "round 3 of 3: b" in capsys.readouterr().err
 
 
-def test_table_and_file(tmp_path: Path):
-    assert bench.table([["way", "s"], ["longer", "10.0"]]) == "way     s\n------------\nlonger  10.0"
-    path = bench.write(str(tmp_path), "knn", {"x": 1})
-    assert json.loads(path.read_text()) == {"x": 1} and path == tmp_path / "knn.json"
-
-
 @pytest.mark.parametrize("name", ["knn", "data"])
 def test_an_impossible_run_is_refused_at_once_and_leaves_the_last_result(name: str, tmp_path: Path, capsys, monkeypatch):
     (tmp_path / "file").touch()
@@ -112,8 +106,9 @@ def test_peak_memory_is_that_of_a_process_with_torch_in_it():
 
 def test_impossible_options():
     for options, message in (
-        ({"bank": 10, "k": (20,)}, "k is 20: the published way needs a bank of at least as many"),
-        ({"k": ()}, "k, published_chunks and repetitions must be 1 or more"),
+        ({"bank": 10, "k": (20,)}, "k is 20: the published code needs at least as many images in the bank"),
+        ({"k": ()}, "k and published_chunks must not be empty"),
+        ({"k": (3, 0)}, "k must be 1 or more"),
         ({"repetitions": 0}, "repetitions must be 1 or more"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -236,8 +236,8 @@ def test_broken_images_are_left_out_of_their_own_set(tmp_path: Path, capsys: pyt
     found = accuracy(train, val, encoder=knn.Pixels(8), ks=(1,), skip_broken=True)
     assert found == {"1": {"top1": 75.0, "top5": 75.0}}
     said = capsys.readouterr().err
-    assert "k-NN bank is without 2 image(s) that cannot be read, such as" in said
-    assert "k-NN val is without 1 image(s) that cannot be read, such as" in said
+    assert "k-NN bank leaves out 2 broken image(s), such as" in said
+    assert "k-NN val leaves out 1 broken image(s), such as" in said
 
 
 def test_foreign_class_is_named(tmp_path: Path):

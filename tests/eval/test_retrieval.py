@@ -392,8 +392,6 @@ def test_impossible_extras_are_refused_before_any_image_is_read(data: Path, enco
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"batch_size": 2}, "retrieval takes 1"),
-        ({"resize": 256}, "no subset_per_class and no resize"),
         ({"whitening_dim": 8}, "give 1 or more, and whitening_data"),
         ({"image_size": 0}, "must be 1 or more"),
     ],

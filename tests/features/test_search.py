@@ -191,14 +191,16 @@ def moved(extracted: Path, tmp_path: Path) -> Path:
 def test_moved_checkpoint_and_images(moved: Path, tmp_path: Path) -> None:
     query = str(moved / "other" / "a" / "000.png")
     data, checkpoint = str(moved / "images"), str(moved / "encoder" / "backbone.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"the images of the index: /gone/images .*; say --data where they are now"):
+    with pytest.raises(FileNotFoundError, match=r"the images of the index: /gone/images .*; give their new place with --data"):
         main(options(moved, tmp_path / "out", query, checkpoint=checkpoint))
-    with pytest.raises(FileNotFoundError, match=r"the checkpoint of the index, /gone/.*, is not there: say --checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the checkpoint of the index, /gone/.*, does not exist: give its new place with --checkpoint"
+    ):
         main(options(moved, tmp_path / "out", query, data=data))
     other = exported(tmp_path / "encoder", seed=4, pool="simpool gamma")
     with pytest.raises(ValueError, match="is not the checkpoint that made the index"):
         main(options(moved, tmp_path / "out", query, data=data, checkpoint=other))
-    with pytest.raises(ValueError, match=r"other has 4 images and not the 13 of the index, or other names: extract again"):
+    with pytest.raises(ValueError, match=r"other has 4 images, not the 13 of the index, or other names: extract again"):
         main(options(moved, tmp_path / "out", query, data=str(moved / "other"), checkpoint=checkpoint))
     assert not (tmp_path / "out").exists()
     main(options(moved, tmp_path / "out", query, data=data, checkpoint=checkpoint))
@@ -238,7 +240,7 @@ def test_queries_that_cannot_be(extracted: Path, tmp_path: Path) -> None:
         with pytest.raises(kind, match=words):
             main(options(extracted, tmp_path / "out", query))
     for given, words in (
-        (["--k", "0"], "k, sheet_rows and sheet_columns must be 1 or more"),
+        (["--k", "0"], "k must be 1 or more"),
         (["--workers", "-1"], "0 or more"),
     ):
         with pytest.raises(ConfigError, match=words):
