@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Torch raises this anywhere in this process when the system has killed a loader process.
         if "DataLoader worker" not in str(error) or os.environ.get("DINO_SIMPOOL_TRACEBACK"):
             raise
-        advice = "memory or shared memory (docker run --shm-size) ran out: give fewer workers"
+        advice = "out of memory, or too little shared memory (docker run --shm-size): give fewer workers"
         return _fail(name, f"a loader process died; {advice}. To resume training, run the same command again", 1)
     finally:
         if "dino_simpool.distributed" in sys.modules:

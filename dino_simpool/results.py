@@ -4,6 +4,7 @@ printed."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +64,7 @@ def write_record(path: Path, record: dict[str, Any], cfg: Any, *, tensors: dict[
     """
     record = record | {"config": to_dict(cfg), "versions": versions()}
     if distributed.is_main():
+        json.dumps(record, allow_nan=False)  # ValueError before any file is replaced
         if tensors:
             write_atomically(path.with_suffix(".safetensors"), lambda file: save_file(tensors, file))
         write_json(path, record)

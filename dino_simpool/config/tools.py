@@ -29,7 +29,7 @@ class CheckDataConfig(PixelLimit, Workers):
         super().__post_init__()
         if self.layout is not None and (self.out or not isinstance(self.data, str)):
             raise ValueError(
-                "layout checks one folder and lists no broken images: leave `out` out, and give one folder as data"
+                "layout checks one folder and lists no broken images: leave out `out`, and give one folder as data"
             )
 
 

@@ -14,13 +14,13 @@ from PIL import Image
 from test_features import CPU, TRANSFORM, TinyEncoder, extract, write_images
 from torch import Tensor, nn
 
-from dino_simpool import eval as evaluation
 from dino_simpool.checkpoint import export_encoder
-from dino_simpool.config import EvalConfig, KnnConfig, LinearConfig, ModelConfig
+from dino_simpool.config import KnnConfig, ModelConfig
 from dino_simpool.data import class_folder
 from dino_simpool.eval import knn, run
 from dino_simpool.eval.knn import knn_accuracy, knn_rank, vote_each_k
 from dino_simpool.features import neighbors as search
+from dino_simpool.features.chunks import chunks
 from dino_simpool.features.neighbors import neighbors
 from dino_simpool.files import file_sha256
 from dino_simpool.models.encoder import build_encoder
@@ -157,7 +157,7 @@ def test_working_arrays_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
     ("count", "row_bytes", "max_bytes", "most"), [(0, 8, 64, None), (1, 8, 1, None), (17, 8, 64, None), (17, 8, 64, 3)]
 )
 def test_chunks(count: int, row_bytes: int, max_bytes: int, most: int | None):
-    parts = list(evaluation.chunks(count, row_bytes, max_bytes=max_bytes, most=most))
+    parts = list(chunks(count, row_bytes, max_bytes=max_bytes, most=most))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
     assert all(1 <= part.stop - part.start <= max(1, min(max_bytes // row_bytes, most or count)) for part in parts)
 
@@ -291,20 +291,6 @@ def test_other_weights_and_pixels_have_their_own_files(checkpoint: Path):
     vectors = [extract(images, encoder=knn.Pixels(8)).numpy() for images in sets]  # ImageNet's normalisation, as in `plain`
     ranks, _ = plain_rank(vectors[0], sets[0].labels, vectors[1], ks=(1,), num_classes=2)[1]
     assert plain["metrics"]["top1_k1"] == pytest.approx(100 * (ranks[:, 0] == sets[1].labels).mean())
-
-
-def test_result_names():
-    def name(cfg: EvalConfig, evaluator: str = "knn") -> str:
-        return evaluation.result_name(evaluator, cfg)
-
-    assert name(KnnConfig(checkpoint="run/last.pth")) == "knn"
-    assert name(KnnConfig(checkpoint="run/backbone.safetensors")) == "knn"
-    assert name(KnnConfig(checkpoint="run/epoch_0020.pth")) == "knn_epoch_0020"
-    assert name(KnnConfig(checkpoint="run/epoch_0020.pth", out="elsewhere")) == "knn"
-    assert name(KnnConfig(checkpoint="run/best.pth", which="student")) == "knn_student_best"
-    assert name(KnnConfig(checkpoint="run/best.pth", which="untrained")) == "knn_untrained"
-    assert name(KnnConfig(checkpoint="run/last.pth", features="pixels")) == "knn_pixels"
-    assert name(LinearConfig(checkpoint="run/last.pth", protocol="grid"), "linear_grid") == "linear_grid"
 
 
 def test_missing_input_is_named(checkpoint: Path):
