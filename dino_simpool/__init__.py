@@ -20,8 +20,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name on first use, so that `import dino_simpool` does not
-    import torch."""
+    """Import the module of a public name on first use, so that the package imports no torch."""
     if name not in _HOME:
         raise AttributeError(f"module dino_simpool has no attribute {name}; public names: {', '.join(__all__)}")
     return getattr(importlib.import_module(f"dino_simpool.{_HOME[name]}"), name)

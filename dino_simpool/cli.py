@@ -68,12 +68,10 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     ),
     "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as folders of images"),
 }
-"""By name of the command (one or two words): its options, the function that takes them, and what it
-does."""
+"""By command (one or two words): its options, the function that takes them, and what it does."""
 
 FIRST_ARGUMENT = {"report": "--out", "synthetic": "--out", "check-data": "--data", "bench data": "--data"}
-"""The option that a first argument without a name stands for: `report OUT` is `report --out
-OUT`."""
+"""The option for a first argument without a name: `report OUT` is `report --out OUT`."""
 FIRST_ARGUMENTS = {"table": "--results", "check-data": "--data", "bench data": "--data"}
 """The same for several first arguments: `table A B` is `table --results '["A", "B"]'`."""
 

@@ -11,8 +11,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to
-    `path` in one step."""
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -37,8 +36,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain values as indented JSON, atomically. ValueError, before anything is written, for
-    NaN and infinities."""
+    """Write indented JSON atomically. ValueError for NaN, before anything is written."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write_text(text))
 

@@ -1,5 +1,4 @@
-"""The record of a result: the name of its file, what every record says, and how it is written and
-printed."""
+"""The record of a result: the name of its file, its contents, and how it is written and printed."""
 
 from __future__ import annotations
 
@@ -91,8 +90,7 @@ def versions() -> dict[str, str]:
 
 
 def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any]:
-    """The encoder in the record: its options, its checkpoint with SHA-256, which of its weights,
-    and the epochs behind them."""
+    """The encoder in the record: options, checkpoint with SHA-256, which weights, epochs."""
     source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which, "epochs": encoder.epochs}
     return dataclasses.asdict(encoder.config) | source
 
@@ -103,8 +101,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(record: dict[str, Any], path: Path) -> str:
-    """The text that is printed: the metrics to two decimals, what they were measured on, and where
-    they are."""
+    """The text that is printed: metrics to two decimals, data, and where the results are."""
     model = record["model"]
     source = f": {model['which']} of {model['checkpoint']}" if model else ""
     counts = ", ".join(f"{number} {name}" for name, number in record.get("counts", {}).items())

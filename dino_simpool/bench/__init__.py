@@ -23,8 +23,7 @@ from dino_simpool.results import versions
 def interleave(
     ways: Mapping[str, Callable[[], Any]], *, repetitions: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Wall-clock seconds of each method in each round, and what each method returned in the last
-    round."""
+    """Wall-clock seconds of each method per round, and what each returned in the last round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     results = {}
     for number in range(repetitions):

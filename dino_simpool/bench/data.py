@@ -146,8 +146,7 @@ def measure(
 
 
 def measure_parts(crop: MultiCrop, files: Sequence[EncodedImage], *, seed: int, repetitions: int) -> dict[str, float]:
-    """Milliseconds per image of each part of both paths, one after the other, the median over the
-    rounds."""
+    """Milliseconds per image of each part of both paths in sequence, median over the rounds."""
     rounds: dict[str, list[float]] = {}
     for _ in range(repetitions):
         spent: dict[str, float] = {}

@@ -65,8 +65,7 @@ def published_knn(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int, num_
 
 
 def bare_products(rows: Tensor, columns: Tensor) -> None:
-    """Compute all similarities of unit features (T, D) and (M, D), one tile at a time, and drop
-    them."""
+    """Compute all similarities of unit features (T, D) and (M, D), tile by tile, and drop them."""
     side = TILE if rows.device.type == "cpu" else DEVICE_TILE
     memory = torch.empty(side * side, device=rows.device)
     with full_precision():
@@ -120,8 +119,7 @@ def measure_recall(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
 
 
 def measure_knn(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
-    """Seconds of k-NN, published and ours, for each k and for all k, and whether the predicted
-    classes agree."""
+    """Seconds of k-NN, published and ours, for each k and all k; whether the classes agree."""
     bank, labels = make_features(cfg.bank, cfg.classes, cfg=cfg, seed=2)
     queries, truth = make_features(cfg.queries, cfg.classes, cfg=cfg, seed=3)
     bank, labels, queries = bank.to(device), labels.to(device), queries.to(device)

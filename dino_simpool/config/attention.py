@@ -27,21 +27,18 @@ class AttentionConfig(Decoding, Loading, EvalConfig):
     shorter). native: images keep their size. A side shorter than one cell is enlarged to one cell;
     a ViT drops the pixels beyond its last whole patch."""
     image_size: int | None = None
-    """Length in pixels, see fit. null: four times that of the model, which is 896 for 224 as in the
-    paper."""
+    """Length in pixels, see fit. null: four times that of the model (paper: 896 = 4 * 224)."""
     heads: Literal["mean", "each"] = "mean"
     """The mean over the attention heads, or each head. Heads are those of the last block for the
     class token, and model.num_heads for SimPool."""
     mass: float = 0.6
     """A mask is the fewest cells that hold this share of the attention, 0 to 1 (paper: 0.6)."""
     smooth: bool = False
-    """Draw attention bicubically between the centers of the cells. false: every cell as a square,
-    as published."""
+    """Draw attention bicubically between cell centers. false: cells as squares, as published."""
     sheet_images: int = 24
     """Number of these images on the contact sheet."""
     batch_size: int = 4
-    """Images in one forward pass of one process with fit square; with any other fit, images pass
-    one by one."""
+    """Images in one forward pass of one process with fit square. Any other fit: one by one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

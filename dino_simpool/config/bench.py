@@ -11,8 +11,7 @@ from dino_simpool.config.train import ModelConfig
 
 @dataclass(frozen=True)
 class BenchKnnConfig(Device):
-    """Time and memory of k-NN and Recall@k, side by side with the published code and with bare
-    matrix products."""
+    """Time and memory of k-NN and Recall@k beside the published code and bare matrix products."""
 
     out: str = "bench"
     """Folder; knn.json is written there."""
@@ -29,8 +28,7 @@ class BenchKnnConfig(Device):
     classes: int = 1_000
     """Classes of k-NN."""
     k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbors (those of the published evaluation): each is measured alone, then all in
-    one search."""
+    """Numbers of neighbors (default: as published), each measured alone, then all in one search."""
     published_chunks: tuple[int, ...] = (100, 500)
     """Number of parts that the published code splits the queries into: 100 in
     facebookresearch/dino, 500 in billpsomas/simpool."""
@@ -53,8 +51,7 @@ class BenchKnnConfig(Device):
 
 @dataclass(frozen=True)
 class BenchDataConfig(Workers, Device):
-    """Time from image files to views: the published recipe, both paths of this package, and
-    decoding alone, side by side."""
+    """Time from image files to views: the published recipe, both paths here, and decoding alone."""
 
     data: str | tuple[str, ...] = ""
     """Your images: anything that data.root of a training run takes."""
@@ -84,20 +81,17 @@ class BenchDataConfig(Workers, Device):
 
 @dataclass(frozen=True)
 class ResourcesConfig(Checkpoint):
-    """Parameters and multiply-adds of an encoder, which a checkpoint, a recipe or the model options
-    define."""
+    """Parameters and multiply-adds of the encoder of a checkpoint, recipe or model options."""
 
     recipe: str = ""
     """A recipe whose model is counted: a file, or a name such as vit_small_simpool."""
     model: ModelConfig = field(default_factory=ModelConfig)
     num_classes: int = 1000
-    """Classes of the linear classifier that is counted with the encoder (Table 8: 1000). 0: the
-    encoder alone."""
+    """Classes of the linear classifier that is counted (Table 8: 1000). 0: the encoder alone."""
     image_size: int | None = None
     """Side of the image in pixels. null: that of the model."""
     out: str = ""
-    """Folder for resources.json. Empty: results/ beside the checkpoint; without a checkpoint, no
-    file is written."""
+    """Folder for resources.json. Empty: results/ beside the checkpoint, or no file without one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,4 @@
-"""The options of the training data: crops and colors of the views, and where the images come
-from."""
+"""The options of the training data: crops and colors of views, and where images come from."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ from dino_simpool.config.parts import MAX_PIXELS, at_least
 
 @dataclass(frozen=True)
 class CropsConfig:
-    """Multi-crop augmentation. Triples are for the first global view, the second global view and
-    the local views."""
+    """Multi-crop augmentation. Triples: first global view, second global view, local views."""
 
     global_size: int = 224
     """Side of the two global crops in pixels."""
@@ -37,8 +35,7 @@ class CropsConfig:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the crop."""
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
-    """Probability of solarization (values of 128 and above are inverted) in the three kinds of
-    view."""
+    """Probability of solarization (values from 128 on are inverted) in the three kinds of view."""
     shrink_margin: float | None = 2.0
     """Decode a large JPEG smaller (by 2, 4 or 8) if the side of every crop is still at least this
     many times that of its view: twice as fast for photographs of 12 megapixels, and no pixel
@@ -72,8 +69,7 @@ class DataConfig:
     text file of paths, or a list of these: --data.root '[DIR, SHARD.tar, LIST.txt]'. Archives are
     read as if unpacked; compressed tars are refused."""
     subset_per_class: int | None = None
-    """Use the first N images of each class in sorted order; 260 is the paper's ImageNet-20 %. null:
-    all."""
+    """Use the first N images of each class in sorted order (260: the paper's ImageNet-20 %)."""
     workers: int | None = None
     """Loader processes of each training process; 0 loads in the process itself. null: the number of
     cores it may use."""

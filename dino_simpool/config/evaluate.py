@@ -1,5 +1,4 @@
-"""The options of the evaluators that report numbers. Those of the attention maps are in
-attention.py."""
+"""The options of the evaluators, except those of the attention maps (attention.py)."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ class EvalConfig(Compute, Weights):
     """What every evaluator takes, and what `eval.run` asks an evaluator's options for."""
 
     data: str = ""
-    """Folder with the class folders train/ and val/, or with train.tar and val.tar, or .zip, in
-    their place."""
+    """Folder with the class folders train/ and val/, or with archives of them (.tar, .zip)."""
     out: str = ""
     """Folder for the results; <evaluator>.json is written there. Empty: results/ beside the
     checkpoint."""
@@ -37,14 +35,12 @@ class EvalConfig(Compute, Weights):
 
     @property
     def variant(self) -> tuple[str, ...]:
-        """Words that follow the evaluator's name in the name of its results file, so that results
-        do not overwrite others."""
+        """Words that follow the evaluator's name in the file name, to keep results apart."""
         return ()
 
     @property
     def needs_encoder(self) -> bool:
-        """Whether the numbers depend on an encoder. If not, the command runs without a
-        checkpoint."""
+        """Whether the numbers depend on an encoder. If not, a checkpoint is optional."""
         return True
 
 
@@ -128,8 +124,7 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
     """Folder, or text file of paths, of other images to learn a whitening of the features from; for
     ROxford usually rparis6k/jpg. Empty: no whitening, as in the paper."""
     whitening_dim: int | None = None
-    """Dimensions that the whitening keeps. null: 256, or the width of the features if that is
-    less."""
+    """Dimensions that the whitening keeps. null: 256, or the features' width if that is less."""
     distractors: str = ""
     """More images for the database, all of them negatives: a folder, an archive or a text file of
     paths; or their features (images, width), from this encoder and preset, as a .npy file."""
@@ -166,11 +161,10 @@ class RecallConfig(Decoding, Loading, Square, EvalConfig):
     """Which of equally similar images is nearer. stable: the one with the lower index. optimistic:
     one of the query's class. published: optimistic for inshop, stable for the others."""
     map_at_r: bool = True
-    """Also compute R-precision and MAP@R, by a second search. It is slow if classes have thousands
-    of images."""
+    """Also compute R-precision and MAP@R. Slow if classes have thousands of images."""
     tile: int | None = None
-    """Side of the blocks of similarities, in images; no result depends on it. null: 1024 on a CPU,
-    else 8192."""
+    """Side of a block of similarities in images; changes no result. null: 1024 on CPU, else
+    8192."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,4 @@
-"""The options of `extract`, which writes the features of any images to a folder, and of `search`,
-which searches there."""
+"""The options of `extract`, which writes features to a folder, and `search`, which reads them."""
 
 from __future__ import annotations
 
@@ -14,20 +13,17 @@ class ExtractConfig(Decoding, Loading, Square, Compute, Weights):
     """The features of any images, in a memory-mapped file. Run the same command again to resume."""
 
     data: str | tuple[str, ...] = ""
-    """A folder of images with any nesting, a text file of paths, or a list of these: --data '[DIR,
+    """A folder (any nesting), a text file of paths, or a list of these: --data '[DIR,
     LIST.txt]'."""
     out: str = ""
-    """Folder to write: features.npy, ids.txt (the name of the image of each row), meta.json (every
-    setting)."""
+    """Folder to write: features.npy, ids.txt (the image of each row), meta.json (every setting)."""
     level: Literal["global", "tokens", "keys", "attention"] = "global"
     """global: one feature per image (M, D). tokens: what is pooled (M, N, D). keys: SimPool's keys
     of the tokens (M, N, D). attention: maps (M, h, w) that sum to 1."""
     index: bool = False
-    """Also write index.faiss, which `search` needs: inner products of the normalized features
-    (level global)."""
+    """Also write index.faiss for `search`: inner products of normalized features (level global)."""
     labels: bool = False
-    """data is a folder of class folders: also write labels.npy (the class of each row) and
-    classes.txt (their names)."""
+    """Also write labels.npy (class of each row) and classes.txt (names). data has class folders."""
     view: Literal["crop", "whole"] = "crop"
     """crop: shorter side to resize, then the center, as published. whole: all of the image,
     squeezed into the square."""

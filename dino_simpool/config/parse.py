@@ -1,5 +1,4 @@
-"""YAML recipes and command line to frozen dataclasses and back, with jsonargparse. Only this module
-uses that library."""
+"""YAML recipes and command line to dataclasses and back, with jsonargparse (only used here)."""
 
 from __future__ import annotations
 
@@ -117,8 +116,8 @@ def _check_groups(config: type, values: dict[str, Any]) -> None:
 
 
 def _check_recipe(path: str, config: type) -> str:
-    """The path, after checks that the library does not make: the file has options, none twice, and
-    groups are groups."""
+    """The path, after checks that the library lacks: options exist, none twice, groups are
+    groups."""
     try:
         node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -137,8 +136,7 @@ def _check_recipe(path: str, config: type) -> str:
 
 
 def _find_recipes(arguments: list[str], config: type) -> list[str]:
-    """Resolve recipe names. ConfigError if a recipe does not come before the options that override
-    it."""
+    """Resolve recipe names. ConfigError for a recipe that comes after an option."""
     found: list[str] = []
     position, overridden = 0, ""
     while position < len(arguments):
@@ -174,8 +172,7 @@ def parse(config: type[Config], arguments: list[str], *, program: str = "dino-si
 
 
 def from_dict(config: type[Config], values: dict[str, Any]) -> Config:
-    """A plain dict (from a checkpoint or a YAML file) to a configuration. ConfigError for unknown
-    keys and wrong types."""
+    """A plain dict to a configuration. ConfigError for unknown keys and wrong types."""
     _check_groups(config, values)
     parser = _parser(cast(Any, config), "dino-simpool")
     try:
@@ -185,8 +182,7 @@ def from_dict(config: type[Config], values: dict[str, Any]) -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration to a nested dict of plain values for YAML, JSON and weights-only checkpoints;
-    tuples become lists."""
+    """A configuration to a nested dict of plain values (tuples become lists), for YAML and JSON."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -163,5 +163,4 @@ class Decoding(PixelLimit):
     """How image files are decoded."""
 
     exif_orientation: bool = False
-    """Rotate images as their EXIF tag says, as image viewers do. The published numbers were made
-    without."""
+    """Rotate images by their EXIF tag, as image viewers do. Published numbers were made without."""

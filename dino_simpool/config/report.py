@@ -1,5 +1,4 @@
-"""The options of `report`, the page about a run, and of `table`, results beside those of the
-paper."""
+"""The options of `report`, a page about a run, and `table`, results beside the paper's."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ class TableConfig:
     """Results beside the numbers of the paper, table by table."""
 
     results: tuple[str, ...] = ()
-    """Result files, or folders that contain them, such as those of training runs: the arguments
-    before any option."""
+    """Result files, or folders with them (training runs): the arguments before any option."""
     format: Literal["text", "markdown", "csv"] = "text"
     """text: aligned columns. csv: all tables in one, in full precision."""
     out: str = ""

@@ -10,8 +10,7 @@ from dino_simpool.config.parts import MAX_PIXELS, PixelLimit, Workers
 
 @dataclass(frozen=True)
 class CheckDataConfig(PixelLimit, Workers):
-    """Decode every image of a data set and list the broken ones; or check that a public data set is
-    complete."""
+    """List the broken images of a data set, or check that a public data set is complete."""
 
     data: str | tuple[str, ...] = ""
     """A folder (classes, nested or flat), a text file of paths, or a list of these: anything that
@@ -20,8 +19,7 @@ class CheckDataConfig(PixelLimit, Workers):
     """A public data set, or folder: CLASS/IMAGE. Files, folders and counts are checked then, and no
     image is decoded. null: decode every image."""
     out: str = ""
-    """File for the broken images, one per line: name, a tab, what is wrong. Empty: they are only
-    printed."""
+    """File for the broken images, one per line: name, tab, reason. Empty: only print them."""
     max_pixels: int = MAX_PIXELS
     """An image with more pixels is not decoded and counts as broken."""
 

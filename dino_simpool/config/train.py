@@ -1,5 +1,4 @@
-"""The options of a pre-training run, each defined once, with its meaning and unit in the string
-under it."""
+"""The options of a pre-training run, each with its meaning and unit in the string under it."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ class ModelConfig:
     """Learnable scalar that is added after pooling, as in the published ViT weights (needs gamma).
     A norm after it cancels it."""
     min_over: Literal["image", "batch"] = "image"
-    """Range of SimPool's minimum: the image (paper) or the whole batch (published training
-    code)."""
+    """Range of SimPool's minimum: the image (paper) or the batch (published training code)."""
     norm_order: Literal["pool_then_norm", "norm_then_pool"] = "pool_then_norm"
     """The final norm comes after the pooling (self-supervised) or before it (the published
     supervised ViTs)."""
@@ -79,8 +77,7 @@ class ModelConfig:
     patch_size: int = 16
     """Pixels along the side of a ViT patch."""
     width: int | None = None
-    """Channels of the ViT tokens, or of the first stage of a CNN. null: those of the
-    architecture."""
+    """Channels of ViT tokens, or of the first stage of a CNN. null: those of the architecture."""
     depth: int | tuple[int, ...] | None = None
     """Blocks of a ViT, or blocks per stage of a CNN. null: those of the architecture."""
     heads: int | None = None
@@ -136,8 +133,7 @@ class HeadConfig:
     layers: int = 3
     """Linear layers before the prototypes."""
     batch_norm: bool = False
-    """BatchNorm after each hidden layer, synchronized over processes. Published: true for
-    ResNet-50."""
+    """BatchNorm after hidden layers, synchronized over processes. Published: true for ResNet-50."""
     norm_last_layer: bool = True
     """Keep prototypes at unit norm. Published: false for ViT-S only."""
 
@@ -148,8 +144,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The moving average of the student that sets the targets, and the temperature of its
-    softmax."""
+    """The moving average of the student, which sets the targets, and its softmax temperature."""
 
     momentum: float = 0.996
     """EMA momentum at step 0; it follows a cosine to 1. With a small batch, 0.9995 or more averages
@@ -159,11 +154,9 @@ class TeacherConfig:
     temperature: float = 0.07
     """Temperature after the warm-up."""
     warmup: Duration = 30
-    """Length of the linear temperature warm-up (duration). The temperature is constant within an
-    epoch."""
+    """Length of the linear temperature warm-up (duration), which changes between epochs only."""
     drop_path: float = 0.0
-    """Stochastic depth of the teacher. 0.4 repeats the published ConvNeXt training, where it was an
-    oversight."""
+    """Stochastic depth of the teacher. 0.4 repeats an oversight of published ConvNeXt training."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum <= 1:

@@ -89,14 +89,12 @@ def class_folders(cfg: ClassificationConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def decoded(images: ImageSet, cfg: Decoding) -> ImageSet:
-    """The same images, decoded as cfg says. Every image set of an evaluator with these options goes
-    through here."""
+    """The same images, decoded as cfg says. Every image set of an evaluator goes through here."""
     return images.decoded(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
 
 
 def classes_of(images: ImageSet, train: ImageSet) -> Tensor:
-    """The classes (M,) int64 of the images, numbered by name as in `train`. ValueError names a
-    class that `train` lacks."""
+    """The classes (M,) int64 of images, numbered as in `train`. ValueError if `train` lacks one."""
     number = {name: i for i, name in enumerate(train.classes)}
     missing = [name for name in images.classes if name not in number]
     if missing:

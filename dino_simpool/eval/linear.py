@@ -52,8 +52,8 @@ INIT_STD = 0.01
 
 
 class Heads:
-    """H independent softmax regressions and their SGD, one learning rate each: weight (H, C, D),
-    bias (H, C)."""
+    """H independent softmax regressions with SGD, one learning rate each: weight (H, C, D), bias
+    (H, C)."""
 
     def __init__(self, learning_rates: Sequence[float], num_classes: int, dim: int, *, seed: int, device: torch.device):
         # Drawn once on the CPU and repeated, so that every head starts from the same weights on any
@@ -103,15 +103,15 @@ def _sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def cosine(epoch: int, epochs: int) -> float:
-    """Factor of the learning rate in an epoch (from 0): a half cosine from 1 to 0 after the last
-    epoch."""
+    """Factor of the learning rate in an epoch (from 0): half a cosine from 1 to 0 after the
+    last."""
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeAugmentation:
-    """The published augmentation of the probe: random resized crop (8 to 100 % of the area,
-    bilinear), flip, normalize."""
+    """The published augmentation: random resized crop (8 to 100 % of area, bilinear), flip,
+    normalize."""
 
     image_size: int
     mean: tuple[float, float, float]
@@ -246,8 +246,7 @@ def fit_heads(
     seed: int,
     device: torch.device,
 ) -> Heads:
-    """Train one head per learning rate on the same features (M, D) and labels (M,), with a cosine
-    to 0 over the epochs."""
+    """Train one head per learning rate on features (M, D) and labels (M,), cosine to 0 by epoch."""
     heads = Heads(learning_rates, num_classes, features.shape[1], seed=seed, device=device)
     with progress(epochs * math.ceil(len(features) / batch_size), 0, "linear probes", images_per_step=batch_size) as bar:
         for epoch in range(epochs):
@@ -289,8 +288,7 @@ def _batches(
 
 
 def _keys(num_images: int, cfg: LinearConfig, *, batch_size: int) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, image) of every forward pass of the training, so that one loader serves all epochs
-    without a pause."""
+    """(epoch, image) of every forward pass, so one loader serves all epochs without a pause."""
     for epoch in range(cfg.epochs):
         for _, parts in _batches(num_images, epoch, seed=cfg.seed, batch_size=batch_size, forward_size=cfg.batch_size):
             for part in parts:
@@ -312,8 +310,7 @@ def _features(
 
 
 def _batch_size(cfg: LinearConfig, num_images: int) -> int:
-    """The global batch size: that of cfg, or all images if there are fewer. It also scales the
-    learning rate."""
+    """The global batch size: that of cfg, or all images if fewer. It scales the learning rate."""
     if cfg.probe_batch_size > num_images:
         say(f"warning: probe_batch_size {cfg.probe_batch_size} is cut to the {num_images} images to learn from")
     return min(cfg.probe_batch_size, num_images)

@@ -47,8 +47,7 @@ Ties = Literal["stable", "optimistic"]
 KS = {"cub200": (1, 2, 4), "cars196": (1, 2, 4), "sop": (1, 10, 100), "inshop": (1, 10, 20), "folder": (1, 2, 4)}
 """The columns of the paper's table C5. A folder is measured like CUB."""
 INTERPOLATIONS: dict[str, Literal["bicubic", "bilinear"]] = {"dino_eval": "bicubic", "dml_eval": "bilinear"}
-"""How the presets resize: DINO's evaluation, and the metric-learning code of the paper's
-authors."""
+"""How the presets resize: DINO's evaluation, and the paper's authors' metric-learning code."""
 
 
 def recall_at_k(

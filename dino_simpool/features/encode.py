@@ -39,8 +39,7 @@ def evaluation_mode(encoder: nn.Module) -> Iterator[None]:
 
 
 def try_sizes(encoder: nn.Module, sizes: Sequence[int], *, device: torch.device) -> None:
-    """Run one gray image of each size through the encoder in evaluation mode. ValueError for a size
-    that it cannot take."""
+    """Encode one gray image per size in evaluation mode. ValueError for a size that fails."""
     with evaluation_mode(encoder), torch.no_grad():
         for size in sizes:
             encoder(torch.zeros(1, 3, size, size, device=device))

@@ -196,8 +196,7 @@ def extract(
 
 
 def level_of(encoder: Encoder, level: Level) -> Callable[[Tensor], Tensor]:
-    """The function that computes a level from images (B, 3, S, S). ValueError for keys without
-    SimPool."""
+    """The function from images (B, 3, S, S) to a level. ValueError for keys without SimPool."""
     pool = encoder.pool
     if level == "keys":
         if not isinstance(pool, SimPool):
@@ -221,8 +220,7 @@ def make_transform(view: dict[str, Any]) -> EvalTransform | WholeTransform:
 
 
 def build_index(features: np.ndarray) -> faiss.IndexFlatIP:
-    """An exact faiss index of features (M, D): inner products of rows scaled to length 1. A row of
-    zeros stays zero."""
+    """An exact faiss index of features (M, D): inner products of unit rows. Zeros stay zero."""
     index = faiss.IndexFlatIP(features.shape[1])
     for part in chunks(len(features), 12 * features.shape[1]):
         index.add(F.normalize(torch.from_numpy(np.array(features[part])).double(), dim=1).float().numpy())
@@ -311,8 +309,7 @@ def _fill(
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """The settings that differ, as text: `level global -> tokens, model.gamma 2.0 -> None`. Empty
-    if none differs."""
+    """The settings that differ: `level global -> tokens, model.gamma 2.0 -> None`, or empty."""
     found = []
     for name in [*before, *(name for name in now if name not in before)]:
         old, new = before.get(name), now.get(name)

@@ -62,8 +62,7 @@ def check_ks(ks: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class _Bank:
-    """The training features and three searches in them. Queries are (b, D) of unit length, keys as
-    in INDEX."""
+    """Training features and three searches in them. Queries: (b, D), unit length; keys: INDEX."""
 
     rows: Tensor  # (M, D)
     lengths: Tensor  # (M,) float64
@@ -142,14 +141,12 @@ def margin(width: int) -> float:
 
 
 def keys_of(similarity: Tensor, index: Tensor) -> Tensor:
-    """The keys (as in INDEX) of float64 similarities to the rows `index`, int64 of the same
-    shape."""
+    """The keys (see INDEX) of float64 similarities to the rows `index`, int64, same shape."""
     return (similarity * UNIT).round().long() * INDEX + (INDEX - 1 - index)
 
 
 def lengths_of(features: Tensor) -> Tensor:
-    """Euclidean lengths (M,) in float64, at least 1e-12, so that a zero vector is similar to
-    nothing."""
+    """Lengths (M,) in float64, at least 1e-12, so that a zero vector is similar to nothing."""
     lengths = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
     if not lengths.isfinite().all():
         raise ValueError(f"feature {int((~lengths.isfinite()).nonzero()[0])} is not finite: check the encoder and its input")

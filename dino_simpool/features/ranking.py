@@ -31,8 +31,7 @@ NOTHING = -(2**62)
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Features sorted by label, so that images of one class are adjacent, on the device of the
-    features."""
+    """Features sorted by label (images of one class are adjacent), on their device."""
 
     rows: Tensor  # (M, D), of any length
     lengths: Tensor  # (M,) float64
@@ -112,8 +111,7 @@ def count_nearer(
 
 
 def _tiles(queries: int, gallery: int, side: int, *, own: bool) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the tiles that cover all pairs, or the upper triangle if queries are
-    their own gallery."""
+    """Rows and columns of the tiles that cover all pairs, or with `own` the upper triangle."""
     for i in range(0, queries, side):
         for j in range(i if own else 0, gallery, side):
             yield slice(i, min(i + side, queries)), slice(j, min(j + side, gallery))

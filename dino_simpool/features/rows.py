@@ -54,8 +54,7 @@ class RowFile:
         return max(0, size - self.partial.stat().st_blocks * 512) if self.partial.exists() else size
 
     def create(self) -> None:
-        """Start over, with no row written. One process calls it, before any process opens the
-        file."""
+        """Start over, with no row written. One process calls it, before any opens the file."""
         self.forget()
         write_atomically(self.partial, lambda path: np.lib.format.open_memmap(path, "w+", np.float32, self.shape).flush())
 
@@ -95,8 +94,7 @@ class RowFile:
         self._saved = time.monotonic()
 
     def finish(self) -> None:
-        """Give the file its final name. One process calls it, after all processes have left their
-        contexts."""
+        """Give the file its final name. One process calls it, after all left their contexts."""
         assert not len(self.remaining()), f"{self.partial} is not complete"
         os.replace(self.partial, self.path)
         sync_folder(self.path.parent)

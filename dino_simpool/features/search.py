@@ -109,8 +109,7 @@ def nearest(features: np.ndarray, index: faiss.Index, query: np.ndarray, *, k: i
 
 
 def open_index(folder: str) -> tuple[dict[str, Any], np.ndarray, faiss.Index]:
-    """meta.json, the features (M, D) and the index of a folder. ValueError if one is missing or
-    does not match the others."""
+    """meta.json, features (M, D), index of a folder. ValueError if missing or inconsistent."""
     meta, path = read_meta(folder), Path(folder) / "index.faiss"
     missing = [name for name in ("features.npy", "index.faiss") if not (Path(folder) / name).is_file()]
     if meta is None or missing:
@@ -130,8 +129,7 @@ def open_index(folder: str) -> tuple[dict[str, Any], np.ndarray, faiss.Index]:
 
 
 def encoder_of(cfg: SearchConfig, meta: dict[str, Any]) -> Encoder:
-    """The encoder that made an index. ValueError or FileNotFoundError if its checkpoint was changed
-    or moved."""
+    """The encoder of an index. ValueError or OSError if its checkpoint was changed or moved."""
     source = meta["source"]
     path = cfg.checkpoint or source["checkpoint"]
     if not os.path.isfile(path):
@@ -145,8 +143,7 @@ def encoder_of(cfg: SearchConfig, meta: dict[str, Any]) -> Encoder:
 
 
 def images_of(cfg: SearchConfig, meta: dict[str, Any]) -> ImageSet:
-    """The images of an index. ValueError or FileNotFoundError if they were changed, renamed or
-    moved."""
+    """The images of an index. ValueError or OSError if they were changed, renamed or moved."""
     sources = [cfg.data] if isinstance(cfg.data, str) and cfg.data else list(cfg.data) or meta["source"]["data"]
     try:
         images = find_images([os.path.abspath(source) for source in sources])
@@ -164,8 +161,7 @@ def images_of(cfg: SearchConfig, meta: dict[str, Any]) -> ImageSet:
 
 
 def query_images(query: str | tuple[str, ...]) -> ImageSet:
-    """The queries: the image files that are named, or the images of a folder or of a text file of
-    paths."""
+    """The queries: the image files named, or the images of a folder or a text file of paths."""
     paths = [query] if isinstance(query, str) else list(query)
     files = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES) and not os.path.isdir(path)]
     if not files:

@@ -26,8 +26,7 @@ TITLES = {
 
 
 class Key(NamedTuple):
-    """What a number was measured on. regime and epochs are those of the pre-training; Table 8 has
-    none: "" and 0."""
+    """What a number was measured on. regime, epochs: of the pre-training ("" and 0 in Table 8)."""
 
     table: str
     network: str
@@ -114,8 +113,7 @@ NETWORKS = {
 
 
 def network_of(model: dict[str, object]) -> str:
-    """The paper's name of a network in its standard size. Any other network has the name of its
-    `arch`."""
+    """The paper's name of a network in its standard size; for any other network, its `arch`."""
     arch = str(model["arch"])
     standard = {"width": None, "depth": None, "heads": None, "stem": "standard", "patch_size": 16}
     changed = [f"{name} {model[name]}" for name, value in standard.items() if model.get(name, value) != value]
@@ -125,8 +123,7 @@ def network_of(model: dict[str, object]) -> str:
 
 
 def method_of(model: dict[str, object]) -> str:
-    """SimPool, baseline (class token of a ViT, average of a CNN), or the name of another
-    pooling."""
+    """SimPool, baseline (a ViT's class token, a CNN's average), or the name of another pooling."""
     pool, is_vit = str(model["pool"]), str(model["arch"]).startswith(("vit", "deit"))
     return {"simpool": SIMPOOL, "cls": BASELINE, "gap": "GAP" if is_vit else BASELINE}.get(pool, pool)
 

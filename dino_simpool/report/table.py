@@ -147,8 +147,7 @@ def _no_comparison(record: dict[str, Any]) -> list[str]:
 
 
 def _differences(record: dict[str, Any], key: Key, epochs: float | None) -> list[str]:
-    """The settings that differ from the paper's protocol, and the choices that the paper leaves
-    open."""
+    """The settings that differ from the paper's protocol, and choices it leaves open."""
     evaluator, model, config = record["evaluator"], record["model"], record["config"]
     checks: list[tuple[str, Any, Any]] = []  # name, ours, the paper's
     silent: list[str] = []
