@@ -36,7 +36,7 @@ from dino_simpool.eval import decoded, run
 from dino_simpool.features.chunks import chunks
 from dino_simpool.features.encode import extract_features, preprocessing
 from dino_simpool.features.neighbors import check_ks, neighbors
-from dino_simpool.features.ranking import NOTHING, Labelled, best_positive, count_nearer
+from dino_simpool.features.ranking import NOTHING, Labeled, best_positive, count_nearer
 from dino_simpool.layouts.lists import differing_counts, part_counts
 from dino_simpool.layouts.metric_learning import fine_grained
 from dino_simpool.logs import say
@@ -99,10 +99,10 @@ def first_positive(
     if ties not in ("stable", "optimistic"):
         raise ValueError(f"ties is {ties}: give stable or optimistic")
     features = features.cpu() if features.device.type == "mps" else features  # mps has no float64
-    queries = Labelled.of(features, labels)
+    queries = Labeled.of(features, labels)
     gallery = queries
     if gallery_features is not None and gallery_labels is not None:
-        gallery = Labelled.of(gallery_features.to(features.device), gallery_labels)
+        gallery = Labeled.of(gallery_features.to(features.device), gallery_labels)
     best = best_positive(queries, gallery, own=own)
     part = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
     nearer = count_nearer(queries, gallery, best, own=own, tile=tile, part=part).cpu()

@@ -30,7 +30,7 @@ NOTHING = -(2**62)
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
+class Labeled:
     """Features sorted by label (images of one class are adjacent), on their device."""
 
     rows: Tensor  # (M, D), of any length
@@ -39,7 +39,7 @@ class Labelled:
     number: Tensor  # (M,) int64, their places before sorting
 
     @classmethod
-    def of(cls, features: Tensor, labels: Tensor) -> Labelled:
+    def of(cls, features: Tensor, labels: Tensor) -> Labeled:
         """Features (M, D) and labels (M,) in any order. ValueError if a feature is not finite."""
         labels, order = labels.to(features.device).long().sort(stable=True)
         rows = features[order]
@@ -57,7 +57,7 @@ class Labelled:
         return unit
 
 
-def best_positive(queries: Labelled, gallery: Labelled, *, own: bool) -> Tensor:
+def best_positive(queries: Labeled, gallery: Labeled, *, own: bool) -> Tensor:
     """The key (neighbors.py) of the nearest positive of each query, (Q,) int64, with its `number`;
     NOTHING if there is none.
 
@@ -81,7 +81,7 @@ def best_positive(queries: Labelled, gallery: Labelled, *, own: bool) -> Tensor:
 
 
 def count_nearer(
-    queries: Labelled, gallery: Labelled, best: Tensor, *, own: bool, tile: int | None, part: tuple[int, int]
+    queries: Labeled, gallery: Labeled, best: Tensor, *, own: bool, tile: int | None, part: tuple[int, int]
 ) -> Tensor:
     """The number of gallery images that are nearer than the best positive, (Q, 2) int64: in the
     stable order, and strictly.
@@ -119,15 +119,15 @@ def _tiles(queries: int, gallery: int, side: int, *, own: bool) -> Iterator[tupl
 
 @dataclass(frozen=True, eq=False)
 class _Counter:
-    queries: Labelled
-    gallery: Labelled
+    queries: Labeled
+    gallery: Labeled
     best: Tensor  # (Q,) keys
     low: Tensor  # (Q, 1) float32: anything below is certainly not nearer
     high: Tensor  # (Q, 1) float32: anything above is certainly nearer
     nearer: Tensor  # (Q, 2) int64, counts so far
 
     @classmethod
-    def of(cls, queries: Labelled, gallery: Labelled, best: Tensor) -> _Counter:
+    def of(cls, queries: Labeled, gallery: Labeled, best: Tensor) -> _Counter:
         level = torch.where(best > NOTHING, (best >> 32).double() / UNIT, torch.inf)[:, None]
         error = margin(queries.rows.shape[1])
         low, high = (level - error).float(), (level + error).float()

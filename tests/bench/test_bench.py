@@ -37,7 +37,7 @@ def test_the_published_way_is_k_nn(parts: int):
 
 
 def test_features_share_their_centers():
-    """A nearest centre found on one set classifies another; other seeds are other noise."""
+    """A nearest center found on one set classifies another; other seeds are other noise."""
     easy = BenchKnnConfig(width=24, classes=8, noise=0.3)
     (x, y), (other, its) = (knn.make_features(200, 8, cfg=easy, seed=seed) for seed in (2, 3))
     assert torch.allclose(x.norm(dim=1), torch.ones(200), atol=1e-6) and not torch.equal(x, other)

@@ -27,7 +27,7 @@ from dino_simpool.models.encoder import build_encoder
 
 
 def plain_rank(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, ks: tuple[int, ...], num_classes: int):
-    """For each k all classes by vote (T, C) and the neighbours (T, k), written as directly as possible."""
+    """For each k all classes by vote (T, C) and the neighbors (T, k), written as directly as possible."""
     ranks, nearest = {k: [] for k in ks}, {k: [] for k in ks}
     for x in test_x.astype(np.float64):
         similarity = [float((x * y).sum() / math.sqrt((x * x).sum() * (y * y).sum())) for y in train_x.astype(np.float64)]
@@ -64,7 +64,7 @@ def test_golden(dtype: torch.dtype):
 
 
 def test_hand_case():
-    """Cosines .90 (class 0), .88 and .87 (class 1): one neighbour says 0, three say 1, 5.380e5 votes against 3.835e5."""
+    """Cosines .90 (class 0), .88 and .87 (class 1): one neighbor says 0, three say 1, 5.380e5 votes against 3.835e5."""
     cosine = torch.tensor([0.90, 0.88, 0.87, -1.0], dtype=torch.float64)
     train_x = 3 * torch.stack([cosine, (1 - cosine**2).sqrt()], 1)
     train_y, test_x = torch.tensor([0, 1, 1, 2]), torch.tensor([[7.0, 0.0]], dtype=torch.float64)
@@ -211,11 +211,11 @@ def test_accuracy_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         top5 = [t in r[:5] and t in v for t, r, v in zip(truth, ranks, voted, strict=True)]
         assert found[str(k)]["top1"] == pytest.approx(100 * (ranks[:, 0] == truth).mean(), abs=1e-9)
         assert found[str(k)]["top5"] == pytest.approx(100 * np.mean(top5), abs=1e-9)
-    assert found["1"]["top1"] == found["1"]["top5"]  # one neighbour votes for one class: the other places are nobody's
+    assert found["1"]["top1"] == found["1"]["top5"]  # one neighbor votes for one class: the other places are nobody's
 
 
-def write_colours(root: Path, folders: dict[str, str]) -> Path:
-    """An image of one colour for each letter in a class folder: r, g, or x for a file that is no image."""
+def write_colors(root: Path, folders: dict[str, str]) -> Path:
+    """An image of one color for each letter in a class folder: r, g, or x for a file that is no image."""
     for name, letters in folders.items():
         (root / name).mkdir(parents=True)
         for number, letter in enumerate(letters):
@@ -231,8 +231,8 @@ def test_broken_images_are_left_out_of_their_own_set(tmp_path: Path, capsys: pyt
 
     Were the numbers of one set taken for the other, the bank would lose its only green image, or the queries those of a.
     """
-    train = write_colours(tmp_path / "train", {"a": "xxr", "b": "g"})
-    val = write_colours(tmp_path / "val", {"a": "rr", "b": "gxr"})
+    train = write_colors(tmp_path / "train", {"a": "xxr", "b": "g"})
+    val = write_colors(tmp_path / "val", {"a": "rr", "b": "gxr"})
     found = accuracy(train, val, encoder=knn.Pixels(8), ks=(1,), skip_broken=True)
     assert found == {"1": {"top1": 75.0, "top5": 75.0}}
     said = capsys.readouterr().err
@@ -288,7 +288,7 @@ def test_other_weights_and_pixels_have_their_own_files(checkpoint: Path):
     assert plain["model"] is None and pixels["model"]["width"] == 16
 
     sets = class_folder(f"{data}/train"), class_folder(f"{data}/val")
-    vectors = [extract(images, encoder=knn.Pixels(8)).numpy() for images in sets]  # ImageNet's normalisation, as in `plain`
+    vectors = [extract(images, encoder=knn.Pixels(8)).numpy() for images in sets]  # ImageNet's normalization, as in `plain`
     ranks, _ = plain_rank(vectors[0], sets[0].labels, vectors[1], ks=(1,), num_classes=2)[1]
     assert plain["metrics"]["top1_k1"] == pytest.approx(100 * (ranks[:, 0] == sets[1].labels).mean())
 

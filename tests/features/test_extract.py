@@ -149,8 +149,8 @@ def test_levels(tmp_path: Path, images: Path, family: str, level: str) -> None:
     encoder = module.load_encoder(checkpoint).double()
 
     def keys(x: torch.Tensor) -> torch.Tensor:  # eq. 14
-        normalised = F.layer_norm(encoder.tokens(x), (encoder.embed_dim,), eps=1e-6)
-        return (normalised * encoder.pool.norm.weight + encoder.pool.norm.bias) @ encoder.pool.k.weight.T
+        normalized = F.layer_norm(encoder.tokens(x), (encoder.embed_dim,), eps=1e-6)
+        return (normalized * encoder.pool.norm.weight + encoder.pool.norm.bias) @ encoder.pool.k.weight.T
 
     function = {"global": encoder, "tokens": encoder.tokens, "keys": keys, "attention": encoder.attention}[level]
     expected, found = one_by_one(encoder, images, function, 40), load(tmp_path / "out")
@@ -195,9 +195,9 @@ def test_whole_view_squeezes_and_crop_cuts(tmp_path: Path, checkpoint: str) -> N
     assert np.abs(whole[0] - whole[1]).max() > 1e-3
     encoder = module.load_encoder(checkpoint)
     squeezed = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)) / 255
-    normalised = (squeezed - encoder.config.mean) / encoder.config.std
+    normalized = (squeezed - encoder.config.mean) / encoder.config.std
     with torch.no_grad():
-        expected = encoder.double()(torch.from_numpy(normalised).permute(2, 0, 1)[None])
+        expected = encoder.double()(torch.from_numpy(normalized).permute(2, 0, 1)[None])
     np.testing.assert_allclose(whole[1:], expected, rtol=1e-5, atol=1e-5)
     assert json.loads((tmp_path / "whole" / "meta.json").read_text())["settings"]["preprocessing"] == {
         "view": "whole", "image_size": 32, "mean": list(encoder.config.mean), "std": list(encoder.config.std)

@@ -43,14 +43,14 @@ class TinyEncoder(nn.Module):
 
 
 def write_images(root: Path, counts: dict[str, int], *, seed: int = 0, size: int = 10) -> Path:
-    """counts[c] images in each class folder c: noise around a colour of the class, wider than high."""
+    """counts[c] images in each class folder c: noise around a color of the class, wider than high."""
     rng = np.random.default_rng(seed)
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
-        colour = np.random.default_rng(list(name.encode())).integers(60, 196, 3)
+        color = np.random.default_rng(list(name.encode())).integers(60, 196, 3)
         for i in range(count):
             noise = rng.integers(-60, 60, (size, size + 3, 3))
-            Image.fromarray((colour + noise).clip(0, 255).astype(np.uint8)).save(root / name / f"{i:03d}.png")
+            Image.fromarray((color + noise).clip(0, 255).astype(np.uint8)).save(root / name / f"{i:03d}.png")
     return root
 
 

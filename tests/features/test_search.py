@@ -61,7 +61,7 @@ def brute_force(features: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np
     return np.array([cosine[i] for i in order]), np.array(order)
 
 
-# -- the neighbours
+# -- the neighbors
 
 
 @pytest.mark.parametrize("k", [1, 7, 300])
@@ -79,7 +79,7 @@ def test_nearest_is_brute_force(k: int) -> None:
         np.testing.assert_allclose(similarity, expected[0][:k], atol=1e-12)
 
 
-def test_many_near_ties_hide_no_neighbour() -> None:
+def test_many_near_ties_hide_no_neighbor() -> None:
     """More of them than candidates: the lower rows are found all the same. And k above all rows is all of them."""
     angle = 9e-4 * (1 - np.arange(200) / 200)  # cosines of 1 - 4e-7 to 1, which all are 1.000000; the last rows are nearest
     features, query = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32), np.array([5, 0], np.float32)
