@@ -1,4 +1,5 @@
-"""Self-supervised pre-training of image encoders with DINO, where SimPool pools. Public names are resolved on first use."""
+"""Self-supervised pre-training of image encoders with DINO and SimPool. Public names are imported
+on first use."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name's module when it is first asked for, so that `import dino_simpool` needs no torch."""
+    """Import the module of a public name on first use, so that the package imports no torch."""
     if name not in _HOME:
         raise AttributeError(f"module dino_simpool has no attribute {name}; public names: {', '.join(__all__)}")
     return getattr(importlib.import_module(f"dino_simpool.{_HOME[name]}"), name)

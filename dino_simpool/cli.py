@@ -1,4 +1,7 @@
-"""dino-simpool <command>: reads the options, then imports what the command needs. No torch until then: help answers at once."""
+"""The command line, dino-simpool <command>: reads the options, then imports what the command needs.
+
+Torch is not imported before that, so help and error messages appear at once.
+"""
 
 from __future__ import annotations
 
@@ -15,42 +18,42 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "train": (
         config.TrainConfig,
         "dino_simpool.train:train",
-        "pre-train an encoder; with the folder of a stopped run, go on with it",
+        "pre-train an encoder, or resume a run that was stopped",
     ),
     "knn": (config.KnnConfig, "dino_simpool.eval.knn:main", "weighted k-NN classification with a frozen encoder"),
-    "linear": (config.LinearConfig, "dino_simpool.eval.linear:main", "linear classification on a frozen encoder"),
+    "linear": (config.LinearConfig, "dino_simpool.eval.linear:main", "linear classification with a frozen encoder"),
     "retrieval": (
         config.RetrievalConfig,
         "dino_simpool.eval.retrieval:main",
-        "find landmarks of ROxford or RParis with frozen features",
+        "landmark retrieval, ROxford and RParis, with a frozen encoder",
     ),
-    "recall": (config.RecallConfig, "dino_simpool.eval.recall:main", "fine-grained retrieval, Recall@k, with frozen features"),
+    "recall": (config.RecallConfig, "dino_simpool.eval.recall:main", "fine-grained retrieval, Recall@k, with a frozen encoder"),
     "masks": (
         config.MasksConfig,
         "dino_simpool.eval.masks:main",
-        "how much of the attention is on the object, on images with masks",
+        "share of the attention that is on the object, on images with masks",
     ),
     "attention": (
         config.AttentionConfig,
         "dino_simpool.eval.attention:main",
-        "where the encoder looks: maps, overlays, masks and boxes of any images",
+        "where the encoder looks: maps, overlays, masks and boxes for any images",
     ),
     "resources": (
         config.ResourcesConfig,
         "dino_simpool.bench.resources:main",
         "parameters and multiply-adds of an encoder, as Table 8 of the paper counts them",
     ),
-    "table": (config.TableConfig, "dino_simpool.report.table:main", "results beside the figures of the paper, table by table"),
+    "table": (config.TableConfig, "dino_simpool.report.table:main", "results beside the numbers of the paper, table by table"),
     "extract": (config.ExtractConfig, "dino_simpool.features.extract:main", "write the features of any images to a folder"),
     "search": (
         config.SearchConfig,
         "dino_simpool.features.search:main",
-        "find the images of an extracted set that are like others",
+        "find the images of an extracted set that are most similar to others",
     ),
     "check-data": (
         config.CheckDataConfig,
         "dino_simpool.check_data:main",
-        "which images of a folder cannot be read, or what a public data set lacks",
+        "list the broken images of a folder, or what is missing from a public data set",
     ),
     "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
     "bench data": (
@@ -61,16 +64,16 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "bench knn": (
         config.BenchKnnConfig,
         "dino_simpool.bench.knn:main",
-        "time and memory of k-NN and Recall@k, beside the published way",
+        "time and memory of k-NN and Recall@k, beside the published code",
     ),
-    "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as an image tree"),
+    "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as folders of images"),
 }
-"""Name of a command, in one word or two: its options, the function that takes them, and what it does."""
+"""By command (one or two words): its options, the function that takes them, and what it does."""
 
 FIRST_ARGUMENT = {"report": "--out", "synthetic": "--out", "check-data": "--data", "bench data": "--data"}
-"""The option that a bare first argument stands for: `report OUT` for `report --out OUT`."""
+"""The option for a first argument without a name: `report OUT` is `report --out OUT`."""
 FIRST_ARGUMENTS = {"table": "--results", "check-data": "--data", "bench data": "--data"}
-"""The option for which several bare first arguments stand: `table A B` for `table --results '["A", "B"]'`."""
+"""The same for several first arguments: `table A B` is `table --results '["A", "B"]'`."""
 
 EXAMPLES = """\
 examples:
@@ -91,7 +94,7 @@ def _help() -> str:
 
 
 def with_named_arguments(name: str, options: list[str]) -> list[str]:
-    """The options of a command with its bare first arguments under their names."""
+    """The options of a command, with names added to first arguments that have none."""
     bare = list(itertools.takewhile(lambda option: not option.startswith("-"), options))
     if bare and name in FIRST_ARGUMENT and (len(bare) == 1 or name not in FIRST_ARGUMENTS):
         return [FIRST_ARGUMENT[name], *options]
@@ -101,7 +104,8 @@ def with_named_arguments(name: str, options: list[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line (sys.argv by default); returns the exit status: 0, 1 for a failed run, 2 for wrong options."""
+    """Run a command line (sys.argv by default); returns the exit status: 0, 1 for a failed run, 2
+    for wrong options."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help(), end="")
@@ -130,11 +134,11 @@ def main(arguments: list[str] | None = None) -> int:
             message = message.strip().splitlines()[-1].partition(": ")[2]
         return _fail(name, message, 1)
     except RuntimeError as error:
-        # What torch raises, anywhere in this process, when the system has ended a loader process.
+        # Torch raises this anywhere in this process when the system has killed a loader process.
         if "DataLoader worker" not in str(error) or os.environ.get("DINO_SIMPOOL_TRACEBACK"):
             raise
-        advice = "no memory is left, or too little shared memory (docker run --shm-size): give fewer workers"
-        return _fail(name, f"a loader process died; {advice}. A training goes on with the same command", 1)
+        advice = "out of memory, or too little shared memory (docker run --shm-size): give fewer workers"
+        return _fail(name, f"a loader process died; {advice}. To resume training, run the same command again", 1)
     finally:
         if "dino_simpool.distributed" in sys.modules:
             sys.modules["dino_simpool.distributed"].cleanup()
@@ -142,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(name: str, message: str, status: int) -> int:
-    """One line on stderr; under several processes it says which one speaks."""
+    """Print one line on stderr; with several processes, it names the process."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     speaker = f"dino-simpool {name}".rstrip() + (f" [process {rank}]" if rank != "0" else "")
     print(f"{speaker}: error: {' '.join(message.split())}", file=sys.stderr)

@@ -1,31 +1,44 @@
-"""Files that are written whole or not at all, and their digests."""
+"""Files that are written as a whole or not at all, and their digests."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, push it to the disk, then put it in place in one step."""
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # safetensors makes files that only their owner can read
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors writes files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder to the disk. Without it, a power cut may lose the new names of files in it."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # otherwise the new name itself may be lost with the power
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically. ValueError for NaN, before anything is written."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write_text(text))
 
 
 def file_sha256(path: str | Path) -> str:

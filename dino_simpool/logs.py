@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,15 @@ def say(text: str) -> None:
     """Print a line on stderr, on the main process only and without tearing the progress bar."""
     if distributed.is_main():
         tqdm.write(text, file=sys.stderr)
+
+
+def text_table(rows: Sequence[Sequence[str]], *, rule: bool = False) -> str:
+    """Lines of left-aligned columns, each as wide as its longest cell. rule: draw a line under the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if rule:
+        lines.insert(1, "-" * (sum(widths) + 2 * len(widths) - 2))
+    return "\n".join(lines)
 
 
 def progress(total: int, initial: int, desc: str, *, images_per_step: int = 1) -> tqdm[Any]:

@@ -1,64 +1,48 @@
-"""The record of a result: where it is written, and with which settings, model and versions."""
+"""The record of a result: the name of its file, its contents, and how it is written and printed."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import faiss
-import numpy as np
-import PIL
-import timm
 import torch
-import torchvision
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dino_simpool import __version__, distributed
-from dino_simpool.config import EvalConfig
-from dino_simpool.files import file_sha256, write_atomically
+from dino_simpool.config import EvalConfig, to_dict
+from dino_simpool.files import file_sha256, write_atomically, write_json
 from dino_simpool.models.encoder import Encoder
-
-NAMED_OPTIONS = ("dataset", "layout", "preset")
-"""Options whose values are part of the name of a results file."""
 
 
 def result_name(evaluator: str, cfg: EvalConfig) -> str:
-    """The name of the results file without suffix: knn, knn_pixels, knn_untrained, knn_student, knn_epoch_0020, linear_grid ...
+    """The name of the results file without suffix: knn, knn_pixels, knn_untrained, knn_student,
+    knn_epoch_0020 ...
 
-    The default folder is shared by all checkpoints of a run, hence those other than its newest are named in it.
+    All checkpoints of a run share the default folder, so the name says which one it is unless it is
+    the newest one.
     """
-    if getattr(cfg, "features", None) == "pixels":
-        return f"{evaluator}_pixels"
-    evaluator = "_".join([evaluator, *filter(None, (getattr(cfg, name, "") for name in NAMED_OPTIONS))])
-    if cfg.which == "untrained":
-        return f"{evaluator}_untrained"
-    parts = [evaluator] if cfg.which == "teacher" else [evaluator, cfg.which]
+    parts = [evaluator, *cfg.variant]
+    if cfg.needs_encoder and cfg.which != "teacher":
+        parts.append(cfg.which)
     checkpoint = Path(cfg.checkpoint).stem
-    return "_".join(parts if cfg.out or checkpoint in ("last", "backbone") else [*parts, checkpoint])
-
-
-def describe(record: dict[str, Any], path: Path) -> str:
-    """What is printed: the metrics to two decimals, what they were measured on, and where they are."""
-    model, config = record["model"], record["config"]
-    what = f"{model['which']} of {model['checkpoint']}" if model else "raw pixels"
-    what = f"raw pixels, as {what} sees them" if model and config.get("features") == "pixels" else what
-    counts = ", ".join(f"{number} {name}" for name, number in record.get("counts", {}).items())
-    lines = [f"{record['evaluator']}: {what}", f"  {record['dataset']}/{record['split']} ({counts})"]
-    lines += [f"  {name:<18} {value:8.2f}{'' if name == 'ratio' else ' %'}" for name, value in record["metrics"].items()]
-    return "\n".join([*lines, f"  written to {path}"])
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    packages = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, np, faiss, PIL)}
-    return {"dino_simpool": __version__, "python": platform.python_version(), **packages}
+    if cfg.needs_encoder and cfg.which != "untrained" and not cfg.out and checkpoint not in ("last", "backbone"):
+        parts.append(checkpoint)
+    return "_".join(parts)
 
 
 def results_folder(out: str, checkpoint: str) -> Path:
-    """The folder for the results, `out` or beside the checkpoint, made and tried by the main process before hours are spent."""
+    """The folder for results: `out`, or results/ beside the checkpoint.
+
+    The main process creates it and tries to write there, so that a mistake is found before hours of
+    work. ValueError if it cannot, or if neither is given.
+    """
     if not out and not checkpoint:
-        raise ValueError("without a checkpoint there is no place for the results: give --out DIR")
+        raise ValueError("without a checkpoint there is no folder for the results: give --out DIR")
     folder = Path(out) if out else Path(checkpoint).parent / "results"
     if distributed.is_main():
         try:
@@ -70,11 +54,57 @@ def results_folder(out: str, checkpoint: str) -> Path:
     return folder
 
 
+def write_record(path: Path, record: dict[str, Any], cfg: Any, *, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """Add the options and the library versions to a record, and return it; the main process also
+    writes it to `path`.
+
+    tensors: written beside it, under the same name with the suffix .safetensors. Without them, no
+    such file is written.
+    """
+    record = record | {"config": to_dict(cfg), "versions": versions()}
+    if distributed.is_main():
+        json.dumps(record, allow_nan=False)  # ValueError before any file is replaced
+        if tensors:
+            write_atomically(path.with_suffix(".safetensors"), lambda file: save_file(tensors, file))
+        write_json(path, record)
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that the numbers depend on.
+
+    They come from the metadata of the installed packages, so that nothing is imported for them.
+    Only torch and torchvision are asked directly: the metadata of their wheels on PyPI lacks the
+    build (2.14.1 in place of 2.14.1+cu130).
+    """
+    import torchvision  # timm has imported it already
+
+    packages = {"timm": "timm", "numpy": "numpy", "faiss": "faiss-cpu", "PIL": "pillow"}
+    return {
+        "dino_simpool": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        **{name: version(package) for name, package in packages.items()},
+    }
+
+
 def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any]:
-    """An encoder in the record: its options, its checkpoint with SHA-256, which weights of it, and the epochs behind them."""
+    """The encoder in the record: options, checkpoint with SHA-256, which weights, epochs."""
     source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which, "epochs": encoder.epochs}
     return dataclasses.asdict(encoder.config) | source
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name of a GPU; cpu or mps."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def describe(record: dict[str, Any], path: Path) -> str:
+    """The text that is printed: metrics to two decimals, data, and where the results are."""
+    model = record["model"]
+    source = f": {model['which']} of {model['checkpoint']}" if model else ""
+    counts = ", ".join(f"{number} {name}" for name, number in record.get("counts", {}).items())
+    lines = [f"{path.stem}{source}", f"  {record['dataset']}/{record['split']} ({counts})"]
+    lines += [f"  {name:<18} {value:8.2f}{'' if name == 'ratio' else ' %'}" for name, value in record["metrics"].items()]
+    return "\n".join([*lines, f"  written to {path}"])

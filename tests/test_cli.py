@@ -387,7 +387,7 @@ def test_a_dead_loader_process_is_told_in_one_line(
             patch.setattr(f"dino_simpool.data.loaders.{dataset}.__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             assert cli.main(command) == 1
         last = capsys.readouterr().err.splitlines()[-1]
-        assert last.startswith(f"dino-simpool {command[0]}: error: a loader process died; no memory is left, or too little")
+        assert last.startswith(f"dino-simpool {command[0]}: error: a loader process died; out of memory, or too little")
 
 
 def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

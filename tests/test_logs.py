@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dino_simpool import logs
-from dino_simpool.logs import TIMING_FIELDS, RunLog, read_log
+from dino_simpool.logs import TIMING_FIELDS, RunLog, read_log, text_table
 
 
 def run(out, *, start: int = 0, stop: int, per_epoch: int = 4) -> None:
@@ -188,3 +188,12 @@ def test_rate_counts_images_of_this_start_only(monkeypatch):
     bar._ema_dt._last, bar._ema_dt.calls = 0, 0  # no smoothed rate yet: the mean of this start counts
     assert bar.format_dict["images_rate"] == "64 images/s"  # 10 steps of 32 images in 5 s
     bar.close()
+
+
+def test_text_table():
+    rows = [["way", "s", ""], ["longer", "10.0", "x"], ["", "", ""]]
+    assert text_table(rows) == "way     s\nlonger  10.0  x\n"
+    assert text_table(rows[:2], rule=True) == "way     s\n---------------\nlonger  10.0  x"
+    assert text_table([("a",)]) == "a"
+    with pytest.raises(ValueError):
+        text_table([["a", "b"], ["a"]])

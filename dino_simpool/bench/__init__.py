@@ -1,11 +1,12 @@
-"""Benchmarks: ways to the same result, measured side by side in one process, and what is shared by them.
+"""Benchmarks: methods with the same result, measured side by side in one process, and what the
+benchmarks share.
 
-Every round runs each way once, so that whatever else the machine does meets all of them; medians over the rounds are compared.
+Every round runs each method once, so that other load on the machine affects all of them alike.
+Medians over the rounds are compared.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 
-from dino_simpool.files import write_atomically
 from dino_simpool.logs import say
 from dino_simpool.results import versions
 
@@ -23,7 +23,7 @@ from dino_simpool.results import versions
 def interleave(
     ways: Mapping[str, Callable[[], Any]], *, repetitions: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Wall-clock seconds of each way in each round, and what each returned in the last one."""
+    """Wall-clock seconds of each method per round, and what each returned in the last round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     results = {}
     for number in range(repetitions):
@@ -38,32 +38,23 @@ def interleave(
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The middle one of the times of each way."""
+    """The median time of each method."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the times depend on: device, threads, load at this moment (of one minute, in processes) and library versions."""
+    """Everything the times depend on: device, threads, current load (one-minute average, in
+    processes), library versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     settings = {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MKL_", "OPENBLAS_"))}
     return {
-        "device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
-        "environment": settings, "versions": versions(),
-    }  # fmt: skip
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of left-aligned columns, as wide as they must be; the first row is the heading."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
-
-
-def write(folder: str, name: str, record: Mapping[str, Any]) -> Path:
-    """Write <folder>/<name>.json, in a folder that is there, and return its path."""
-    path = Path(folder) / f"{name}.json"
-    write_atomically(path, lambda file: file.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
-    return path
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "environment": settings,
+        "versions": versions(),
+    }
 
 
 def _synchronize(device: torch.device) -> None:
@@ -72,7 +63,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _processor() -> str:
-    """The name of the processor, as Linux knows it."""
+    """The name of the processor on Linux, elsewhere `cpu`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

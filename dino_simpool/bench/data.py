@@ -1,12 +1,14 @@
-"""From image files to the views of a training: how long it takes, in processor time of one core, and which part takes how long.
+"""Time from image files to the views of a training run, in processor time of one core, as a whole
+and part by part.
 
-    published      the recipe of facebookresearch/dino and billpsomas/simpool, from torchvision's transforms on Pillow images
-    cpu            this package, all on the CPU: decode, crop, colours, and the normalisation of the batch
-    device_share   what the CPU does if the colours are made on the device: decode and crop
-    decode         decoding alone, in full size: only large JPEG files that the paths decode smaller are faster
+    published      the recipe of facebookresearch/dino and billpsomas/simpool: torchvision's transforms on Pillow images
+    cpu            this package, all on the CPU: decode, crop, colors, and the normalization of the batch
+    device_share   the CPU's part if colors are applied on the device: decode and crop
+    decode         decoding alone, at full size: only large JPEG files that the paths decode smaller can be faster
 
-All start from the bytes of the files in memory. Every batch goes through all four in turn, so whatever else the machine does
-meets them alike; what counts is the time of this process, not that of the clock. `device` says what the device's part achieves.
+All start from the bytes of the files in memory. Every batch goes through all four in turn, so that
+other load on the machine affects them alike. Times are processor time of this process, not
+wall-clock time. `device` has the speed of the device's part.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,43 +28,50 @@ from torch import Tensor
 from torchvision import transforms
 
 from dino_simpool import distributed
-from dino_simpool.bench import interleave, machine, medians, table, write
+from dino_simpool.bench import interleave, machine, medians
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, BenchDataConfig, CropsConfig
 from dino_simpool.data import ImageSet, default_workers, evenly, find_images, keep_freed_memory, train_loader
 from dino_simpool.data.augment import MultiCrop, batch, pixels
 from dino_simpool.data.decode import EncodedImage
+from dino_simpool.files import write_json
+from dino_simpool.logs import text_table
 from dino_simpool.results import results_folder
 
 
 def main(cfg: BenchDataConfig) -> None:
     """The command bench data."""
     device = distributed.setup(cfg.device)
-    results_folder(cfg.out, "")  # now, rather than after the measurements, if nothing can be written there
+    results_folder(cfg.out, "")  # fails before the measurements if it cannot write there
     torch.set_num_threads(1)
     keep_freed_memory()
     images = find_images(list(cfg.data) if isinstance(cfg.data, tuple) else cfg.data)
     files = [images.encoded(index) for index in evenly(len(images), cfg.images).tolist()]
     for file in files:
-        file.rgb()  # a broken one is named here; the published recipe would not say which it is
+        file.rgb()  # names a broken image, which the published recipe would not
     crop = MultiCrop(**asdict(cfg.crops), mean=IMAGENET_MEAN, std=IMAGENET_STD)
     seconds = measure(ways_of(cfg.crops, crop, seed=cfg.seed), files, batch_size=cfg.batch_size, repetitions=cfg.repetitions)
     record: dict[str, Any] = {
-        "benchmark": "data", "config": asdict(cfg), "machine": machine(device), "images": len(files),
+        "benchmark": "data",
+        "config": asdict(cfg),
+        "machine": machine(device),
+        "images": len(files),
         "ms_per_image_and_core": {name: 1000 * value for name, value in seconds.items()},
         "images_per_second_and_core": {name: 1 / value for name, value in seconds.items()},
         "times_published": {name: seconds["published"] / value for name, value in seconds.items()},
         "share_of_decode_limit": {name: seconds["decode"] / value for name, value in seconds.items()},
         "parts_ms": measure_parts(crop, files, seed=cfg.seed, repetitions=cfg.repetitions),
         "device": measure_device(cfg, crop, files, device),
-    }  # fmt: skip
+    }
     if cfg.loader_seconds:
         record["loader"] = measure_loader(cfg, crop, images)
-    path = write(cfg.out, "data", record)
+    path = Path(cfg.out) / "data.json"
+    write_json(path, record)
     print(f"{describe(record)}\nwritten to {path}")
 
 
 def published_recipe(crops: CropsConfig) -> Callable[[Image.Image], list[Tensor]]:
-    """The published augmentation of one image, with torchvision's transforms as its code has them, and Pillow's blur."""
+    """The published augmentation of one image, with the same torchvision transforms as its code,
+    and Pillow's blur."""
 
     def sometimes(probability: float, change: Callable[[Image.Image], Image.Image]) -> Callable[[Image.Image], Image.Image]:
         return lambda image: change(image) if random.random() < probability else image
@@ -87,7 +97,7 @@ def published_recipe(crops: CropsConfig) -> Callable[[Image.Image], list[Tensor]
 
 
 def ways_of(crops: CropsConfig, crop: MultiCrop, *, seed: int) -> dict[str, Callable[[Sequence[EncodedImage]], Any]]:
-    """What is compared: each takes the files of a batch."""
+    """The methods that are compared. Each takes the files of a batch."""
     random.seed(seed)
     torch.manual_seed(seed)
     published, on_device = published_recipe(crops), replace(crop, on_device=True)
@@ -119,13 +129,13 @@ def measure(
     batch_size: int,
     repetitions: int,
 ) -> dict[str, float]:
-    """Seconds of processor time an image of each way, the median over the rounds."""
+    """Seconds of processor time per image of each method, the median over the rounds."""
     rounds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repetitions):
         spent = dict.fromkeys(ways, 0.0)
         for start in range(0, len(files), batch_size):
             for name, way in ways.items():
-                fresh = [replace(file) for file in files[start : start + batch_size]]  # a file remembers its header
+                fresh = [replace(file) for file in files[start : start + batch_size]]  # a file caches its header
                 started = time.process_time()
                 way(fresh)
                 spent[name] += time.process_time() - started
@@ -135,7 +145,7 @@ def measure(
 
 
 def measure_parts(crop: MultiCrop, files: Sequence[EncodedImage], *, seed: int, repetitions: int) -> dict[str, float]:
-    """Milliseconds an image of the parts of both paths, one after the other, the median over the rounds."""
+    """Milliseconds per image of each part of both paths in sequence, median over the rounds."""
     rounds: dict[str, list[float]] = {}
     for _ in range(repetitions):
         spent: dict[str, float] = {}
@@ -162,7 +172,7 @@ def measure_parts(crop: MultiCrop, files: Sequence[EncodedImage], *, seed: int, 
             batch.pack(draw, radius=crop.blur_radius)
             stop("pack (device path)")
             done = [torch.from_numpy(pixels.apply_colors(view, draw, i)) for i, view in enumerate(views)]
-            stop("flip, colours, blur (cpu path)")
+            stop("flip, colours, blur (cpu path)")  # a key of data.json, which keeps its spelling
             crop.finish([view[None] for view in done])
             stop("normalise (cpu path)")
         for name, value in spent.items():
@@ -173,7 +183,8 @@ def measure_parts(crop: MultiCrop, files: Sequence[EncodedImage], *, seed: int, 
 def measure_device(
     cfg: BenchDataConfig, crop: MultiCrop, files: Sequence[EncodedImage], device: torch.device
 ) -> dict[str, Any]:
-    """What the device makes of the other half of the device path: images per second of whole batches that lie there already."""
+    """Images per second of the device's part of the device path, for whole batches that are on the
+    device already."""
     on_device = replace(crop, on_device=True)
     size = cfg.device_batch or (4 if device.type == "cpu" else 128)
     items = [on_device(files[i % len(files)], seed=cfg.seed, epoch=0, index=i) for i in range(size)]
@@ -183,24 +194,34 @@ def measure_device(
     def finish() -> None:
         on_device.finish(parts, dtype=dtype, compiled=cfg.compile)
 
-    finish()  # compiled, and with its memory
+    finish()  # compiles, and allocates memory
     seconds, _ = interleave({"finish on the device": finish}, repetitions=max(5, cfg.repetitions), device=device)
     middle = statistics.median(seconds["finish on the device"])
     return {"images_per_second": size / middle, "batch": size, "dtype": str(dtype), "compiled": cfg.compile}
 
 
 def measure_loader(cfg: BenchDataConfig, crop: MultiCrop, images: ImageSet) -> dict[str, Any]:
-    """Images per second out of the training's loader with all its processes, by the clock, files read included."""
+    """Images per second from the training loader with all its processes, in wall-clock time,
+    reading files included."""
     workers = default_workers() if cfg.workers is None else cfg.workers
     size = min(cfg.batch_size, len(images))
     speeds: dict[str, Any] = {"workers": workers}
     for name, augment in (("cpu", crop), ("device_share", replace(crop, on_device=True))):
         loader = train_loader(
-            images, augment, seed=cfg.seed, batch_size=size, accumulate=1, start_step=0, total_steps=10**6, rank=0,
-            world_size=1, workers=workers, device=torch.device("cpu"),
-        )  # fmt: skip
+            images,
+            augment,
+            seed=cfg.seed,
+            batch_size=size,
+            accumulate=1,
+            start_step=0,
+            total_steps=10**6,
+            rank=0,
+            world_size=1,
+            workers=workers,
+            device=torch.device("cpu"),
+        )
         batches = iter(loader)
-        for _ in range(4 * max(1, workers) + 1):  # until what was ready at the start is gone
+        for _ in range(4 * max(1, workers) + 1):  # past the batches that were ready at the start
             next(batches)
         started, count = time.perf_counter(), 0
         while time.perf_counter() - started < cfg.loader_seconds:
@@ -214,20 +235,25 @@ def measure_loader(cfg: BenchDataConfig, crop: MultiCrop, images: ImageSet) -> d
 def describe(record: dict[str, Any]) -> str:
     """The tables that are printed."""
     names = {
-        "published": "published recipe (torchvision on Pillow)", "cpu": "CPU path", "device_share": "device path, CPU's share",
+        "published": "published recipe (torchvision on Pillow)",
+        "cpu": "CPU path",
+        "device_share": "device path, CPU's share",
         "decode": "decoding alone",
-    }  # fmt: skip
-    rows = [["way", "ms/image/core", "images/s/core", "times published", "share of the decode limit"]]
+    }
+    rows = [["method", "ms/image/core", "images/s/core", "times published", "share of the decode limit"]]
     rows += [
         [
-            title, f"{record['ms_per_image_and_core'][name]:.2f}", f"{record['images_per_second_and_core'][name]:.0f}",
-            f"{record['times_published'][name]:.2f}", f"{100 * record['share_of_decode_limit'][name]:.0f} %",
+            title,
+            f"{record['ms_per_image_and_core'][name]:.2f}",
+            f"{record['images_per_second_and_core'][name]:.0f}",
+            f"{record['times_published'][name]:.2f}",
+            f"{100 * record['share_of_decode_limit'][name]:.0f} %",
         ]
         for name, title in names.items()
-    ]  # fmt: skip
+    ]
     parts = [["part", "ms/image"], *([name, f"{value:.3f}"] for name, value in record["parts_ms"].items())]
     device = record["device"]
-    lines = [table(rows), "", table(parts), ""]
+    lines = [text_table(rows, rule=True), "", text_table(parts, rule=True), ""]
     lines.append(
         f"device's part on {record['machine']['device']}: {device['images_per_second']:,.0f} images/s in batches of "
         f"{device['batch']} ({device['dtype']}{', compiled' if device['compiled'] else ''})"

@@ -1,12 +1,17 @@
-"""k-NN against the published way, and Recall@k against the matrix products that it cannot do without.
+"""k-NN beside the published code, and Recall@k beside the matrix products that it needs at least.
 
-published: what knn_classifier in eval_knn.py of facebookresearch/dino and billpsomas/simpool computes, written anew: a chunk of
-the queries times the whole bank, the k largest of every row, one-hot classes (chunk * k, C) weighted and summed, all classes
-sorted, and all of it again for the next k. Bare products: each product of unit features computed once in float32, in tiles that
-stay in the processor's cache, and dropped. They are what any exact search without pruning costs, but for queries that are their
-own gallery, of whose symmetric matrix half is enough: then Recall@k can be faster.
+Published: what knn_classifier in eval_knn.py of facebookresearch/dino and billpsomas/simpool
+computes, rewritten: a chunk of the queries times the whole bank, the k largest of every row,
+one-hot classes (chunk * k, C) weighted and summed, all classes sorted, and all of that again for
+the next k.
 
-Features are normal around class centres. Peak memory is that of a new process that makes them and measures Recall@k once.
+Bare products: each product of unit features is computed once in float32, in tiles that fit in the
+processor's cache, and dropped. Any exact search without pruning costs at least that, except for
+queries that are their own gallery: half of their symmetric matrix is enough, so Recall@k can be
+faster.
+
+Features are normally distributed around class centers. Peak memory is that of a new process that
+makes them and computes Recall@k once.
 
 N images of Recall@k, M of the bank, T test images, D width, C classes.
 """
@@ -27,12 +32,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_simpool import distributed
-from dino_simpool.bench import interleave, machine, medians, table, write
+from dino_simpool.bench import interleave, machine, medians
 from dino_simpool.config import BenchKnnConfig
 from dino_simpool.eval.knn import knn_rank, vote_each_k
 from dino_simpool.eval.recall import first_positive, precision_at_r, recall_of
 from dino_simpool.features.neighbors import full_precision
 from dino_simpool.features.ranking import DEVICE_TILE, TILE
+from dino_simpool.files import write_json
+from dino_simpool.logs import text_table
 from dino_simpool.results import results_folder
 
 TEMPERATURE = 0.07
@@ -40,9 +47,11 @@ RECALL_KS = (1, 10, 100)
 
 
 def published_knn(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int, num_classes: int, parts: int) -> Tensor:
-    """Classes of each query by descending vote, (T, C), as published but with the remainder of the queries as a last chunk.
+    """Classes of each query by descending vote, (T, C), as published, except that remaining queries
+    form a last chunk.
 
-    bank: (M, D) and queries: (T, D) of unit length, labels: (M,). parts: into how many chunks the queries are cut.
+    bank: (M, D) and queries: (T, D) of unit length, labels: (M,). parts: number of chunks that the
+    queries are split into.
     """
     columns, found = bank.T, []
     for chunk in queries.split(max(1, len(queries) // parts)):
@@ -56,7 +65,7 @@ def published_knn(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int, num_
 
 
 def bare_products(rows: Tensor, columns: Tensor) -> None:
-    """All similarities of unit features (T, D) and (M, D), a tile at a time, forgotten at once."""
+    """Compute all similarities of unit features (T, D) and (M, D), tile by tile, and drop them."""
     side = TILE if rows.device.type == "cpu" else DEVICE_TILE
     memory = torch.empty(side * side, device=rows.device)
     with full_precision():
@@ -66,7 +75,8 @@ def bare_products(rows: Tensor, columns: Tensor) -> None:
 
 
 def make_features(count: int, num_classes: int, *, cfg: BenchKnnConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """Unit features (count, D) and classes (count,). The centres follow from cfg.seed alone, so two sets can share them."""
+    """Unit features (count, D) and classes (count,). The centers depend on cfg.seed only, so that
+    two sets can share them."""
     centers = torch.randn(num_classes, cfg.width, generator=torch.Generator().manual_seed(cfg.seed))
     generator = torch.Generator().manual_seed(1 + cfg.seed + seed)
     labels = torch.randint(num_classes, (count,), generator=generator)
@@ -77,15 +87,17 @@ def make_features(count: int, num_classes: int, *, cfg: BenchKnnConfig, seed: in
 def main(cfg: BenchKnnConfig) -> None:
     """The command bench knn."""
     device = distributed.setup(cfg.device)
-    results_folder(cfg.out, "")  # now, rather than after the measurements, if nothing can be written there
+    results_folder(cfg.out, "")  # fails before the measurements if it cannot write there
     record = {"benchmark": "knn", "config": asdict(cfg), "machine": machine(device)}
     record["recall"], record["knn"] = measure_recall(cfg, device), measure_knn(cfg, device)
-    path = write(cfg.out, "knn", record)
+    path = Path(cfg.out) / "knn.json"
+    write_json(path, record)
     print(f"{describe(record)}\nwritten to {path}")
 
 
 def measure_recall(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
-    """Seconds of Recall@k, alone and with R-precision and MAP@R, beside the bare products; peak memory in GB."""
+    """Seconds of Recall@k, alone and with R-precision and MAP@R, beside the bare products; peak
+    memory in GB."""
     features, labels = make_features(cfg.images, cfg.products, cfg=cfg, seed=1)
     features = features.to(device)
     ways: dict[str, Callable[[], Any]] = {
@@ -107,7 +119,7 @@ def measure_recall(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
 
 
 def measure_knn(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
-    """Seconds of k-NN, the published way and ours, for each k and for all of them, and whether the predicted classes agree."""
+    """Seconds of k-NN, published and ours, for each k and all k; whether the classes agree."""
     bank, labels = make_features(cfg.bank, cfg.classes, cfg=cfg, seed=2)
     queries, truth = make_features(cfg.queries, cfg.classes, cfg=cfg, seed=3)
     bank, labels, queries = bank.to(device), labels.to(device), queries.to(device)
@@ -132,21 +144,23 @@ def measure_knn(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
         total = sum(middle[f"published, {parts} chunks, k = {k}"] for k in cfg.k)
         differing = sum(int(comparisons[f"{parts} chunks, k = {k}"]["differing_predictions"]) for k in cfg.k)
         comparisons[f"{parts} chunks, all k"] = {
-            "times_as_fast": total / middle["ours, all k"], "differing_predictions": differing
-        }  # fmt: skip
+            "times_as_fast": total / middle["ours, all k"],
+            "differing_predictions": differing,
+        }
     accuracy = {str(k): 100 * results[f"ours, k = {k}"][:, 0].cpu().eq(truth).double().mean().item() for k in cfg.k}
     return {"seconds": seconds, "medians": middle, "comparisons": comparisons, "accuracy": accuracy}
 
 
 def peak_memory(cfg: BenchKnnConfig) -> float:
-    """Largest resident memory, in GB of 10**9 bytes, of a process that does nothing but Recall@k, libraries included."""
+    """Largest resident memory, in GB of 10**9 bytes, of a process that only computes Recall@k,
+    libraries included."""
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     process = context.Process(target=_recall_alone, args=(cfg, queue))
     process.start()
     process.join()
     if process.exitcode:
-        raise ValueError(f"Recall@k in a process of its own ended with status {process.exitcode}: is there enough memory?")
+        raise ValueError(f"the process that measures the memory ended with status {process.exitcode}: is there enough memory?")
     return float(queue.get())
 
 
@@ -159,7 +173,7 @@ def _recall_alone(cfg: BenchKnnConfig, queue: Any) -> None:
 
 def _largest_memory() -> int:
     """Largest resident memory of this process in bytes."""
-    if sys.platform == "linux":  # where ru_maxrss has that of the process which started this one, if it is more
+    if sys.platform == "linux":  # ru_maxrss here includes the process that started this one
         return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -167,16 +181,20 @@ def _largest_memory() -> int:
 def describe(record: dict[str, Any]) -> str:
     """The tables that are printed."""
     config, recall, knn = record["config"], record["recall"], record["knn"]
-    rows = [["way", "seconds", "times the products"]]
+    rows = [["method", "seconds", "times the products"]]
     rows += [[name, f"{value:.2f}", f"{recall['times_the_products'][name]:.2f}"] for name, value in recall["medians"].items()]
-    lines = [f"Recall@k, {config['images']} x {config['width']}, {config['products']} classes", table(rows)]
+    lines = [f"Recall@k, {config['images']} x {config['width']}, {config['products']} classes", text_table(rows, rule=True)]
     lines += [f"peak memory of Recall@k: {recall['peak_gb']:.2f} GB", ""]
     lines += [f"k-NN, {config['queries']} queries in {config['bank']} x {config['width']}, {config['classes']} classes"]
-    lines += [table([["way", "seconds"], *([name, f"{value:.2f}"] for name, value in knn["medians"].items())]), ""]
-    rows = [["ours against the published way", "times as fast", "predictions"]]
+    rows = [["method", "seconds"], *([name, f"{value:.2f}"] for name, value in knn["medians"].items())]
+    lines += [text_table(rows, rule=True), ""]
+    rows = [["ours beside the published code", "times as fast", "predictions"]]
     for name, found in knn["comparisons"].items():
         same = "identical" if not found["differing_predictions"] else f"{found['differing_predictions']} differ"
         rows.append([name, f"{found['times_as_fast']:.2f}", same])
     machine = record["machine"]
-    lines += [table(rows), f"{machine['device']}, {machine['threads']} threads, load before {machine['load']:.1f}"]
+    lines += [
+        text_table(rows, rule=True),
+        f"{machine['device']}, {machine['threads']} threads, load before {machine['load']:.1f}",
+    ]
     return "\n".join(lines)

@@ -18,7 +18,6 @@ Letters: N pooled positions, D width.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Any
 
@@ -31,11 +30,10 @@ from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import ModelConfig, ResourcesConfig, TrainConfig, parse, to_dict
 from dino_simpool.features.encode import try_sizes
-from dino_simpool.files import write_atomically
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.pooling.simpool import SimPool, as_tokens
 from dino_simpool.models.trunk import find_arch
-from dino_simpool.results import model_record, results_folder, versions
+from dino_simpool.results import model_record, results_folder, write_record
 
 
 def resources(encoder: Encoder, *, image_size: int | None = None, num_classes: int = 1000) -> dict[str, int]:
@@ -109,11 +107,9 @@ def main(cfg: ResourcesConfig) -> None:
         "split": None,
         "metrics": metrics,
         "units": "parameters, multiply-adds",
-        "config": to_dict(cfg),
         "image_size": image_size,
         "num_classes": cfg.num_classes,
         "model": source,
-        "versions": versions(),
     }
     if not distributed.is_main():
         return
@@ -122,8 +118,7 @@ def main(cfg: ResourcesConfig) -> None:
         print("  not written: no --out DIR and no checkpoint")
         return
     path = folder / "resources.json"
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write_text(text))
+    write_record(path, record, cfg)
     print(f"  written to {path}")
 
 

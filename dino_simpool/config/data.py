@@ -1,17 +1,16 @@
-"""The options of the data: crops and colours of the views, and where the images come from."""
+"""The options of the training data: crops and colors of views, and where images come from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-MAX_PIXELS = 178_956_970
-"""Largest image that is decoded by default, in pixels: half a gigabyte as RGB, and what Pillow itself refuses to exceed."""
+from dino_simpool.config.parts import MAX_PIXELS, at_least
 
 
 @dataclass(frozen=True)
 class CropsConfig:
-    """Multi-crop augmentation. Triples are for the first global view, the second one and the local views."""
+    """Multi-crop augmentation. Triples: first global view, second global view, local views."""
 
     global_size: int = 224
     """Side of the two global crops in pixels."""
@@ -28,18 +27,19 @@ class CropsConfig:
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Largest change of brightness, contrast, saturation and hue."""
     jitter_probability: float = 0.8
-    """Probability of the colour jitter."""
+    """Probability of the color jitter."""
     grayscale: float = 0.2
-    """Probability of turning grey."""
+    """Probability of conversion to grayscale."""
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
     """Probability of the Gaussian blur in the three kinds of view."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the crop."""
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
-    """Probability of solarisation (values of 128 and above inverted) in the three kinds of view."""
+    """Probability of solarization (values from 128 on are inverted) in the three kinds of view."""
     shrink_margin: float | None = 2.0
-    """Decode a large JPEG smaller (by 2, 4 or 8) if every crop still has so many times the side of its view: twice as fast for
-    photographs of 12 megapixels, within a level of 255. null: never."""
+    """Decode a large JPEG smaller (by 2, 4 or 8) if the side of every crop is still at least this
+    many times that of its view: twice as fast for photographs of 12 megapixels, and no pixel
+    changes by more than 1 of 255. null: never."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in {"global_scale": self.global_scale, "local_scale": self.local_scale}.items():
@@ -51,11 +51,13 @@ class CropsConfig:
         if not all(0 <= p <= 1 for p in probabilities):
             raise ValueError("crops: flip, jitter_probability, grayscale, blur and solarize are probabilities, 0 to 1")
         if not all(0 <= j <= 1 for j in self.jitter[:3]) or not 0 <= self.jitter[3] <= 0.5:
-            raise ValueError(f"crops.jitter is {self.jitter}: brightness, contrast, saturation in 0..1, hue in 0..0.5")
+            raise ValueError(f"crops.jitter is {self.jitter}: give brightness, contrast and saturation in 0..1, hue in 0..0.5")
         if self.shrink_margin is not None and self.shrink_margin < 1:
-            raise ValueError(f"crops.shrink_margin is {self.shrink_margin}: give 1 or more, or null to decode in full always")
-        if min(self.global_size, self.local_size) < 1 or self.num_local < 0:
-            raise ValueError("crops.global_size and local_size must be 1 or more, crops.num_local 0 or more")
+            raise ValueError(
+                f"crops.shrink_margin is {self.shrink_margin}: give 1 or more, or null to always decode at full size"
+            )
+        at_least(1, self, "global_size", "local_size", group="crops.")
+        at_least(0, self, "num_local", group="crops.")
 
 
 @dataclass(frozen=True)
@@ -63,25 +65,28 @@ class DataConfig:
     """Where the images come from. No labels are needed to train."""
 
     root: str | tuple[str, ...] = ""
-    """A folder (classes, nested, flat, or with .tar or .zip archives in it), such an archive, a text file of paths, or a list
-    of these: --data.root '[DIR, SHARD.tar, LIST.txt]'. Archives are read as if unpacked; compressed tars are refused."""
+    """A folder (classes, nested, flat, or with .tar or .zip archives in it), such an archive, a
+    text file of paths, or a list of these: --data.root '[DIR, SHARD.tar, LIST.txt]'. Archives are
+    read as if unpacked; compressed tars are refused."""
     subset_per_class: int | None = None
-    """Use the first so many images of each class in sorted order; 260 is the paper's ImageNet-20 %."""
+    """Use the first N images of each class in sorted order (260: the paper's ImageNet-20 %)."""
     workers: int | None = None
-    """Loader processes of each training process; 0 loads in the process itself. null: the cores that it may use."""
+    """Loader processes of each training process; 0 loads in the process itself. null: the number of
+    cores it may use."""
     exif_orientation: bool = False
-    """Turn images as their EXIF tag says, as viewers do. The published code does not."""
+    """Rotate images as their EXIF tag says, as image viewers do. The published code does not."""
     max_pixels: int = MAX_PIXELS
-    """An image with more pixels is not decoded but counts as broken: a small file may claim to be of any size."""
+    """An image with more pixels is not decoded and counts as broken: a small file can claim any
+    size."""
     max_bad_share: float = 0.1
-    """Share of the images that may be broken: others take their places, bad_files.txt lists them. Above it the run stops."""
+    """Share of the images that may be broken. Other images take their places, and bad_files.txt
+    lists them. With more broken images, the run stops."""
     augment_on: Literal["auto", "cpu", "device"] = "auto"
-    """Where flips, colours and blur are made: in the loaders, or in batches on the device. auto: on a GPU if there is one."""
+    """Where flips, colors and blur are applied: in the loaders, or in batches on the device. auto:
+    on the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 0:
-            raise ValueError("data.workers must be 0 or more")
-        if self.max_pixels < 1 or not 0 <= self.max_bad_share <= 1:
-            raise ValueError("data.max_pixels must be 1 or more, data.max_bad_share 0 to 1")
-        if self.subset_per_class is not None and self.subset_per_class < 1:
-            raise ValueError("data.subset_per_class must be 1 or more")
+        at_least(0, self, "workers", group="data.")
+        at_least(1, self, "subset_per_class", "max_pixels", group="data.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share is {self.max_bad_share}: allowed is 0 to 1")

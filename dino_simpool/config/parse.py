@@ -1,4 +1,4 @@
-"""From YAML recipes and command line to frozen dataclasses and back, on jsonargparse. No other module knows that library."""
+"""YAML recipes and command line to dataclasses and back, with jsonargparse (only used here)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Config = TypeVar("Config")
 
 
 class ConfigError(ValueError):
-    """A mistake in a recipe or on the command line, said in one line."""
+    """A mistake in a recipe or on the command line, explained in one line."""
 
 
 def option_names(config: type, prefix: str = "") -> list[str]:
@@ -30,7 +30,7 @@ def option_names(config: type, prefix: str = "") -> list[str]:
 
 
 def _allowed(config: type, name: str) -> str:
-    """What an option takes, in words, from its annotation."""
+    """The values that an option accepts, in words, from its annotation."""
     *groups, last = name.split(".")
     for group in groups:
         config = next(f.default_factory for f in dataclasses.fields(config) if f.name == group)  # type: ignore[assignment]
@@ -52,7 +52,8 @@ def _allowed(config: type, name: str) -> str:
 
 
 def _explain(message: str, config: type) -> str:
-    """The library's message as one line: the nearest valid name for an unknown one, the allowed values for a wrong one."""
+    """The library's message in one line, with the nearest option for an unknown one or the allowed
+    values for a wrong one."""
     message = " ".join(message.split())
     names = option_names(config)
     unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
@@ -64,10 +65,10 @@ def _explain(message: str, config: type) -> str:
         return f"unknown option {given}: " + (f"did you mean {near[0]}?" if near else "--help lists all options")
     if group := re.search(r'Parser key "(\w+)": Unable to load config', message):
         first = next(name for name in names if name.startswith(f"{group[1]}."))
-        return f"{group[1]} is a group of options: give them one by one, as in --{first} VALUE"
+        return f"{group[1]} is a group of options: give each by its own name, as in --{first} VALUE"
     wrong = re.search(r'Parser key "([\w.]+)".*(?:Given|Got) value: (.*)', message)
     if wrong and wrong[1] in names:
-        hint = " (nothing is written null in YAML and here)" if wrong[2] == "None" else ""
+        hint = " (write null, not None)" if wrong[2] == "None" else ""
         return f"{wrong[1]} is {wrong[2]}: allowed is {_allowed(config, wrong[1])}{hint}"
     return message
 
@@ -81,7 +82,7 @@ def _parser(config: type, program: str, description: str | None = None) -> Any:
     parser.add_argument(
         "--config",
         action="config",
-        help="A recipe: a file, or a name such as vit_small_simpool. Give it first; several are merged.",
+        help="A recipe: a file, or a name such as vit_small_simpool. Give it first. Several recipes are merged.",
     )
     parser.add_class_arguments(config)
     for action in parser._actions:
@@ -96,7 +97,7 @@ def _instantiate(config: type[Config], parser: Any, namespace: Any) -> Config:
 
 
 def _recipe(name: str) -> str:
-    """Path of a recipe given by path, or by name from the recipes that come with the package."""
+    """Path of a recipe that is given by path, or by name if it comes with the package."""
     here = Path(__file__).resolve().parents[1]
     folders = [here / "configs", here.parent / "configs"]
     candidates = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
@@ -115,7 +116,8 @@ def _check_groups(config: type, values: dict[str, Any]) -> None:
 
 
 def _check_recipe(path: str, config: type) -> str:
-    """The path, after checks that the library lacks: the file has options, none is given twice, and groups are groups."""
+    """The path, after checks that the library lacks: options exist, none twice, groups are
+    groups."""
     try:
         node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -134,14 +136,14 @@ def _check_recipe(path: str, config: type) -> str:
 
 
 def _find_recipes(arguments: list[str], config: type) -> list[str]:
-    """Resolve recipe names, and insist that recipes come before the options that override them."""
+    """Resolve recipe names. ConfigError for a recipe that comes after an option."""
     found: list[str] = []
     position, overridden = 0, ""
     while position < len(arguments):
         name, equals, value = arguments[position].partition("=")
         if name == "--config":
             if overridden:
-                raise ConfigError(f"--config comes first, then the options that change it; here {overridden} stood before it")
+                raise ConfigError(f"--config comes before the options that change it: here {overridden} comes first")
             if not equals:
                 position += 1
                 if position == len(arguments):
@@ -157,9 +159,10 @@ def _find_recipes(arguments: list[str], config: type) -> list[str]:
 
 
 def parse(config: type[Config], arguments: list[str], *, program: str = "dino-simpool") -> Config:
-    """Command-line arguments and the YAML recipes they name -> a configuration.
+    """Command-line arguments, and the YAML recipes that they name, to a configuration.
 
-    `--help` and `--print_config` print and leave with SystemExit(0). ConfigError says in one line what is wrong.
+    `--help` and `--print_config` print and raise SystemExit(0). ConfigError says in one line what
+    is wrong.
     """
     parser = _parser(cast(Any, config), program)
     try:
@@ -169,7 +172,7 @@ def parse(config: type[Config], arguments: list[str], *, program: str = "dino-si
 
 
 def from_dict(config: type[Config], values: dict[str, Any]) -> Config:
-    """A plain dict (of a checkpoint, of a YAML file) -> a configuration. ConfigError for unknown keys and wrong types."""
+    """A plain dict to a configuration. ConfigError for unknown keys and wrong types."""
     _check_groups(config, values)
     parser = _parser(cast(Any, config), "dino-simpool")
     try:
@@ -179,7 +182,7 @@ def from_dict(config: type[Config], values: dict[str, Any]) -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration -> nested dict of plain values, tuples as lists, as YAML, JSON and weights-only checkpoints keep them."""
+    """A configuration to a nested dict of plain values (tuples become lists), for YAML and JSON."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The options of a pre-training run, each defined once with its meaning and unit in the string under it."""
+"""The options of a pre-training run, each with its meaning and unit in the string under it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dino_simpool.config.data import CropsConfig, DataConfig
+from dino_simpool.config.parts import at_least, check_device
 
 Duration = int | float | str
-"""A number of epochs (`10`, `0.5`, `10ep`), of steps (`5000it`), of images (`1e6img`), or a share of the run (`5%`)."""
+"""A number of epochs (`10`, `0.5`, `10ep`), of steps (`5000it`), of images (`1e6img`), or a share
+of the run (`5%`)."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -22,19 +24,14 @@ def _not_divisible(name: str, size: int, patch: int) -> str:
 
 
 def parse_duration(value: Duration) -> tuple[float, str]:
-    """Split a duration into its number and its unit: ep (the default), it, img or %. ValueError if it is neither."""
+    """Split a duration into its number and its unit: ep (the default), it, img or %. ValueError for
+    anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*(ep|it|img|%)?", str(value).strip())
     if not match:
         raise ValueError(
             f"{value!r} is not a duration: give epochs (10 or 10ep), steps (5000it), images (1e6img) or a share (5%)"
         )
     return float(match[1]), match[2] or "ep"
-
-
-def check_device(name: str, device: str) -> None:
-    """ValueError if that is no device's name; whether it is there, only the run can know."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(f"{name} is {device}: allowed are auto, cpu, mps, cuda and cuda:N")
 
 
 def _check_duration(name: str, value: Duration, share: bool = True) -> None:
@@ -53,53 +50,57 @@ class ModelConfig:
     """The encoder: a timm trunk, a pooling head and the final norm. Stored in every checkpoint."""
 
     arch: str = "vit_small"
-    """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or the name of any ViT, ResNet or ConvNeXt of timm."""
+    """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or the name of any ViT, ResNet or
+    ConvNeXt of timm."""
     pool: Literal["simpool", "cls", "gap"] = "simpool"
-    """simpool, or the baseline that it replaces: cls (ViT only) or gap (global average pooling)."""
+    """simpool, or a baseline that it replaces: cls (the class token, ViT only) or gap (global
+    average pooling)."""
     gamma: float | None = None
-    """Exponent of SimPool's generalised mean; null (not `None`) is the plain average. Paper: 1.25 for ViT, 2 for CNN."""
+    """Exponent of SimPool's generalized mean; null (not `None`) is the plain average. Paper: 1.25
+    for ViT, 2 for CNN."""
     num_heads: int = 1
     """Attention heads of SimPool. Paper: 1."""
     beta: bool = False
-    """Learnable scalar added after pooling, as in the published ViT weights (needs gamma). It has no effect before a norm."""
+    """Learnable scalar that is added after pooling, as in the published ViT weights (needs gamma).
+    A norm after it cancels it."""
     min_over: Literal["image", "batch"] = "image"
-    """Range of SimPool's minimum: the image (paper) or the whole batch (published training code)."""
+    """Range of SimPool's minimum: the image (paper) or the batch (published training code)."""
     norm_order: Literal["pool_then_norm", "norm_then_pool"] = "pool_then_norm"
-    """Final norm after the pooling (self-supervised) or before it (the published supervised ViTs)."""
+    """The final norm comes after the pooling (self-supervised) or before it (the published
+    supervised ViTs)."""
     pos_interp: Literal["size", "dino", "dino_always", "dino_legacy"] = "size"
-    """Position embedding at another grid: from grid to grid (no-op at the native one); dino: the published +0.1 rule;
-    dino_always: that rule at the native size too, as the published SimPool ViTs were trained; dino_legacy: its first form."""
+    """How position embeddings are resized to another grid. size: from grid to grid, unchanged at
+    the native grid. dino: the published +0.1 rule. dino_always: this rule at the native grid too,
+    as the published SimPool ViTs were trained. dino_legacy: the first form of the rule."""
     stem: Literal["standard", "small"] = "standard"
     """small: 3x3, stride 1, no pooling, for CNNs on images of 32 to 64 pixels."""
     patch_size: int = 16
     """Pixels along the side of a ViT patch."""
     width: int | None = None
-    """Channels: of the ViT tokens, or of the first stage of a CNN. null: as the architecture says."""
+    """Channels of ViT tokens, or of the first stage of a CNN. null: those of the architecture."""
     depth: int | tuple[int, ...] | None = None
-    """Blocks: of a ViT, or per stage of a CNN. null: as the architecture says."""
+    """Blocks of a ViT, or blocks per stage of a CNN. null: those of the architecture."""
     heads: int | None = None
-    """Attention heads of a ViT block. null: as the architecture says (64 channels a head if only the width is given)."""
+    """Attention heads of a ViT block. null: those of the architecture (64 channels per head if only
+    the width is given)."""
     drop_path: float = 0.0
     """Stochastic depth of the student, 0 to 1. The teacher's is teacher.drop_path."""
     image_size: int = 224
-    """Side in pixels for which position embeddings are made and images are evaluated."""
+    """Side in pixels, for which position embeddings are made and at which images are evaluated."""
     resize: int | None = None
-    """Shorter side of an image in pixels before evaluation crops its centre. null: image_size * 256 / 224, as published."""
+    """Shorter side of an image in pixels before evaluation crops its center. null: image_size * 256
+    / 224, as published."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted from RGB in 0..1."""
+    """Mean that is subtracted from RGB values in 0..1."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Divides RGB in 0..1 after the mean is subtracted."""
+    """Standard deviation that divides RGB values after the mean is subtracted."""
 
     def __post_init__(self) -> None:
-        if min(self.num_heads, self.patch_size, self.image_size) < 1:
-            raise ValueError("model.num_heads, patch_size and image_size must be 1 or more")
+        at_least(1, self, "num_heads", "patch_size", "image_size", "width", "depth", "heads", group="model.")
         if self.resize is not None and self.resize < self.image_size:
             raise ValueError(
-                f"model.resize is {self.resize}, but the centre crop takes model.image_size {self.image_size}: give as much"
+                f"model.resize is {self.resize}, less than the center crop, model.image_size {self.image_size}: give more"
             )
-        sizes = (self.width, self.heads, *(self.depth if isinstance(self.depth, tuple) else (self.depth,)))
-        if min(1 if size is None else size for size in sizes) < 1:
-            raise ValueError("model.width, depth and heads must be 1 or more, or null for those of the architecture")
         if self.pool == "cls" and not self.is_vit:
             raise ValueError(f"model.pool cls needs a ViT, and {self.arch} has no class token: use gap or simpool")
         if self.gamma is not None and not 0 < self.gamma < math.inf:
@@ -125,40 +126,41 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The DINO projection head on the encoder; dropped after training."""
+    """The DINO projection head on the encoder. It is dropped after training."""
 
     out_dim: int = 65536
-    """Number of prototypes K. Small data: some hundred to a few thousand."""
+    """Number of prototypes K. For small data sets: a few hundred to a few thousand."""
     hidden_dim: int = 2048
     """Width of the hidden layers."""
     bottleneck_dim: int = 256
-    """Width of the unit features that meet the prototypes."""
+    """Width of the unit features that are compared with the prototypes."""
     layers: int = 3
     """Linear layers before the prototypes."""
     batch_norm: bool = False
-    """BatchNorm after each hidden layer, synchronised over processes. Published: on for ResNet-50."""
+    """BatchNorm after hidden layers, synchronized over processes. Published: true for ResNet-50."""
     norm_last_layer: bool = True
     """Keep prototypes at unit norm. Published: false for ViT-S only."""
 
     def __post_init__(self) -> None:
-        if min(self.hidden_dim, self.bottleneck_dim, self.layers) < 1 or self.out_dim < 2:
-            raise ValueError("head.hidden_dim, bottleneck_dim and layers must be 1 or more, head.out_dim 2 or more")
+        at_least(1, self, "hidden_dim", "bottleneck_dim", "layers", group="head.")
+        at_least(2, self, "out_dim", group="head.")
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The moving average of the student that sets the targets, and the temperature of its softmax."""
+    """The moving average of the student, which sets the targets, and its softmax temperature."""
 
     momentum: float = 0.996
-    """EMA momentum at step 0; it follows a cosine to 1. Small batch: 0.9995 and above keep the same memory in images."""
+    """EMA momentum at step 0; it follows a cosine to 1. With a small batch, 0.9995 or more averages
+    over as many images."""
     warmup_temperature: float = 0.04
     """Temperature at epoch 0."""
     temperature: float = 0.07
     """Temperature after the warm-up."""
     warmup: Duration = 30
-    """Length of the linear temperature warm-up, constant within an epoch (duration)."""
+    """Length of the linear temperature warm-up (duration), which changes between epochs only."""
     drop_path: float = 0.0
-    """Stochastic depth of the teacher. 0.4 repeats the published ConvNeXt training, by an oversight there."""
+    """Stochastic depth of the teacher. 0.4 repeats an oversight of published ConvNeXt training."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum <= 1:
@@ -177,7 +179,7 @@ class LossConfig:
     student_temperature: float = 0.1
     """Temperature of the student's softmax."""
     center_momentum: float = 0.9
-    """Momentum of the centre that is subtracted from the teacher's logits."""
+    """Momentum of the center that is subtracted from the teacher's logits."""
 
     def __post_init__(self) -> None:
         if not self.student_temperature > 0:
@@ -188,12 +190,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser of the student."""
+    """The optimizer of the student."""
 
     name: Literal["adamw", "lars", "sgd"] = "adamw"
     """adamw (ViT, ConvNeXt), lars (ResNet-50) or sgd."""
     lr: float = 5e-4
-    """Peak learning rate for a global batch of 256 images; it is scaled by batch / 256."""
+    """Peak learning rate for a global batch of 256 images; scaled by batch / 256."""
     min_lr: float = 1e-5
     """Learning rate at the end; not scaled."""
     warmup: Duration = 10
@@ -201,13 +203,13 @@ class OptimConfig:
     weight_decay: float = 0.04
     """Weight decay at step 0, of tensors with two or more dimensions."""
     weight_decay_end: float = 0.4
-    """Weight decay at the end, reached by a cosine."""
+    """Weight decay at the end; it follows a cosine."""
     momentum: float = 0.9
     """Momentum of lars and sgd."""
     clip: float = 0.0
-    """Largest L2 norm of the gradient of each parameter tensor; 0 does not clip."""
+    """Largest L2 norm of the gradient of each parameter tensor. 0: no clipping."""
     freeze_last_layer: Duration = 1
-    """How long the prototypes stay as they were drawn (duration)."""
+    """How long the prototypes stay at their initial values (duration)."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0 or self.min_lr < 0 or self.weight_decay < 0 or self.weight_decay_end < 0 or self.clip < 0:
@@ -221,48 +223,48 @@ class RunConfig:
     """Length, size, precision, and what is written where and how often."""
 
     out: str = ""
-    """Folder of this run. Starting again with the same folder resumes."""
+    """Folder of this run. Run the same command again to resume."""
     epochs: Duration = 100
     """Length of the training (duration, not a share)."""
     batch_size: int = 256
-    """Images in one optimiser step over all processes and accumulation steps."""
+    """Images in one optimizer step, over all processes and accumulation steps."""
     accumulate: int = 1
-    """Forward and backward passes in one optimiser step."""
+    """Forward and backward passes in one optimizer step."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the matrix products; parameters, centre and loss stay in float32."""
+    """Arithmetic of the matrix products; parameters, center and loss stay in float32."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
     compile: bool = False
-    """torch.compile the trunk blocks, and the augmentation on the device; the first steps take minutes."""
+    """Compile the trunk blocks, and the augmentation on the device, with torch.compile. The first
+    steps take minutes."""
     seed: int = 0
-    """Every random number of the run follows from it."""
+    """Seed that determines every random number of the run."""
     threads: int | None = None
-    """CPU threads of each process for arithmetic. null: as torch finds."""
+    """CPU threads of each process for arithmetic. null: torch decides."""
     log_every: int = 50
-    """Steps between lines of log.jsonl and TensorBoard."""
+    """Steps between entries in log.jsonl and TensorBoard."""
     save_minutes: float = 30.0
-    """Minutes between checkpoints inside an epoch; one is written after each epoch anyway."""
+    """Minutes between checkpoints within an epoch. One is also written after each epoch."""
     save_every_steps: int | None = None
-    """Steps between checkpoints, besides."""
+    """Also write a checkpoint each time this number of steps has passed. null: do not."""
     keep_every: int = 20
-    """Epochs between checkpoints that stay (epoch_0020.pth); 0 keeps none."""
+    """Epochs between checkpoints that are kept (epoch_0020.pth). 0: none."""
     knn_every: int = 5
     """Epochs between k-NN evaluations of the teacher, if knn_train and knn_val are given."""
     knn_train: str | None = None
-    """Class folder, or archive of one, that serves as the k-NN bank."""
+    """Class folder, or an archive of one, that serves as the k-NN bank."""
     knn_val: str | None = None
-    """Class folder, or archive of one, that is classified."""
+    """Class folder, or an archive of one, whose images are classified."""
     stop_after_steps: int | None = None
-    """Save and stop once so many steps are done; schedules are not shortened. Start again to go on."""
+    """Save and stop after this number of steps; schedules are not shortened. Run the same command
+    again to resume."""
 
     def __post_init__(self) -> None:
-        if min(self.batch_size, self.accumulate, self.log_every) < 1 or min(self.keep_every, self.knn_every) < 0:
-            raise ValueError("run.batch_size, accumulate and log_every must be 1 or more, keep_every and knn_every 0 or more")
-        counts = (self.threads, self.save_every_steps, self.stop_after_steps)
-        if min(1 if count is None else count for count in counts) < 1:
-            raise ValueError("run.threads, save_every_steps and stop_after_steps must be 1 or more, or null")
+        at_least(1, self, "batch_size", "accumulate", "log_every", "threads", "save_every_steps", group="run.")
+        at_least(1, self, "stop_after_steps", group="run.")
+        at_least(0, self, "keep_every", "knn_every", group="run.")
         if (self.knn_train is None) != (self.knn_val is None):
-            raise ValueError("run.knn_train and run.knn_val go together: give both class folders or neither")
+            raise ValueError("run.knn_train and run.knn_val belong together: give both class folders or neither")
         check_device("run.device", self.device)
         _check_duration("run.epochs", self.epochs, share=False)
 

@@ -1,13 +1,20 @@
-"""Evaluators: frozen encoder in, results.json out. `run` is what each command calls; the rest is what evaluators share.
+"""Evaluators: frozen encoder in, results.json out. `run` is what each command calls; the rest is
+what evaluators share.
 
-An evaluator is a function evaluate(encoder, cfg) -> dict. Numbers in it are metrics, in % but for a `ratio`; tensors are
-saved beside the results; anything else (counts, what a choice was made on, curves) is written into the record as it is, also
-in place of a general entry (dataset, split, preprocessing) that does not fit.
+An evaluator is a function evaluate(encoder, cfg) -> dict.
+
+    encoder     on its device. None only if cfg.needs_encoder is false and no checkpoint is given.
+    cfg         its options, an EvalConfig; cfg.variant names the results file.
+    the dict    Numbers are metrics, in %, except for a `ratio`. Tensors are saved beside the results. Everything else (counts,
+                split, preprocessing, curves, what a choice was based on) goes into the record as it is. It may replace a
+                general entry that does not fit (evaluator, dataset).
+
+All processes call it together and all return the same. ValueError or OSError in one line, before
+anything is computed, if an input is missing.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,61 +22,61 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
-from dino_simpool.config import EvalConfig, to_dict
+from dino_simpool.config import ClassificationConfig, Decoding, EvalConfig
 from dino_simpool.data import ImageSet, class_folder
-from dino_simpool.features.encode import preprocessing
-from dino_simpool.files import write_atomically
-from dino_simpool.results import _device_name, describe, model_record, result_name, results_folder, versions
+from dino_simpool.results import describe, device_name, model_record, result_name, results_folder, write_record
 
 
 def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConfig) -> dict[str, Any]:
-    """Evaluate a checkpoint, write <out>/<name>.json (tensors: <name>.safetensors), print the metrics and return the record.
+    """Evaluate a checkpoint, write the results to cfg.out, print the metrics and return the record.
 
-    name: of the evaluator. evaluate: see the module. cfg: its options; the file is called after those that must not be mixed up
-    (`result_name`). Under torchrun or SLURM all processes take part and the main one writes. ValueError or OSError, in one line
-    and before anything is computed, if an input is missing or the folder cannot be written.
+    name: of the evaluator. evaluate: see the module. The file is <name>.json, with more in its name
+    if cfg.variant or the weights need it (`result_name`), and tensors are in a .safetensors file of
+    the same name. Under torchrun or SLURM all processes take part and the main one writes.
+    ValueError or OSError, in one line and before anything is computed, if an input is missing or
+    the folder cannot be written.
     """
     started = time.perf_counter()
     device = distributed.setup(cfg.device)
-    evaluator = f"{name}_grid" if getattr(cfg, "protocol", None) == "grid" else name
     encoder = None
     if cfg.checkpoint:
         encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
-    elif getattr(cfg, "features", None) != "pixels":
+    elif cfg.needs_encoder:
         raise ValueError("no checkpoint is given: say --checkpoint RUN/last.pth (or backbone.safetensors)")
     folder = results_folder(cfg.out, cfg.checkpoint)
-    # Both before the evaluation: a training run may replace the file meanwhile.
+    # Before the evaluation: a training run may replace the file in the meantime.
     model = None if encoder is None else model_record(encoder, cfg.checkpoint, cfg.which)
-    settings = preprocessing(encoder, cfg)
     torch.manual_seed(cfg.seed)
     result = evaluate(encoder, cfg)
     tensors = {key: value for key, value in result.items() if isinstance(value, Tensor)}
     metrics = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-    record: dict[str, Any] = {
-        "evaluator": evaluator, "dataset": cfg.data, "split": cfg.val, "metrics": metrics, "units": "%",
-        "config": to_dict(cfg), "preprocessing": settings, "model": model, "versions": versions(),
-        "device": _device_name(device), "processes": distributed.world_size(), "dtype": cfg.precision, "seed": cfg.seed,
+    record = {
+        "evaluator": name,
+        "dataset": cfg.data,
+        "metrics": metrics,
+        "units": "%",
+        "model": model,
+        "device": device_name(device),
+        "processes": distributed.world_size(),
+        "dtype": cfg.precision,
+        "seed": cfg.seed,
         **{key: value for key, value in result.items() if key not in metrics and key not in tensors},
         "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+    }
+    path = folder / f"{result_name(record['evaluator'], cfg)}.json"
+    record = write_record(path, record, cfg, tensors=tensors)
     if distributed.is_main():
-        path = folder / f"{result_name(evaluator, cfg)}.json"
-        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        if tensors:
-            write_atomically(path.with_suffix(".safetensors"), lambda file: save_file(tensors, file))
-        write_atomically(path, lambda file: file.write_text(text))
         print(describe(record, path))
     distributed.barrier()
     return record
 
 
-def class_folders(cfg: EvalConfig) -> tuple[ImageSet, ImageSet]:
-    """The labelled images to learn from and to measure on; cfg.subset_per_class limits the former.
+def class_folders(cfg: ClassificationConfig) -> tuple[ImageSet, ImageSet]:
+    """The labeled images to learn from, limited by cfg.subset_per_class, and those to measure on.
 
     ValueError if a folder is missing or empty, or if val has a class that train lacks.
     """
@@ -81,13 +88,13 @@ def class_folders(cfg: EvalConfig) -> tuple[ImageSet, ImageSet]:
     return train, val
 
 
-def decoded(images: ImageSet, cfg: EvalConfig) -> ImageSet:
+def decoded(images: ImageSet, cfg: Decoding) -> ImageSet:
     """The same images, decoded as cfg says. Every image set of an evaluator goes through here."""
     return images.decoded(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
 
 
 def classes_of(images: ImageSet, train: ImageSet) -> Tensor:
-    """The classes (M,) of the images, numbered as in `train` by their names. ValueError names a class that `train` lacks."""
+    """The classes (M,) int64 of images, numbered as in `train`. ValueError if `train` lacks one."""
     number = {name: i for i, name in enumerate(train.classes)}
     missing = [name for name in images.classes if name not in number]
     if missing:

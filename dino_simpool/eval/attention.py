@@ -137,6 +137,7 @@ def _result(encoder: Encoder, transform: FitTransform, records: list[dict[str, A
     return {
         "entropy": float(np.mean([each["entropy"] for each in maps])),
         "mask_area": float(np.mean([each["mask_area"] for each in maps])),
+        "split": cfg.val,
         "counts": {"images": len(records), "maps": len(maps)},
         "attention": {
             "of": source.get(encoder.config.pool, encoder.config.pool),

@@ -1,12 +1,13 @@
-"""Weighted k-nearest-neighbour classification of frozen features, as in the DINO and SimPool papers.
+"""Weighted k-nearest-neighbor classification of frozen features, as in the DINO and SimPool papers.
 
-The k training images of highest cosine similarity s to a test image vote for their classes with weight exp(s / temperature),
-temperature 0.07 (facebookresearch/dino and billpsomas/simpool, eval_knn.py). What the published code leaves open is fixed
-here: of equal similarities the lower training index is nearer, of equal votes the lower class wins; a top-5 hit needs a vote
-for its class (classes without one are in no order); any number of images and classes works, and k above the bank means all of
-it.
+The k training images with the highest cosine similarity s to a test image vote for their classes
+with weight exp(s / temperature), temperature 0.07 (facebookresearch/dino and billpsomas/simpool,
+eval_knn.py). The published code leaves some cases open. Here, of equal similarities the lower
+training index is nearer, and of equal votes the lower class wins. A top-5 hit needs at least one
+vote for its class. Any number of images and classes works, and a k larger than the bank means all
+of it.
 
-The search is exact (neighbors.py), whatever the blocks, batches and processes.
+The search is exact (neighbors.py): blocks, batches and processes do not change the result.
 
 M training images (the bank), T test images, D width, C classes.
 """
@@ -27,12 +28,12 @@ from dino_simpool.data import EvalTransform, ImageSet
 from dino_simpool.eval import class_folders, classes_of, run
 from dino_simpool.features.chunks import chunks
 from dino_simpool.features.encode import extract_features, preprocessing
-from dino_simpool.features.neighbors import neighbors
+from dino_simpool.features.neighbors import check_ks, neighbors
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
 
 KS = (10, 20, 100, 200)
-"""The numbers of neighbours of the published evaluation; the paper reports 10."""
+"""Numbers of neighbors in the published evaluation; the paper reports 10."""
 
 
 def knn_rank(
@@ -45,11 +46,13 @@ def knn_rank(
     num_classes: int | None = None,
     top: int = 5,
 ) -> Tensor:
-    """Classes of each test image by descending vote of its k nearest training images, (T, min(top, C)) int64.
+    """Classes of each test image by descending vote of its k nearest training images, (T, min(top,
+    C)) int64.
 
-    train_x: (M, D), train_y: (M,) classes 0..C-1, test_x: (T, D), of any length (they are normalised here). num_classes: C,
-    by default the highest class + 1. Equal votes, none at all included, are ordered by class. k above M counts as M, with a
-    warning. ValueError if k, temperature, a label or a feature is impossible. Source: eval_knn.py of facebookresearch/dino.
+    train_x: (M, D), train_y: (M,) classes 0..C-1, test_x: (T, D). Features may have any length;
+    they are normalized here. num_classes: C, by default the highest class + 1. Classes with equal
+    votes, or with none, are ordered by number. k above M counts as M, with a warning. ValueError if
+    k, temperature, a label or a feature is invalid. Source: eval_knn.py of facebookresearch/dino.
     """
     num_classes = int(train_y.max()) + 1 if num_classes is None and len(train_y) else num_classes or 0
     if k > len(train_x) > 0:
@@ -61,13 +64,16 @@ def knn_rank(
 def vote_each_k(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, *, ks: Sequence[int], temperature: float, num_classes: int, top: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """knn_rank for several k after one search: {k: (classes (T, min(top, C)), their votes)}, on the CPU and without warning.
+    """knn_rank for several k with one search: {k: (classes (T, min(top, C)), their votes)}, on the
+    CPU, without a warning.
 
-    Votes are relative to the nearest neighbour's, which counts 1.
+    Votes are relative to that of the nearest neighbor, which counts 1.
     """
     check_settings(ks, temperature)
     if not len(train_y) == len(train_x) > 0:
-        raise ValueError(f"{len(train_x)} training features and {len(train_y)} labels: give one label for each, at least one")
+        raise ValueError(
+            f"{len(train_x)} training features and {len(train_y)} labels: give one label per feature, and at least one"
+        )
     if not 0 <= int(train_y.min()) <= int(train_y.max()) < num_classes:
         raise ValueError(f"training labels are {int(train_y.min())} to {int(train_y.max())}: allowed is 0 to {num_classes - 1}")
     similarity, index = neighbors(train_x, test_x, k=min(max(ks), len(train_x)))
@@ -77,19 +83,20 @@ def vote_each_k(
 
 def check_settings(ks: Sequence[int], temperature: float) -> None:
     """ValueError unless there is a k, every k is 1 or more, and the temperature is above 0."""
-    if not ks or min(ks) < 1:
-        raise ValueError(f"k is {', '.join(map(str, ks)) or 'empty'}: give one or more numbers of neighbours, each 1 or more")
+    check_ks(ks)
     if not temperature > 0:
         raise ValueError(f"the k-NN temperature is {temperature}: give a number above 0 (published: 0.07)")
 
 
 def _vote(similarity: Tensor, labels: Tensor, *, temperature: float, num_classes: int, top: int) -> tuple[Tensor, Tensor]:
-    """The classes (T, min(top, C)) with the most votes and these votes, from neighbours (T, k) in descending similarity."""
+    """The classes (T, min(top, C)) with the most votes, and their votes, from neighbors (T, k) in
+    descending similarity."""
     top = min(top, num_classes)
     classes = torch.empty(len(labels), top, dtype=torch.int64)
     votes = torch.empty(len(labels), top, dtype=torch.float64)
     for rows in chunks(len(labels), 32 * num_classes):
-        # Without the shift by the highest similarity, a small temperature overflows; the order is the same.
+        # A small temperature would overflow without the shift by the highest similarity, which does
+        # not change the order.
         weight = ((similarity[rows] - similarity[rows, :1]) / temperature).exp()
         sums = torch.zeros(len(weight), num_classes, dtype=torch.float64).scatter_add_(1, labels[rows], weight)
         ordered, order = sums.sort(dim=1, descending=True, stable=True)
@@ -111,11 +118,12 @@ def knn_accuracy(
     precision: str = "fp32",
     skip_broken: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Accuracy in % of the images of val_set among those of train_set: {"10": {"top1": ..., "top5": ...}, ...} for each k.
+    """Accuracy in % on val_set, with train_set as the bank: {"10": {"top1": ..., "top5": ...}, ...}
+    for each k.
 
-    Called by all processes together; each searches for its share of val_set and all return the same. Classes are matched by
-    name. skip_broken: leave out images that cannot be read, with a warning, instead of a BrokenImage. ValueError names a class
-    of val_set that train_set lacks.
+    All processes call it together; each searches for its share of val_set, and all return the same.
+    Classes are matched by name. skip_broken: leave out broken images, with a warning, instead of
+    raising BrokenImage. ValueError names a class of val_set that train_set lacks.
     """
     check_settings(ks, temperature)
     train_y, labels = torch.from_numpy(train_set.labels), classes_of(val_set, train_set)
@@ -142,7 +150,7 @@ def knn_accuracy(
             first = images.path(numbers[0])
             if len(numbers) == len(images):
                 raise ValueError(f"no image of {images.root} can be read, such as {first}: `dino-simpool check-data` says why")
-            say(f"warning: k-NN {name} is without {len(numbers)} image(s) that cannot be read, such as {first}")
+            say(f"warning: k-NN {name} leaves out {len(numbers)} broken image(s), such as {first}")
     train_x, train_y = (without(rows, broken["bank"]) for rows in (train_x, train_y))
     test_x, labels = (without(rows, broken["val"]) for rows in (test_x, labels))
     mine = torch.arange(distributed.rank(), len(labels), distributed.world_size())
@@ -162,7 +170,7 @@ def knn_accuracy(
 
 
 def without(rows: Tensor, numbers: Collection[int]) -> Tensor:
-    """The rows (M, ...) but for those of these numbers."""
+    """The rows (M, ...) except those with these numbers."""
     if not numbers:
         return rows
     kept = torch.ones(len(rows), dtype=torch.bool)
@@ -171,7 +179,7 @@ def without(rows: Tensor, numbers: Collection[int]) -> Tensor:
 
 
 class Pixels(nn.Module):
-    """An encoder that learns nothing: the normalised pixels themselves, (B, 3, S, S) -> (B, 3 * S * S)."""
+    """Not an encoder: the normalized pixels themselves, (B, 3, S, S) -> (B, 3 * S * S)."""
 
     def __init__(self, image_size: int):
         super().__init__()
@@ -187,15 +195,13 @@ def main(cfg: KnnConfig) -> None:
 
 
 def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
-    """k-NN accuracy in % on cfg.data: top1_k10, top5_k10, ..., and the `counts` behind them.
-
-    encoder: on the device where it shall run; it may be None if cfg.features is "pixels".
-    """
+    """k-NN accuracy in % on cfg.data: top1_k10, top5_k10, ..., and the `counts` behind them."""
     check_settings(cfg.k, cfg.temperature)
-    settings = preprocessing(encoder, cfg)
+    model = None if encoder is None else encoder.config
+    settings = preprocessing(model, image_size=cfg.image_size, resize=cfg.resize)
     train_set, val_set = class_folders(cfg)
     device = torch.device("cpu") if encoder is None else next(encoder.parameters()).device
-    features = Pixels(settings["image_size"]) if cfg.features == "pixels" else encoder
+    features = encoder if cfg.features == "encoder" else Pixels(settings["image_size"])
     assert features is not None
     accuracy = knn_accuracy(
         features,
@@ -210,4 +216,5 @@ def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
         precision=cfg.precision,
     )
     metrics = {f"{name}_k{k}": value for k, names in accuracy.items() for name, value in names.items()}
-    return metrics | {"counts": {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)}}
+    counts = {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)}
+    return metrics | {"split": cfg.val, "preprocessing": settings, "counts": counts}

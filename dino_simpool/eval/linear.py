@@ -1,18 +1,23 @@
-"""Linear classification of frozen features: the published protocol, and a grid of learning rates chosen without the val images.
+"""Linear classification of frozen features: the published protocol, and a grid of learning rates
+chosen without the val images.
 
-protocol "paper" (billpsomas/simpool and facebookresearch/dino, eval_linear.py): features of augmented images (random resized
-crop of 8 to 100 % of the area, bilinear, and flip), softmax regression by SGD with momentum 0.9 and no weight decay, learning
-rate 0.001 * batch / 256 with a cosine by epoch to 0, 100 epochs, weights from N(0, 0.01), bias 0. It is validated after every
-epoch; best_top1 is the highest of these, as published, hence selected on the val images; last_top1 is that of the last epoch.
+protocol "paper" (billpsomas/simpool and facebookresearch/dino, eval_linear.py): softmax regression
+on features of augmented images (random resized crop of 8 to 100 % of the area, bilinear, and flip).
+SGD with momentum 0.9 and no weight decay, learning rate 0.001 * batch / 256 with a cosine to 0 over
+the epochs, 100 epochs, weights from N(0, 0.01), bias 0. It is validated after every epoch.
+best_top1 is the highest accuracy of all epochs, as published, hence selected on the val images.
+last_top1 is that of the last epoch.
 
-protocol "grid": features of all images once, without augmentation; one head for each learning rate, all in one tensor (their
-losses add up and they share nothing, so each is what it would be alone). The learning rate with the highest accuracy on a
-held-out part of train (a share of each class; of equals the lower one) is trained again on all of train, and only that head
-sees val.
+protocol "grid": features of all images are extracted once, without augmentation. One head per
+learning rate is trained, all in one tensor; their losses are added and they share nothing, so each
+head is the same as if trained alone. The learning rate with the highest accuracy on a held-out part
+of train (a share of each class; of equals, the lower rate) is trained again on all of train, and
+only that head sees val.
 
-Features enter as they are, not standardised. The gradient of softmax regression is written out: (softmax - one-hot) times
-feature. The augmentation of an image is a function of (seed, epoch, image), and a batch is dealt out to the processes and
-summed up again, so that neither workers nor processes change the result beyond rounding. Classes come from the train folders.
+Features are not standardized. The gradient of softmax regression is written out: (softmax -
+one-hot) times feature. The augmentation of an image is a function of (seed, epoch, image). A batch
+is split over the processes and gradients are summed, so neither workers nor processes change the
+result beyond rounding. Classes come from the train folders.
 
 M images, B images of a batch, D width, C classes, H heads.
 """
@@ -47,10 +52,12 @@ INIT_STD = 0.01
 
 
 class Heads:
-    """H independent softmax regressions with their SGD, one learning rate each: weight (H, C, D), bias (H, C)."""
+    """H independent softmax regressions with SGD, one learning rate each: weight (H, C, D), bias
+    (H, C)."""
 
     def __init__(self, learning_rates: Sequence[float], num_classes: int, dim: int, *, seed: int, device: torch.device):
-        # Drawn once on the CPU and repeated: every head, and any device, starts from the same weights.
+        # Drawn once on the CPU and repeated, so that every head starts from the same weights on any
+        # device.
         weight = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(seed)) * INIT_STD
         self.weight = weight.to(device).repeat(len(learning_rates), 1, 1)
         self.bias = torch.zeros(len(learning_rates), num_classes, device=device)
@@ -64,7 +71,8 @@ class Heads:
     def step(self, features: Tensor, labels: Tensor, *, batch_size: int, decay: float) -> Tensor:
         """One SGD step of all heads on the mean cross-entropy of a global batch; returns it, (H,).
 
-        features (b, D), labels (b,): this process's part (perhaps none) of the batch. decay: factor of the learning rates.
+        features (b, D), labels (b,): this process's part (perhaps none) of the batch. decay: factor
+        of the learning rates.
         """
         gradient = self.logits(features).log_softmax(2)
         picked = labels[:, None, None].expand(-1, len(self.bias), 1)
@@ -79,7 +87,8 @@ class Heads:
         return _sum_over_processes(loss)
 
     def accuracy(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Top-1 and top-5 accuracy in % of each head, (H,) both, of features (M, D) and labels (M,) on any device."""
+        """Top-1 and top-5 accuracy in % of each head, (H,) both, of features (M, D) and labels (M,)
+        on any device."""
         correct = torch.zeros(2, len(self.bias), dtype=torch.float64)
         for rows in chunks(len(features), 16 * self.bias.numel()):
             logits = self.logits(features[rows].to(self.weight.device))
@@ -94,20 +103,23 @@ def _sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def cosine(epoch: int, epochs: int) -> float:
-    """Factor of the learning rate in an epoch (from 0): from 1 by a half cosine to 0 after the last."""
+    """Factor of the learning rate in an epoch (from 0): half a cosine from 1 to 0 after the
+    last."""
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeAugmentation:
-    """The published augmentation of the probe: random resized crop (8 to 100 % of the area, bilinear), flip, normalise."""
+    """The published augmentation: random resized crop (8 to 100 % of area, bilinear), flip,
+    normalize."""
 
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     def __call__(self, file: EncodedImage, *, seed: int, epoch: int, index: int) -> list[Tensor]:
-        """One tensor (3, S, S) of an image file; seed, epoch and index (of the image) alone decide the randomness."""
+        """One tensor (3, S, S) from an image file. Its randomness is a function of seed, epoch and
+        index (of the image)."""
         image = file.rgb()
         *numbers, flip = uniforms(seed, epoch, index, rows=1, columns=CROP_NUMBERS + 1)[0].tolist()
         top, left, height, width = crop_box(image.height, image.width, scale=(0.08, 1.0), numbers=numbers)
@@ -124,26 +136,29 @@ def main(cfg: LinearConfig) -> None:
 
 
 def evaluate(encoder: Encoder, cfg: LinearConfig) -> dict[str, Any]:
-    """Accuracy in % of the linear probe on cfg.data, its settings (`probe`), and the head: `weight` (C, D) and `bias` (C,).
+    """Accuracy in % of the linear probe on cfg.data, its settings (`probe`), and the head: `weight`
+    (C, D) and `bias` (C,).
 
-    paper: best_top1, last_top1 and top5 of the same epochs, the `curve` by epoch, the head of the last epoch. grid: top1, top5,
-    the `grid` of held-out accuracies, the head of the chosen rate. With fewer than 5 classes there is no top5.
+    paper: best_top1, last_top1, the top5 of these epochs, the `curve` over the epochs, and the head
+    of the last epoch. grid: top1, top5, the `grid` of held-out accuracies, and the head of the
+    chosen rate. There is no top5 with fewer than 5 classes.
     """
-    _check(cfg)
+    settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     train, val = class_folders(cfg)
     fit = _paper if cfg.protocol == "paper" else _grid
-    result = fit(encoder, cfg, train=train, val=val, device=next(encoder.parameters()).device)
+    result = fit(encoder, cfg, train=train, val=val, settings=settings, device=next(encoder.parameters()).device)
     if len(train.classes) < 5:
         result = {key: value for key, value in result.items() if not key.endswith("top5")}
     counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
-    return result | {"counts": counts, "classes": train.classes}
+    return result | {"split": cfg.val, "preprocessing": settings, "counts": counts, "classes": train.classes}
 
 
-def _paper(encoder: Encoder, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, device: torch.device) -> dict[str, Any]:
-    settings = preprocessing(encoder, cfg)
+def _paper(
+    encoder: Encoder, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, settings: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
     augmentation = ProbeAugmentation(image_size=settings["image_size"], mean=settings["mean"], std=settings["std"])
-    # The encoder is frozen and val is not augmented: its features are the same in every epoch.
-    val_x, val_y = _features(encoder, cfg, val, device=device), classes_of(val, train)
+    # The encoder is frozen and val is not augmented, so its features are the same in every epoch.
+    val_x, val_y = _features(encoder, cfg, val, settings=settings, device=device), classes_of(val, train)
     train_y = torch.from_numpy(train.labels)
     batch_size = _batch_size(cfg, len(train))
     learning_rate = cfg.lr * batch_size / 256
@@ -178,16 +193,24 @@ def _paper(encoder: Encoder, cfg: LinearConfig, *, train: ImageSet, val: ImageSe
     best, last = max(curve, key=lambda line: line["top1"]), curve[-1]
     probe = {"learning_rate": learning_rate, "batch_size": batch_size, "best_epoch": best["epoch"]}
     return {
-        "best_top1": best["top1"], "last_top1": last["top1"], "best_top5": best["top5"], "last_top5": last["top5"],
-        "selected_on": "val_epochs", "probe": probe, "curve": curve,
-        "weight": heads.weight[0].cpu(), "bias": heads.bias[0].cpu(),
-    }  # fmt: skip
+        "best_top1": best["top1"],
+        "last_top1": last["top1"],
+        "best_top5": best["top5"],
+        "last_top5": last["top5"],
+        "selected_on": "val_epochs",
+        "probe": probe,
+        "curve": curve,
+        "weight": heads.weight[0].cpu(),
+        "bias": heads.bias[0].cpu(),
+    }
 
 
-def _grid(encoder: Encoder, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, device: torch.device) -> dict[str, Any]:
+def _grid(
+    encoder: Encoder, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, settings: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
     train_y, val_y = torch.from_numpy(train.labels), classes_of(val, train)
     learn, held = split_held_out(train_y, cfg.held_out, seed=cfg.seed)
-    train_x, val_x = _features(encoder, cfg, train, device=device), _features(encoder, cfg, val, device=device)
+    train_x, val_x = (_features(encoder, cfg, images, settings=settings, device=device) for images in (train, val))
     rates = sorted(set(cfg.grid))
     batch_size = _batch_size(cfg, len(learn))
     scaled = [rate * batch_size / 256 for rate in rates]
@@ -201,9 +224,15 @@ def _grid(encoder: Encoder, cfg: LinearConfig, *, train: ImageSet, val: ImageSet
     grid = [{"lr": rate, "held_out_top1": value} for rate, value in zip(rates, held_top1.tolist(), strict=True)]
     probe = {"lr": rates[chosen], "learning_rate": scaled[chosen], "batch_size": batch_size, "held_out": len(held)}
     return {
-        "top1": top1, "top5": top5, "selected_on": "train_heldout", "probe": probe, "grid": grid,
-        "weight": heads.weight[0].cpu(), "bias": heads.bias[0].cpu(),
-    }  # fmt: skip
+        "evaluator": "linear_grid",
+        "top1": top1,
+        "top5": top5,
+        "selected_on": "train_heldout",
+        "probe": probe,
+        "grid": grid,
+        "weight": heads.weight[0].cpu(),
+        "bias": heads.bias[0].cpu(),
+    }
 
 
 def fit_heads(
@@ -217,7 +246,7 @@ def fit_heads(
     seed: int,
     device: torch.device,
 ) -> Heads:
-    """Train one head for each learning rate on the same features (M, D) and labels (M,), with a cosine by epoch to 0."""
+    """Train one head per learning rate on features (M, D) and labels (M,), cosine to 0 by epoch."""
     heads = Heads(learning_rates, num_classes, features.shape[1], seed=seed, device=device)
     with progress(epochs * math.ceil(len(features) / batch_size), 0, "linear probes", images_per_step=batch_size) as bar:
         for epoch in range(epochs):
@@ -229,10 +258,11 @@ def fit_heads(
 
 
 def split_held_out(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to learn from and indices held out, both ascending: about `share` of each class, drawn by the seed.
+    """Indices to learn from and indices held out, both ascending: about `share` of each class,
+    drawn from the seed.
 
-    Of a class of two or more images at least one is held out and one is not; a single one is learnt from. ValueError if none is
-    held out at all.
+    A class of two or more images has at least one image in both parts; a class of one image is
+    learned from. ValueError if nothing is held out.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
@@ -248,7 +278,8 @@ def split_held_out(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, 
 def _batches(
     num_images: int, epoch: int, *, seed: int, batch_size: int, forward_size: int
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Each global batch of an epoch: its size (the last one is smaller) and this process's image numbers, by forward pass."""
+    """For each global batch of an epoch, its size (smaller at the end) and this process's image
+    numbers by forward pass."""
     order = epoch_order(num_images, seed=seed, epoch=epoch)
     for start in range(0, num_images, batch_size):
         batch = order[start : start + batch_size]
@@ -257,18 +288,20 @@ def _batches(
 
 
 def _keys(num_images: int, cfg: LinearConfig, *, batch_size: int) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, image) of each forward pass of the whole training, so that one loader serves all epochs without a pause."""
+    """(epoch, image) of every forward pass, so one loader serves all epochs without a pause."""
     for epoch in range(cfg.epochs):
         for _, parts in _batches(num_images, epoch, seed=cfg.seed, batch_size=batch_size, forward_size=cfg.batch_size):
             for part in parts:
                 yield [(epoch, index) for index in part.tolist()]
 
 
-def _features(encoder: Encoder, cfg: LinearConfig, images: ImageSet, *, device: torch.device) -> Tensor:
+def _features(
+    encoder: Encoder, cfg: LinearConfig, images: ImageSet, *, settings: dict[str, Any], device: torch.device
+) -> Tensor:
     return extract_features(
         encoder,
         images,
-        transform=EvalTransform(**preprocessing(encoder, cfg)),
+        transform=EvalTransform(**settings),
         batch_size=cfg.batch_size,
         workers=cfg.workers,
         device=device,
@@ -277,17 +310,7 @@ def _features(encoder: Encoder, cfg: LinearConfig, images: ImageSet, *, device: 
 
 
 def _batch_size(cfg: LinearConfig, num_images: int) -> int:
-    """The global batch size: that of cfg, or all images if there are fewer; the learning rate is scaled by what it is."""
+    """The global batch size: that of cfg, or all images if fewer. It scales the learning rate."""
     if cfg.probe_batch_size > num_images:
         say(f"warning: probe_batch_size {cfg.probe_batch_size} is cut to the {num_images} images to learn from")
     return min(cfg.probe_batch_size, num_images)
-
-
-def _check(cfg: LinearConfig) -> None:
-    if min(cfg.epochs, cfg.probe_batch_size, cfg.batch_size) < 1:
-        raise ValueError("epochs, probe_batch_size and batch_size must be 1 or more")
-    rates = cfg.grid if cfg.protocol == "grid" else (cfg.lr,)
-    if not rates or not all(0 < rate < math.inf for rate in rates):
-        raise ValueError(f"learning rates are {', '.join(map(str, rates)) or 'empty'}: give numbers above 0")
-    if not 0 < cfg.held_out < 1:
-        raise ValueError(f"held_out is {cfg.held_out}: give a share between 0 and 1, such as 0.1")

@@ -24,7 +24,7 @@ from PIL import Image
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig
 from dino_simpool.data import EvalTransform, class_folder, evenly
-from dino_simpool.eval import decoded, run
+from dino_simpool.eval import run
 from dino_simpool.features.encode import preprocessing
 from dino_simpool.features.maps import attention_maps, cell_coverage, seen_box, shares
 from dino_simpool.models.encoder import Encoder
@@ -43,8 +43,9 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
     """
     if not cfg.data:
         raise ValueError("no data is given: say --data DIR, a folder with val/ and masks/val/")
-    settings = preprocessing(encoder, cfg)
-    images = decoded(class_folder(str(Path(cfg.data) / cfg.val)), cfg)
+    settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
+    images = class_folder(str(Path(cfg.data) / cfg.val))
+    images = images.decoded(max_pixels=cfg.max_pixels, exif_orientation=False)  # masks are of the pixels as they are stored
     chosen = evenly(len(images), cfg.max_images)
     positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     rows = []
@@ -70,7 +71,8 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
         )
     inside, area = measured.mean(0).tolist()
     counts = {"images": len(measured), "without object": len(chosen) - len(measured)}
-    return {"attention_in_mask": 100 * inside, "mask_area": 100 * area, "ratio": inside / area, "counts": counts}
+    shares_in_percent = {"attention_in_mask": 100 * inside, "mask_area": 100 * area, "ratio": inside / area}
+    return shares_in_percent | {"split": cfg.val, "preprocessing": settings, "counts": counts}
 
 
 def mask_path(data: str | Path, split: str, image: str | Path) -> Path:

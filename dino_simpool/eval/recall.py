@@ -1,19 +1,22 @@
-"""Fine-grained retrieval: Recall@k, R-precision and MAP@R of frozen features, with classes that training has not seen.
+"""Fine-grained retrieval: Recall@k, R-precision and MAP@R of frozen features, on classes that
+training has not seen.
 
-A query is a hit at k if one of its k nearest gallery images, by cosine, is of its class: Recall@k is the share of hits, and
-it follows for every k from the rank of the first positive. Of the R gallery images of the query's class (itself not counted),
-R-precision is the share of positives among the R nearest, and MAP@R = 1/R * sum over ranks i <= R of [i is positive] *
-(positives up to i) / i (Musgrave et al., "A Metric Learning Reality Check", arXiv 2003.08505).
+A query is a hit at k if one of its k nearest gallery images, by cosine, is of its class. Recall@k
+is the share of hits; the rank of the first positive gives it for every k. With R gallery images of
+the query's class (not counting the query), R-precision is the share of positives among the R
+nearest, and MAP@R = 1/R * sum over ranks i <= R of [i is positive] * (positives up to i) / i
+(Musgrave et al., "A Metric Learning Reality Check", arXiv 2003.08505).
 
-Queries that are their own gallery (CUB, Cars, SOP) never find themselves: they are left out by their index, while the published
-code drops whatever comes first, which with a duplicate is another image. In-Shop has a gallery of its own. A query without a
-positive, such as an image alone in its class, is a miss and counts in the denominator, as in the published code (which stops at
-one if there is a gallery); R-precision and MAP@R are 0 for it. Equal similarities, `ties`:
+If the queries are their own gallery (CUB, Cars, SOP), a query never finds itself: it is left out by
+its index. The published code drops the first result, which may be a duplicate. In-Shop has a
+separate gallery. A query without a positive, such as the only image of its class, is a miss and
+counts in the denominator, as in the published code (which stops with an error if there is a
+gallery). Its R-precision and MAP@R are 0. `ties` decides about equal similarities:
 
     stable       the lower index is nearer; the default if queries are their own gallery
-    optimistic   a positive is nearer than negatives as similar as it; the default with a gallery, as published for In-Shop
+    optimistic   a positive is nearer than equally similar negatives; the default with a gallery, as published for In-Shop
 
-R-precision and MAP@R are of the stable order always.
+R-precision and MAP@R always use the stable order.
 
 Q queries, M gallery images, D width.
 """
@@ -32,8 +35,8 @@ from dino_simpool.data import EvalTransform, ImageSet
 from dino_simpool.eval import decoded, run
 from dino_simpool.features.chunks import chunks
 from dino_simpool.features.encode import extract_features, preprocessing
-from dino_simpool.features.neighbors import neighbors
-from dino_simpool.features.ranking import NOTHING, Labelled, best_positive, count_nearer
+from dino_simpool.features.neighbors import check_ks, neighbors
+from dino_simpool.features.ranking import NOTHING, Labeled, best_positive, count_nearer
 from dino_simpool.layouts.lists import differing_counts, part_counts
 from dino_simpool.layouts.metric_learning import fine_grained
 from dino_simpool.logs import say
@@ -42,9 +45,9 @@ from dino_simpool.models.encoder import Encoder
 Ties = Literal["stable", "optimistic"]
 
 KS = {"cub200": (1, 2, 4), "cars196": (1, 2, 4), "sop": (1, 10, 100), "inshop": (1, 10, 20), "folder": (1, 2, 4)}
-"""The columns of the paper's table C5; a folder is measured as CUB is."""
+"""The columns of the paper's table C5. A folder is measured like CUB."""
 INTERPOLATIONS: dict[str, Literal["bicubic", "bilinear"]] = {"dino_eval": "bicubic", "dml_eval": "bilinear"}
-"""How the presets enlarge or shrink: DINO's evaluation, and the metric-learning code of the paper's authors."""
+"""How the presets resize: DINO's evaluation, and the paper's authors' metric-learning code."""
 
 
 def recall_at_k(
@@ -58,9 +61,10 @@ def recall_at_k(
 ) -> dict[int, float]:
     """Recall@k in % for each k, over all queries.
 
-    features: (Q, D) of any length (they are normalised here), labels: (Q,) integers. gallery_features: (M, D), gallery_labels:
-    (M,); without them the queries are their own gallery, each without itself. ties: see the module. k above the gallery means
-    all of it. ValueError if there is no query or gallery image, a k is below 1, or a feature is not finite.
+    features: (Q, D) of any length (they are normalized here), labels: (Q,) integers.
+    gallery_features: (M, D), gallery_labels: (M,); without them, the queries are their own gallery,
+    without the query itself. ties: see the module. A k larger than the gallery means all of it.
+    ValueError if there is no query or no gallery image, a k is below 1, or a feature is not finite.
     """
     check_ks(ks)
     ranks = first_positive(features, labels, gallery_features=gallery_features, gallery_labels=gallery_labels, ties=ties)
@@ -70,12 +74,6 @@ def recall_at_k(
 def recall_of(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
     """Recall@k in % for each k, from the ranks (Q,) of `first_positive`."""
     return {k: 100 * ((ranks > 0) & (ranks <= k)).double().mean().item() for k in ks}
-
-
-def check_ks(ks: Sequence[int]) -> None:
-    """ValueError unless there is a k and every k is 1 or more."""
-    if not ks or min(ks) < 1:
-        raise ValueError(f"k is {', '.join(map(str, ks)) or 'empty'}: give one or more numbers of neighbours, each 1 or more")
 
 
 def first_positive(
@@ -88,21 +86,23 @@ def first_positive(
     tile: int | None = None,
     shared: bool = False,
 ) -> Tensor:
-    """The rank of the nearest gallery image of each query's class, (Q,) int32 on the CPU: 1 is the best, 0 means there is none.
+    """The rank of the nearest gallery image of each query's class, (Q,) int32 on the CPU: 1 is the
+    best, 0 means there is none.
 
-    Arguments as in `recall_at_k`; it is computed where the features are. tile: side of the blocks of the product, by default
-    as fits the device. shared: called by all processes together, with the same arguments, of which each does its share.
+    Arguments as in `recall_at_k`; the device of the features computes. tile: side of the blocks of
+    the product, by default what suits the device. shared: all processes call it together with the
+    same arguments, and each computes a share.
     """
     _check(features, labels, gallery_features, gallery_labels)
     own = gallery_features is None
     ties = ties or default_ties(own)
     if ties not in ("stable", "optimistic"):
         raise ValueError(f"ties is {ties}: give stable or optimistic")
-    features = features.cpu() if features.device.type == "mps" else features  # which has no float64
-    queries = Labelled.of(features, labels)
+    features = features.cpu() if features.device.type == "mps" else features  # mps has no float64
+    queries = Labeled.of(features, labels)
     gallery = queries
     if gallery_features is not None and gallery_labels is not None:
-        gallery = Labelled.of(gallery_features.to(features.device), gallery_labels)
+        gallery = Labeled.of(gallery_features.to(features.device), gallery_labels)
     best = best_positive(queries, gallery, own=own)
     part = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
     nearer = count_nearer(queries, gallery, best, own=own, tile=tile, part=part).cpu()
@@ -113,7 +113,7 @@ def first_positive(
 
 
 def default_ties(own: bool) -> Ties:
-    """The rule for equal similarities if none is chosen: own says that queries are their own gallery."""
+    """The published rule for equal similarities. own: the queries are their own gallery."""
     return "stable" if own else "optimistic"
 
 
@@ -125,7 +125,8 @@ def precision_at_r(
     gallery_labels: Tensor | None = None,
     shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """R-precision and MAP@R of each query, (Q,) float64 in 0..1, on the CPU; 0 for a query without positives.
+    """R-precision and MAP@R of each query, (Q,) float64 in 0..1, on the CPU; 0 for a query without
+    positives.
 
     Arguments and errors as in `first_positive`.
     """
@@ -142,7 +143,7 @@ def precision_at_r(
     for part in chunks(len(mine), 40 * (most + 1)) if most else ():
         rows = mine[part]
         _, index = neighbors(bank, features[rows], k=min(most + int(own), len(bank)))
-        if own:  # each query to the end of its list; the others keep their order
+        if own:  # move each query to the end of its list; the others keep their order
             index = index.gather(1, (index == rows[:, None]).to(torch.uint8).argsort(dim=1, stable=True))[:, :most]
         wanted, ranks = positives[rows, None], torch.arange(1, index.shape[1] + 1)
         hits = ((bank_labels[index] == labels[rows, None]) & (ranks <= wanted)).double()
@@ -153,14 +154,15 @@ def precision_at_r(
 
 
 def count_positives(labels: Tensor, gallery_labels: Tensor | None = None) -> Tensor:
-    """How many gallery images are of each query's class, itself not counted, (Q,) int64. Without a gallery: of the others."""
+    """Number of gallery images of each query's class, (Q,) int64. Without a gallery: of other
+    queries of its class."""
     ordered = (labels if gallery_labels is None else gallery_labels).sort().values
     found = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
     return found - int(gallery_labels is None)
 
 
 def _check(features: Tensor, labels: Tensor, gallery_features: Tensor | None, gallery_labels: Tensor | None) -> None:
-    """ValueError unless features and labels fit each other, and a gallery has both."""
+    """ValueError unless features and labels match, and a gallery has both."""
     if (gallery_features is None) != (gallery_labels is None):
         raise ValueError("a gallery has features and labels: give both, or neither if the queries are their own gallery")
     for name, rows, its in (("query", features, labels), ("gallery", gallery_features, gallery_labels)):
@@ -178,9 +180,11 @@ def main(cfg: RecallConfig) -> None:
 
 
 def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
-    """recall_<k>, r_precision and map_at_r in %, counts, and what was decided where the paper is silent.
+    """recall_<k>, r_precision and map_at_r in %, counts, and the choices that the paper leaves
+    open.
 
-    Tensor: `first_positive` (Q,) int32, the rank of the nearest image of each query's class, 0 if there is none.
+    Tensor: `first_positive` (Q,) int32, the rank of the nearest image of each query's class, 0 if
+    there is none.
     """
     if not cfg.data:
         raise ValueError(f"no data is given: say --data DIR, the folder that holds {cfg.layout} (layout folder: CLASS/IMAGE)")
@@ -191,7 +195,8 @@ def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
     counts = part_counts(sets)
     for line in (warnings := differing_counts(cfg.layout, counts)):
         say(f"warning: {line}")
-    settings = preprocessing(encoder, cfg) | {"interpolation": INTERPOLATIONS[cfg.preset]}
+    settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
+    settings["interpolation"] = INTERPOLATIONS[cfg.preset]
     features, labels = _features(encoder, query_set, "queries", settings=settings, cfg=cfg)
     other, other_labels = (
         (None, None) if gallery_set is None else _features(encoder, gallery_set, "gallery", settings=settings, cfg=cfg)
@@ -223,7 +228,13 @@ def _features(
     assert images.labels is not None, "these layouts have classes"
     device = next(encoder.parameters()).device
     features = extract_features(
-        encoder, decoded(images, cfg), transform=EvalTransform(**settings), batch_size=cfg.batch_size, workers=cfg.workers,
-        device=device, precision=cfg.precision, description=name,
-    )  # fmt: skip
+        encoder,
+        decoded(images, cfg),
+        transform=EvalTransform(**settings),
+        batch_size=cfg.batch_size,
+        workers=cfg.workers,
+        device=device,
+        precision=cfg.precision,
+        description=name,
+    )
     return features.to(device), torch.from_numpy(images.labels)

@@ -1,20 +1,24 @@
-"""Retrieval of landmarks, ROxford and RParis: mAP and mP@1, 5, 10 in the Easy, Medium and Hard protocols.
+"""Landmark retrieval, ROxford and RParis: mAP and mP@1, 5, 10 in the Easy, Medium and Hard
+protocols.
 
-Metric: filipradenovic/revisitop, evaluate.py. For a query, images of the protocol's positives are to come first; its junk
-images are taken out of the ranking; all others are negatives:
+Metric: filipradenovic/revisitop, evaluate.py. The positives of a query should rank first, its junk
+images are removed from the ranking, and all others are negatives:
 
     easy    positive: easy          junk: junk, hard
     medium  positive: easy, hard    junk: junk
     hard    positive: hard          junk: junk, easy
 
-Images: the paper does not say how they are prepared, so there are presets after public scripts (`PRESETS`). All shrink an
-image to a longest side as Pillow's thumbnail does (Lanczos, never larger) and see one image at a time, as the published
-eval_image_retrieval.py. Multi-scale is the mean of the vectors, not normalised, of three scales; then each is normalised by
-itself (the published code divides by the length of the whole batch, which is the same for one image).
+Images: the paper does not say how they are prepared, so there are presets that follow public
+scripts (`PRESETS`). All of them shrink an image to a longest side with Pillow's thumbnail (Lanczos,
+never enlarged) and process one image at a time, like the published eval_image_retrieval.py.
+Multi-scale features are the mean of the vectors of three scales, not normalized before the mean.
+Each mean is then normalized (the published code divides by the length of the whole batch, which is
+the same for one image).
 
-What the published code leaves open: equal similarities are ranked by image number, similarities being float64 rounded to
-2**-30 so that duplicates tie; an image named twice among the positives counts once; without a positive in a truncated ranking
-AP and precision are 0. A CNN takes thin images, whose map has one row, too.
+The published code leaves some cases open. Here, equal similarities are ranked by image number;
+similarities are float64 rounded to 2**-30, so that duplicates tie. An image that is named twice
+among the positives counts once. Without a positive in a truncated ranking, AP and precision are 0.
+A CNN also accepts thin images, whose map has one row.
 
 Q queries, M database images, D width of a feature.
 """
@@ -51,26 +55,26 @@ PROTOCOLS = {
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("junk", "easy")),
 }
-"""Which images of the ground truth are positive, and which are taken out."""
+"""Which images of the ground truth are positive, and which are removed as junk."""
 KAPPAS = (1, 5, 10)
 """Ranks at which precision is measured."""
 SCALES = (1.0, 1 / 2**0.5, 0.5)
-"""Of the multi-scale features."""
+"""Scales of the multi-scale features."""
 TOP = 100
-"""Ranks of each query that are saved."""
+"""Number of ranks of each query that are saved."""
 PRESETS = {
     "dino_default": {"roxford5k": (224, False, False), "rparis6k": (224, False, False)},
     "dino_readme": {"roxford5k": (224, False, False), "rparis6k": (512, True, False)},
     "ibot": {"roxford5k": (512, True, False), "rparis6k": (512, True, False)},
     "strict": {"roxford5k": (512, True, True), "rparis6k": (512, True, True)},
 }
-"""image_size, multi_scale and query_crop: defaults of dino's eval_image_retrieval.py, commands of its README, iBOT's run.sh,
-and the protocol of revisitop."""
+"""image_size, multi_scale and query_crop: defaults of dino's eval_image_retrieval.py, commands of
+its README, iBOT's run.sh, and the protocol of revisitop."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Of one protocol, as fractions of 1."""
+    """Scores of one protocol, as fractions of 1."""
 
     map: float
     """Mean average precision over the queries that have positives; NaN if none has."""
@@ -83,11 +87,11 @@ class Scores:
 
 
 def average_precision(ranks: Sequence[int] | np.ndarray, num_positives: int) -> float:
-    """Area below the precision-recall curve by trapezoids, 0 to 1.
+    """Area under the precision-recall curve by trapezoids, 0 to 1.
 
-    ranks: of the positives that were found, from 0, ascending, after junk was taken out. num_positives: how many there are to
-    be found, at least 1. Source: compute_ap of revisitop: the mean over the positives of the precisions just before and just
-    after each.
+    ranks: those of the found positives, from 0, ascending, without junk. num_positives: the number
+    that exists, at least 1. Source: compute_ap of revisitop: the mean over the positives of the
+    precisions just before and just after each.
     """
     if num_positives < max(1, len(ranks)):
         raise ValueError(f"{num_positives} positives cannot give an average precision at {len(ranks)} ranks")
@@ -102,14 +106,16 @@ def evaluate_ranks(
 ) -> dict[str, Scores]:
     """The scores of rankings in each of the PROTOCOLS.
 
-    ranks: (kept, Q) numbers of database images, one column a query, best first, as revisitop has them; kept may be less than
-    the database has, then the positives beyond count as not found. gnd: for each query its "easy", "hard" and "junk" images.
-    Precision at kappa stops at the last positive that was found, if it comes before. ValueError if the numbers of queries
-    differ.
+    ranks: (kept, Q) numbers of database images, one column per query, best first, as in revisitop.
+    If kept is less than the size of the database, positives beyond it count as not found. gnd: for
+    each query, its "easy", "hard" and "junk" images. Precision at kappa stops at the last positive
+    found, if that comes earlier. ValueError if the numbers of queries differ.
     """
     order = np.asarray(ranks)
     if order.ndim != 2 or order.shape[1] != len(gnd):
-        raise ValueError(f"ranks have the shape {order.shape} for {len(gnd)} queries: give (images, queries), a column a query")
+        raise ValueError(
+            f"ranks have the shape {order.shape} for {len(gnd)} queries: give (images, queries), one column per query"
+        )
     if not kappas or min(kappas) < 1:
         raise ValueError(f"kappas are {tuple(kappas)}: give one or more ranks, each 1 or more")
     scores = {}
@@ -130,15 +136,16 @@ def _score(ranking: np.ndarray, positive: np.ndarray, junk: np.ndarray, kappas: 
     if not len(positive):
         return [math.nan] * (1 + len(kappas))
     found = np.flatnonzero(np.isin(ranking, positive))
-    found -= np.searchsorted(np.flatnonzero(np.isin(ranking, junk)), found)  # less the junk above each
+    found -= np.searchsorted(np.flatnonzero(np.isin(ranking, junk)), found)  # minus the junk above each
     stops = [min(int(found[-1]) + 1, kappa) if len(found) else kappa for kappa in kappas]
     return [average_precision(found, len(positive)), *(float((found < stop).sum()) / stop for stop in stops)]
 
 
 def rank(queries: Tensor, database: Tensor) -> Tensor:
-    """The numbers (Q, M) int32 of the database images in descending cosine similarity to each query; ties by number.
+    """The numbers (Q, M) int32 of the database images in descending cosine similarity to each
+    query; ties by number.
 
-    queries: (Q, D), database: (M, D), of any length: they are normalised here, in float64.
+    queries: (Q, D), database: (M, D), of any length; they are normalized here, in float64.
     """
     order = torch.empty(len(queries), len(database), dtype=torch.int32)
     for rows in chunks(len(queries), 32 * len(database)):
@@ -152,14 +159,14 @@ def rank(queries: Tensor, database: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """The longest side shrunk to `image_size` with Lanczos (Image.thumbnail), then normalised."""
+    """The longest side shrunk to `image_size` with Lanczos (Image.thumbnail), then normalized."""
 
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """(3, H, W) float32 of an RGB image, which is not enlarged."""
+        """(3, H, W) float32 from an RGB image. It is never enlarged."""
         image = image.copy()
         image.thumbnail((self.image_size, self.image_size), Image.Resampling.LANCZOS)
         return to_tensor([image], mean=self.mean, std=self.std)[0]
@@ -168,7 +175,7 @@ class Thumbnail:
 class MultiScale(nn.Module):
     """The mean of an encoder's features of an image at several scales.
 
-    Source: multi_scale in utils.py of dino and simpool, without its normalisation.
+    Source: multi_scale in utils.py of dino and simpool, without its normalization.
     """
 
     def __init__(self, encoder: nn.Module, scales: Sequence[float]):
@@ -187,7 +194,8 @@ class MultiScale(nn.Module):
         try:
             return self.encoder(images)
         except RuntimeError as error:
-            # A ConvNeXt, ours or the published, cannot take a side below 32 pixels; torch says so in its own words.
+            # A ConvNeXt, ours or the published one, cannot take a side below 32 pixels; torch
+            # raises its own error for it.
             if "Kernel size" not in str(error):
                 raise
             size = f"{images.shape[-2]} x {images.shape[-1]} pixels at scale {scale:.2g}"
@@ -200,7 +208,8 @@ def main(cfg: RetrievalConfig) -> None:
 
 
 def resolve(cfg: RetrievalConfig) -> dict[str, Any]:
-    """image_size, multi_scale and query_crop: the preset's, but for those given. ValueError for boxes of turned images."""
+    """image_size, multi_scale and query_crop: those given, else the preset's. ValueError for boxes
+    in rotated images."""
     image_size, multi_scale, query_crop = PRESETS[cfg.preset][cfg.dataset]
     settings = {
         "image_size": image_size if cfg.image_size is None else cfg.image_size,
@@ -208,15 +217,16 @@ def resolve(cfg: RetrievalConfig) -> dict[str, Any]:
         "query_crop": query_crop if cfg.query_crop is None else cfg.query_crop,
     }
     if settings["query_crop"] and cfg.exif_orientation:
-        raise ValueError("exif_orientation must be false with query_crop: boxes are of the pixels as they are stored")
+        raise ValueError("exif_orientation must be false with query_crop: boxes belong to the pixels as they are stored")
     return settings
 
 
 def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
     """map_<protocol> and mp1_, mp5_, mp10_<protocol> in %, counts and the settings behind them.
 
-    Tensors: `ranks` (Q, 100) int32, numbers of database images (from their number on: distractors), and `ap_<protocol>` (Q,)
-    float64 in %, NaN for queries without positives. A protocol for which no query has positives has no metric.
+    Tensors: `ranks` (Q, 100) int32, numbers of database images (distractors are numbered after
+    them), and `ap_<protocol>` (Q,) float64 in %, NaN for queries without positives. A protocol in
+    which no query has positives has no metric.
     """
     if not cfg.data:
         raise ValueError("no data is given: say --data DIR, the folder that holds roxford5k/ or rparis6k/")
@@ -260,15 +270,21 @@ def _features(
     device = next(encoder.parameters()).device
     return {
         name: extract_features(
-            MultiScale(encoder, scales), images, transform=transform, batch_size=cfg.batch_size, workers=cfg.workers,
-            device=device, precision=cfg.precision, description=name,
+            MultiScale(encoder, scales),
+            images,
+            transform=transform,
+            batch_size=1,  # each image has its own size
+            workers=cfg.workers,
+            device=device,
+            precision=cfg.precision,
+            description=name,
         )
         for name, images in sets.items()
-    }  # fmt: skip
+    }
 
 
 def _scored(order: Tensor, truth: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """What the results hold of rankings (Q, M)."""
+    """The results of rankings (Q, M)."""
     result: dict[str, Any] = {"ranks": order[:, :TOP].contiguous(), "kappas": KAPPAS, "queries_with_positives": {}}
     for protocol, scores in evaluate_ranks(order.T, truth).items():
         result["queries_with_positives"][protocol] = int((~np.isnan(scores.ap)).sum())
@@ -280,7 +296,8 @@ def _scored(order: Tensor, truth: Sequence[Mapping[str, np.ndarray]]) -> dict[st
 
 
 def _distractors(file: str, width: int) -> Tensor | None:
-    """The features (images, width) float32 of a .npy file, none without a file; None if it is a source of images."""
+    """The features (images, width) float32 in a .npy file, no rows without a file, or None if it is
+    a source of images."""
     if not file:
         return torch.empty(0, width)
     if not file.endswith((".npy", ".npz")):
@@ -288,7 +305,7 @@ def _distractors(file: str, width: int) -> Tensor | None:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is no array of features ({error}): give a .npy file of numbers") from error
+        raise ValueError(f"{file} is not an array of features ({error}): give a .npy file of numbers") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != width or array.dtype.kind != "f":
         found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
         raise ValueError(f"{file} holds {found}: distractors are features (images, {width}) of this encoder, in one .npy file")

@@ -1,15 +1,16 @@
-"""Parts of large arrays that fit in memory."""
+"""Slices of large arrays that fit in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 MAX_BYTES = 2**28
-"""Size of each working array of an evaluator."""
+"""Size of a working array of an evaluator."""
 
 
 def chunks(count: int, row_bytes: int, *, max_bytes: int = MAX_BYTES, most: int | None = None) -> Iterator[slice]:
-    """Slices that cover range(count), each of as many rows of `row_bytes` as fit in max_bytes (1 at least, `most` at most)."""
+    """Slices that cover range(count), each with as many rows of `row_bytes` as fit in max_bytes: at
+    least 1, at most `most`."""
     step = max(1, max_bytes // max(1, row_bytes))
     step = step if most is None else min(step, most)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))

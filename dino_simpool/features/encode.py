@@ -1,8 +1,9 @@
 """One feature vector for each image of a set, computed by all processes together.
 
-Process r of W takes the images r, r + W, r + 2W, ... and its rows are put in place by image index. So nothing is padded or
-counted twice, and the result depends neither on the batch size nor on the numbers of workers and processes (but for the
-rounding of matrix products, and for min_over="batch", whose features depend on the batch by definition).
+Process r of W takes the images r, r + W, r + 2W, ..., and each row is put in place by the number of
+its image. So nothing is padded or counted twice, and the result does not depend on the batch size,
+the workers or the processes (except for the rounding of matrix products, and for min_over="batch",
+whose features depend on the batch by definition).
 
 M images of the set, D width of a feature.
 """
@@ -21,14 +22,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dino_simpool import distributed
-from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, EvalConfig
+from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dino_simpool.data import ImageSet, index_loader
 from dino_simpool.models.encoder import Encoder
 
 
 @contextmanager
 def evaluation_mode(encoder: nn.Module) -> Iterator[None]:
-    """Put every module of the encoder in evaluation mode, and each back into its own mode afterwards."""
+    """Put every module of the encoder in evaluation mode, and afterwards back into its own mode."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
@@ -55,13 +56,15 @@ def try_sizes(encoder: Encoder, sizes: Sequence[int], *, device: torch.device) -
 
 
 def encode(encoder: Callable[[Tensor], Tensor], images: Tensor, *, device: torch.device, precision: str) -> Tensor:
-    """What the encoder makes of images (B, 3, S, S), such as features (B, D): float32 on `device`, without gradient.
+    """The encoder's output for images (B, 3, S, S), such as features (B, D): float32 on `device`,
+    without gradient.
 
-    encoder: itself, or one of its methods (tokens, attention). precision: fp32, or bf16 for its matrix products.
+    encoder: the module, or one of its methods (tokens, attention). precision: fp32, or bf16 for its
+    matrix products.
     """
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         features = encoder(images.to(device, non_blocking=True))
-    return features.to(torch.float32, copy=True)  # a copy made out here is an ordinary tensor, that training may keep
+    return features.to(torch.float32, copy=True)  # a copy made outside of inference mode can be used in training
 
 
 def feature_batches(
@@ -69,10 +72,11 @@ def feature_batches(
     transform: Callable[[Image.Image], Tensor], batch_size: int, workers: int | None, device: torch.device, precision: str,
     skip_broken: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """What the encoder makes of the images `indices`, in this order: (B, ...) float32 on the CPU, and (B,) int64 their indices.
+    """The encoder's output for the images `indices`, in this order: (B, ...) float32 on the CPU,
+    and their numbers (B,) int64.
 
-    The i-th batch holds indices[i * batch_size : (i + 1) * batch_size]. encoder, precision: as in `encode`; its mode is left as
-    it is. workers, skip_broken: as in `index_loader`.
+    The i-th batch holds indices[i * batch_size : (i + 1) * batch_size]. encoder, precision: as in
+    `encode`; the encoder's mode is not changed. workers, skip_broken: as in `index_loader`.
     """
     loader = index_loader(
         images, transform, indices, batch_size=batch_size, workers=workers, device=device, skip_broken=skip_broken
@@ -99,10 +103,11 @@ def extract_features(
 ) -> Tensor:
     """Features (M, D) of all images, float32 on the CPU, on every process, in the order of the set.
 
-    encoder: images (B, 3, S, S) -> (B, D), with D as its `embed_dim`; it is evaluated in evaluation mode and keeps its modes.
-    batch_size: images in one forward pass of one process. workers: loader processes, None for the cores there are. precision:
-    as in `encode`. broken: is given the numbers of the images that cannot be read, on every process, and their rows mean
-    nothing; without it such an image is a BrokenImage. ValueError names the first image whose feature is not finite.
+    encoder: images (B, 3, S, S) -> (B, D), with D as its `embed_dim`; it runs in evaluation mode
+    and keeps its modes. batch_size: images in one forward pass of one process. workers: loader
+    processes, None for the number of cores. precision: as in `encode`. broken: a set that receives
+    the numbers of broken images, on every process; their rows mean nothing. Without it, a broken
+    image raises BrokenImage. ValueError names the first image whose feature is not finite.
     """
     total, world = len(images), distributed.world_size()
     width: int = encoder.embed_dim  # type: ignore[assignment]
@@ -133,7 +138,8 @@ def extract_features(
 
 
 def progress_bar(total: int, description: str, *, initial: int = 0) -> tqdm[Any]:
-    """A bar in images of all processes on the main one; in a file, a line every half minute and none before.
+    """A progress bar over the images of all processes, on the main process; in a file, a line every
+    half minute.
 
     initial: images that were done before and do not count for the speed.
     """
@@ -144,15 +150,17 @@ def progress_bar(total: int, description: str, *, initial: int = 0) -> tqdm[Any]
     )  # fmt: skip
 
 
-def preprocessing(encoder: Encoder | None, cfg: EvalConfig) -> dict[str, Any]:
-    """The settings of the evaluation transform, as its arguments: image_size, resize, mean, std.
+def preprocessing(config: ModelConfig | None, *, image_size: int | None = None, resize: int | None = None) -> dict[str, Any]:
+    """The arguments of the evaluation transform: image_size, resize, mean, std.
 
-    Size and normalisation belong to the encoder; cfg may ask for another size. resize: by default image_size * 256 / 224, cut
-    to a whole number as published. ValueError if there is neither encoder nor size.
+    Sizes and normalization are those of the model, unless another image_size or resize is asked
+    for. For another image_size, resize is image_size * 256 / 224, rounded down as published.
+    config: None without a model, then ImageNet's mean and std. ValueError if there is neither a
+    model nor a size.
     """
-    size = cfg.image_size or (encoder.config.image_size if encoder is not None else None)
-    if size is None:
+    size = image_size or (config and config.image_size)
+    if not size:
         raise ValueError("without a checkpoint the size of the images is unknown: give --image_size")
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if encoder is None else (encoder.config.mean, encoder.config.std)
-    own = encoder.config.resize if encoder is not None and cfg.image_size is None else None
-    return {"image_size": size, "resize": cfg.resize or own or size * 256 // 224, "mean": tuple(mean), "std": tuple(std)}
+    own = config.resize if config and image_size is None else None
+    mean, std = (config.mean, config.std) if config else (IMAGENET_MEAN, IMAGENET_STD)
+    return {"image_size": size, "resize": resize or own or size * 256 // 224, "mean": tuple(mean), "std": tuple(std)}

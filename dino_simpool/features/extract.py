@@ -1,20 +1,24 @@
-"""Features of any images in a folder, where numpy maps them into memory: `numpy.load(OUT / "features.npy", mmap_mode="r")`.
+"""Writes the features of any images to a folder. Map them with `numpy.load(OUT / "features.npy",
+mmap_mode="r")`.
 
     OUT/
-        features.npy           float32, a row an image, in the order of the set
-        ids.txt                the name of the image of each row, one a line
-        meta.json              `settings`, which the numbers follow from, their `hash`, and the `source` of weights and images
-        index.faiss            with --index: inner products of the normalised features, for `search`
+        features.npy           float32, one row per image, in the order of the set
+        ids.txt                the name of the image of each row, one per line
+        meta.json              `settings` that determine the numbers, their `hash`, and the `source`
+                               of weights and images
+        index.faiss            with --index: inner products of the normalized features, for `search`
         labels.npy             with --labels: int64, the class of each row, and
-        classes.txt            the names of the classes, one a line
+        classes.txt            the names of the classes, one per line
 
-A level is what the encoder gives: `global` (M, D), its feature; `tokens` (M, N, D), what is pooled; `keys` (M, N, D), SimPool's
-keys of them (K of eq. 14); `attention` (M, h, w), maps that sum to 1. Nothing is normalised but the index.
+A level is one output of the encoder: `global` (M, D), its feature; `tokens` (M, N, D), what is
+pooled; `keys` (M, N, D), SimPool's keys of the tokens (K of eq. 14); `attention` (M, h, w), maps
+that sum to 1. Only the index is normalized.
 
-Batch i holds the images i * batch_size and following, and is computed by one process as a whole: matrix products round
-differently for another number of rows. So the file is the same bit for bit with any number of workers and processes, and after
-any number of kills (rows.py); another batch size changes the last digits (and min_over="batch" depends on it by definition),
-another number of threads may.
+Batch i holds the images from i * batch_size on. One process computes it as a whole, because matrix
+products round differently with another number of rows. So the file is the same bit for bit with any
+number of workers and processes, and after any number of kills (rows.py). Another batch size changes
+the last digits (and min_over="batch" depends on it by definition); another number of threads may
+change them too.
 
 M images, N tokens or h x w positions, D width, S side of the square that the encoder sees.
 """
@@ -40,13 +44,13 @@ from torch.nn import functional as F
 
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
-from dino_simpool.config import EvalConfig, ExtractConfig
+from dino_simpool.config import ExtractConfig
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.features.chunks import chunks
 from dino_simpool.features.encode import encode, evaluation_mode, feature_batches, preprocessing, progress_bar, try_sizes
 from dino_simpool.features.rows import RowFile
-from dino_simpool.files import file_sha256, write_atomically
+from dino_simpool.files import file_sha256, write_atomically, write_json
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.pooling.simpool import SimPool
 from dino_simpool.results import versions
@@ -56,16 +60,16 @@ Level = Literal["global", "tokens", "keys", "attention"]
 
 @dataclass(frozen=True)
 class WholeTransform:
-    """All of the image squeezed into the square (bicubic, Pillow), and normalised."""
+    """The whole image squeezed into the square (bicubic, Pillow), and normalized."""
 
     image_size: int
-    """Side S of the square that comes out, in pixels."""
+    """Side S of the square in pixels."""
     _: KW_ONLY
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """(3, S, S) float32 of an RGB image."""
+        """(3, S, S) float32 from an RGB image."""
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         return to_tensor([image], mean=self.mean, std=self.std)[0]
 
@@ -83,7 +87,7 @@ def main(cfg: ExtractConfig) -> None:
     images = images.decoded(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
     sources = [images.root] if cfg.labels else sources
     encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
-    view = {"view": cfg.view, **preprocessing(encoder, EvalConfig(image_size=cfg.image_size, resize=cfg.resize))}
+    view = {"view": cfg.view, **preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)}
     if cfg.view == "whole":
         del view["resize"]
     checkpoint = os.path.abspath(cfg.checkpoint)
@@ -96,9 +100,16 @@ def main(cfg: ExtractConfig) -> None:
     }
     done = (Path(cfg.out) / "features.npy").is_file()
     features = extract(
-        encoder, images, cfg.out, level=cfg.level, view=view, batch_size=cfg.batch_size, workers=cfg.workers,
-        precision=cfg.precision, source=source,
-    )  # fmt: skip
+        encoder,
+        images,
+        cfg.out,
+        level=cfg.level,
+        view=view,
+        batch_size=cfg.batch_size,
+        workers=cfg.workers,
+        precision=cfg.precision,
+        source=source,
+    )
     folder = Path(cfg.out)
     if distributed.is_main():
         if images.labels is not None:
@@ -107,28 +118,41 @@ def main(cfg: ExtractConfig) -> None:
             index = build_index(features)
             write_atomically(folder / "index.faiss", lambda path: faiss.write_index(index, str(path)))
         shape = " x ".join(map(str, features.shape))
-        how = "there already, of these settings and files, in" if done else "written to"
+        how = "already complete, with these settings and files, in" if done else "written to"
         print(f"extract: {cfg.level}, {shape}, {cfg.which} of {cfg.checkpoint}\n  {how} {folder / 'features.npy'}")
     distributed.barrier()
 
 
 def extract(
-    encoder: Encoder, images: ImageSet, out: str | Path, *, level: Level = "global", view: dict[str, Any] | None = None,
-    batch_size: int = 128, workers: int | None = None, precision: str = "fp32", source: dict[str, Any] | None = None,
-) -> np.ndarray:  # fmt: skip
-    """Write features.npy, ids.txt and meta.json to `out` and return the features (M, ...), float32, mapped from the file.
+    encoder: Encoder,
+    images: ImageSet,
+    out: str | Path,
+    *,
+    level: Level = "global",
+    view: dict[str, Any] | None = None,
+    batch_size: int = 128,
+    workers: int | None = None,
+    precision: str = "fp32",
+    source: dict[str, Any] | None = None,
+) -> np.ndarray:
+    """Write features.npy, ids.txt and meta.json to `out` and return the features (M, ...), float32,
+    mapped from the file.
 
-    Called by all processes together. What `out` holds of the same settings is kept and completed.
-    encoder: on the device where it shall run; it is evaluated in evaluation mode and keeps its modes. view: as `make_transform`
-    takes it; None: as the model was made. batch_size: images in one forward pass of one process. workers: loader processes,
-    None for the cores there are. precision: fp32 or bf16. source: written to meta.json; `search` needs checkpoint, sha256,
-    which, data and max_pixels; the last call's is kept, since no number follows from it but whether there is one.
-    ValueError or OSError, before anything is computed, if the level or the size does not go with the encoder, if the disk is
-    too small, or if `out` was made with other settings, which are named; later for an image that cannot be read or whose
-    features are not finite.
+    All processes call it together. Features that `out` already holds with the same settings are
+    kept and completed.
+
+    encoder: on its device; it runs in evaluation mode and keeps its modes. view: the argument of
+    `make_transform`, None for the view of the model. batch_size: images in one forward pass of one
+    process. workers: loader processes, None for the number of cores. precision: fp32 or bf16.
+    source: written to meta.json; `search` needs checkpoint, sha256, which, data and max_pixels. The
+    source of the last call is kept: it does not change the numbers, only whether there are any.
+
+    ValueError or OSError, before anything is computed, if the level or the size does not suit the
+    encoder, if the disk is too small, or if `out` was made with other settings, which are named.
+    Later for a broken image or features that are not finite.
     """
     folder, device = Path(out), next(encoder.parameters()).device
-    view = view or {"view": "crop", **preprocessing(encoder, EvalConfig())}
+    view = view or {"view": "crop", **preprocessing(encoder.config)}
     compute = level_of(encoder, level)
     try_sizes(encoder, [view["image_size"]], device=device)
     with evaluation_mode(encoder):
@@ -136,20 +160,32 @@ def extract(
         shape = (len(images), *encode(compute, blank, device=device, precision=precision).shape[1:])
     matters = {name: version for name, version in versions().items() if name not in ("python", "faiss")}
     settings = {
-        "model": dataclasses.asdict(encoder.config), "weights": weights_sha256(encoder), "preprocessing": view, "level": level,
+        "model": dataclasses.asdict(encoder.config),
+        "weights": weights_sha256(encoder),
+        "preprocessing": view,
+        "level": level,
         "images": {"count": len(images), "names": images.digest(), "exif_orientation": images.exif_orientation},
-        "batch_size": batch_size, "precision": precision, "device": device.type, "versions": matters,
-    }  # fmt: skip
+        "batch_size": batch_size,
+        "precision": precision,
+        "device": device.type,
+        "versions": matters,
+    }
     rows = RowFile(folder / "features.npy", shape, block=batch_size, rank=distributed.rank())
     _prepare(folder, rows, images, settings=settings, source=source or {})
     if not rows.finished:
         batches = rows.remaining()
-        distributed.barrier()  # all have read how far it is, before one writes it
+        distributed.barrier()  # no process writes the progress until all have read it
         mine = np.array_split(batches, distributed.world_size())[distributed.rank()]
         features = feature_batches(
-            compute, images, rows.rows_of(mine), transform=make_transform(view), batch_size=batch_size, workers=workers,
-            device=device, precision=precision,
-        )  # fmt: skip
+            compute,
+            images,
+            rows.rows_of(mine),
+            transform=make_transform(view),
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            precision=precision,
+        )
         with evaluation_mode(encoder):
             _fill(rows, mine, features, images, done=len(images) - len(rows.rows_of(batches)))
         distributed.barrier()
@@ -161,11 +197,11 @@ def extract(
 
 
 def level_of(encoder: Encoder, level: Level) -> Callable[[Tensor], Tensor]:
-    """What gives a level of images (B, 3, S, S). ValueError for keys without SimPool."""
+    """The function from images (B, 3, S, S) to a level. ValueError for keys without SimPool."""
     pool = encoder.pool
     if level == "keys":
         if not isinstance(pool, SimPool):
-            raise ValueError(f"level keys is of SimPool, this model has pool {encoder.config.pool}: use level tokens")
+            raise ValueError(f"level keys needs SimPool, and this model has pool {encoder.config.pool}: use level tokens")
         return lambda images: pool.keys(encoder.tokens(images))
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "global": encoder,
@@ -178,13 +214,14 @@ def level_of(encoder: Encoder, level: Level) -> Callable[[Tensor], Tensor]:
 
 
 def make_transform(view: dict[str, Any]) -> EvalTransform | WholeTransform:
-    """The transform of a view: {view: crop, image_size, resize, mean, std} or {view: whole, image_size, mean, std}."""
+    """The transform of a view: {view: crop, image_size, resize, mean, std} or {view: whole,
+    image_size, mean, std}."""
     options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in view.items() if name != "view"}
     return WholeTransform(**options) if view["view"] == "whole" else EvalTransform(**options)
 
 
 def build_index(features: np.ndarray) -> faiss.IndexFlatIP:
-    """An exact faiss index of features (M, D): inner products of the rows scaled to length 1. A row of zeros stays so."""
+    """An exact faiss index of features (M, D): inner products of unit rows. Zeros stay zero."""
     index = faiss.IndexFlatIP(features.shape[1])
     for part in chunks(len(features), 12 * features.shape[1]):
         index.add(F.normalize(torch.from_numpy(np.array(features[part])).double(), dim=1).float().numpy())
@@ -199,19 +236,19 @@ def read_meta(folder: str | Path) -> dict[str, Any] | None:
     try:
         meta: dict[str, Any] = json.loads(path.read_text())
         if settings_hash(meta["settings"]) != meta["hash"]:
-            raise ValueError("its hash is not that of its settings")
+            raise ValueError("its hash does not match its settings")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or of another tool ({error}): give another folder") from error
+        raise ValueError(f"{path} is damaged or was written by another tool ({error}): give another folder") from error
     return meta
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """SHA-256 of settings in one canonical spelling."""
+    """SHA-256 of settings in a canonical form."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def weights_sha256(encoder: Encoder) -> str:
-    """SHA-256 of the weights by name, the same for a checkpoint and for what was exported from it."""
+    """SHA-256 of the weights by name, the same for a checkpoint and for an export of it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
@@ -220,13 +257,16 @@ def weights_sha256(encoder: Encoder) -> str:
 
 
 def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[str, Any], source: dict[str, Any]) -> None:
-    """Check on every process that the work can be begun or gone on with, then let the main one write what comes before rows."""
+    """Check on every process that the work can start or resume; then the main process writes
+    everything but the rows."""
     meta = read_meta(folder)
     if meta is not None and (different := _differences(meta["settings"], json.loads(json.dumps(settings)))):
         raise ValueError(f"{folder} was made with other settings ({different}): give another --out, or those settings")
     sizes = images.sizes_digest()
-    if meta is not None and rows.finished and meta["sizes"] != sizes:  # before that a broken file may be repaired
-        raise ValueError(f"{folder} is of other files under the same names: give another --out, or remove it to begin again")
+    if meta is not None and rows.finished and meta["sizes"] != sizes:  # until then, broken files may be repaired
+        raise ValueError(
+            f"{folder} was made from other files with the same names: give another --out, or remove it to start over"
+        )
     if meta is None and rows.finished:
         raise ValueError(f"{folder} has features.npy, but no meta.json says what they are: give another --out")
     _check_room(folder, rows.missing_bytes())
@@ -234,14 +274,18 @@ def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[st
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         wanted = {
-            "hash": settings_hash(settings), "shape": list(rows.shape), "settings": settings, "sizes": sizes, "source": source
-        }  # fmt: skip
+            "hash": settings_hash(settings),
+            "shape": list(rows.shape),
+            "settings": settings,
+            "sizes": sizes,
+            "source": source,
+        }
         if meta is None:
             _write_names(folder / "ids.txt", map(images.name, range(len(images))))
             rows.create()
         if meta is None or meta["sizes"] != sizes or (source and meta["source"] != source):
-            # Last: before it is there, nothing of the above is believed.
-            write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(wanted, indent=2) + "\n"))
+            # Last: without it, the files above do not count.
+            write_json(folder / "meta.json", wanted)
         if rows.finished:
             rows.forget()
         elif not rows.partial.exists():
@@ -252,7 +296,7 @@ def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[st
 def _fill(
     rows: RowFile, batches: np.ndarray, features: Iterator[tuple[Tensor, Tensor]], images: ImageSet, *, done: int
 ) -> None:
-    """Write the features of some batches; `done` images are there already."""
+    """Write the features of these batches. `done`: number of images that were written before."""
     with rows, progress_bar(len(images), "extract", initial=done) as bar:
         for number, (values, indices) in zip(batches.tolist(), features, strict=True):
             damaged = torch.nonzero(~values.flatten(1).sum(1).isfinite())
@@ -266,7 +310,7 @@ def _fill(
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """The settings that differ, as text: `level global -> tokens, model.gamma 2.0 -> None`; empty if none does."""
+    """The settings that differ: `level global -> tokens, model.gamma 2.0 -> None`, or empty."""
     found = []
     for name in [*before, *(name for name in now if name not in before)]:
         old, new = before.get(name), now.get(name)
@@ -297,8 +341,9 @@ def _write_labels(folder: Path, labels: np.ndarray, classes: Sequence[str]) -> N
 
 
 def _write_names(path: Path, names: Iterable[str]) -> None:
-    """One name a line; ValueError for a name that has a line break. File names that are not UTF-8 keep their bytes."""
+    """Write one name per line. ValueError for a name with a line break. File names that are not
+    UTF-8 keep their bytes."""
     lines = [f"{name}\n" for name in names]
     if odd := [line for line in lines if "\n" in line[:-1] or "\r" in line]:
-        raise ValueError(f"{odd[0][:-1]!r} has a line break in its name, and {path.name} is one name a line: rename it")
+        raise ValueError(f"{odd[0][:-1]!r} has a line break in its name, and {path.name} has one name per line: rename it")
     write_atomically(path, lambda file: file.write_bytes("".join(lines).encode("utf-8", "surrogateescape")))

@@ -1,45 +1,48 @@
-"""Exact nearest neighbours by cosine, at the speed of float32: what k-NN and fine-grained recall search with.
+"""Exact nearest neighbors by cosine, at the speed of float32. k-NN and fine-grained recall search
+with it.
 
-One search in float32 (faiss on the CPU, a blocked product elsewhere) finds the candidates, somewhat more than k. Their
-cosines are then computed in float64 and rounded to 2**-30, so that duplicates tie and the result is exact, whatever the
-blocks, batches and processes. A test image for which rounding could have hidden a neighbour (more than 32 near-ties) is
-searched in float64 instead.
+One search in float32 (faiss on the CPU, a blocked product elsewhere) finds candidates, somewhat
+more than k. Their cosines are then computed in float64 and rounded to 2**-30, so that duplicates
+tie. The result is exact and does not depend on blocks, batches or processes. Test images for which
+rounding could have hidden a neighbor (more than 32 near-ties) are searched again in float64.
 
 M training images (the bank), T test images, b of them at a time, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import faiss
 import torch
 from torch import Tensor
 
 from dino_simpool.features.chunks import MAX_BYTES, chunks
 
 SPARE = 32
-"""Candidates beyond k, so that near-ties at the k-th place are settled among candidates."""
+"""Candidates beyond k, so that near-ties at place k are resolved among the candidates."""
 UNIT = 2**30
-"""A similarity of 1 in the fixed-point numbers that are compared."""
+"""The fixed-point number that stands for a similarity of 1."""
 INDEX = 2**32
-"""A key is similarity * INDEX + (INDEX - 1 - training index): larger is better, no two are equal."""
+"""A key is similarity * INDEX + (INDEX - 1 - training index): larger is nearer, and no two are
+equal."""
 
 
 def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
-    """The k training rows of highest cosine: similarities (T, k) float64, descending, and indices (T, k), on the CPU.
+    """The k training rows with the highest cosines: similarities (T, k) float64, descending, and
+    indices (T, k), on the CPU.
 
-    train: (M, D), on the CPU; test: (T, D), where the search shall run; k <= M. Equal similarities: lower index first.
-    max_bytes: size of each working array. ValueError if a feature is not finite.
+    train: (M, D), on the CPU; test: (T, D), on the device that searches; k <= M. Equal
+    similarities: lower index first. max_bytes: size of each working array. ValueError if a feature
+    is not finite.
     """
-    test = test.cpu() if test.device.type == "mps" else test  # which has no float64
+    test = test.cpu() if test.device.type == "mps" else test  # mps has no float64
     bank = _Bank(train.cpu(), lengths_of(train.cpu()), max_bytes)
     lengths = lengths_of(test)
     count = min(k + SPARE, len(train))
     keys = torch.empty(len(test), k, dtype=torch.int64)
-    most = None if test.device.type == "cpu" else 4096  # elsewhere all similarities of a block are held at once
+    most = None if test.device.type == "cpu" else 4096  # elsewhere all similarities of a block are in memory at once
     for rows in chunks(len(test), 4 * test.shape[1] + 32 * count, max_bytes=max_bytes, most=most):
         queries = test[rows].double() / lengths[rows, None]
         lowest, index = bank.candidates(queries.float(), count)
@@ -51,21 +54,29 @@ def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES
     return (keys >> 32).double() / UNIT, INDEX - 1 - (keys & (INDEX - 1))
 
 
+def check_ks(ks: Sequence[int]) -> None:
+    """ValueError unless there is a k and every k is 1 or more."""
+    if not ks or min(ks) < 1:
+        raise ValueError(f"k is {', '.join(map(str, ks)) or 'empty'}: give one or more numbers of neighbors, each 1 or more")
+
+
 @dataclass(frozen=True)
 class _Bank:
-    """The training features and the three searches in them. Queries are (b, D) of unit length, keys as in INDEX."""
+    """Training features and three searches in them. Queries: (b, D), unit length; keys: INDEX."""
 
     rows: Tensor  # (M, D)
     lengths: Tensor  # (M,) float64
     max_bytes: int
 
     def candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Float32 search for `count` rows: the lowest similarity among them (b,) and their indices (b, count), on the CPU."""
+        """Float32 search for `count` rows: the lowest similarity among them (b,) and their indices
+        (b, count), on the CPU."""
         width = queries.shape[1]
         value = queries.new_empty(len(queries), 0)
         index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
         on_cpu = queries.device.type == "cpu"
-        # faiss holds few similarities at once and starts anew with each block, hence its blocks are as large as may be.
+        # faiss keeps few similarities in memory and starts over with each block, so its blocks are
+        # as large as possible.
         search, row_bytes = (_search_faiss, 4 * width) if on_cpu else (_search_blocked, 4 * (len(queries) + 2 * width))
         for block in chunks(len(self.rows), row_bytes, max_bytes=self.max_bytes):
             unit = (self.rows[block].float() / self.lengths[block, None].float()).to(queries.device)
@@ -77,8 +88,9 @@ class _Bank:
 
     def settle(self, queries: Tensor, index: Tensor, k: int) -> Tensor:
         """The keys (b, k) of the best of the candidates (b, count), from float64 products."""
-        # Query by query: what is gathered stays in the processor's cache, and index_select is faster than indexing. Results go
-        # where they belong, since many small tensors among the large temporary ones would leave the memory in pieces.
+        # Query by query, so that gathered rows stay in the processor's cache; index_select is
+        # faster than indexing. Results are written in place: many small tensors between the large
+        # temporary ones would fragment the memory.
         found = torch.empty(index.shape, dtype=torch.float64)
         for row, query, out in zip(index, queries, found, strict=True):
             torch.mv(self.rows.index_select(0, row).double(), query, out=out)
@@ -98,20 +110,22 @@ class _Bank:
 
 
 def _search_faiss(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Inner-product search of faiss (that of IndexFlatIP, without an index's copy of the bank)."""
+    """The inner-product search of faiss.IndexFlatIP, without a copy of the bank."""
+    import faiss  # only where it searches: a training run without k-NN does not need it
+
     similarity, place = faiss.knn(queries.numpy(), unit.numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(similarity), torch.from_numpy(place)
 
 
 def _search_blocked(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same on any device."""
+    """The same search on any device."""
     with full_precision():
         return (queries @ unit.T).topk(count)
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products without the reduced precision (TF32) that would err by more than `margin`."""
+    """Float32 products without reduced precision (TF32), whose error would exceed `margin`."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -121,20 +135,19 @@ def full_precision() -> Iterator[None]:
 
 
 def margin(width: int) -> float:
-    """What a float32 product of unit vectors errs by at most: the rounding of both, and four sigma of that of D additions."""
+    """Largest error of a float32 product of unit vectors: the rounding of both, and four sigma of
+    the rounding of D additions."""
     return 2**-22 * (2 + width**0.5)
 
 
 def keys_of(similarity: Tensor, index: Tensor) -> Tensor:
-    """The keys (as in INDEX) of float64 similarities and the numbers of what is similar, int64 of the same shape."""
+    """The keys (see INDEX) of float64 similarities to the rows `index`, int64, same shape."""
     return (similarity * UNIT).round().long() * INDEX + (INDEX - 1 - index)
 
 
 def lengths_of(features: Tensor) -> Tensor:
-    """Euclidean lengths (M,) in float64, 1e-12 at least, so that a zero vector is similar to nothing."""
+    """Lengths (M,) in float64, at least 1e-12, so that a zero vector is similar to nothing."""
     lengths = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
     if not lengths.isfinite().all():
-        raise ValueError(
-            f"feature {int((~lengths.isfinite()).nonzero()[0])} is not finite, as it must be here: check the encoder"
-        )
+        raise ValueError(f"feature {int((~lengths.isfinite()).nonzero()[0])} is not finite: check the encoder and its input")
     return lengths.clamp_min(1e-12)

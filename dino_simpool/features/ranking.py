@@ -1,9 +1,11 @@
-"""How many gallery images are nearer to a query than the best one of its class: a count, so nothing is sorted.
+"""Counts how many gallery images are nearer to a query than the best one of its class, without
+sorting.
 
-The best positive is known from float64 products within each class. Float32 products of all pairs, a tile at a time, then count
-what is nearer; what comes as near to it as float32 errs is counted by float64 products rounded to 2**-30, as in neighbors.py.
-So the result is exact, whatever the tiles and processes. If the queries are their own gallery, a tile serves its columns as
-well as its rows, hence half of the products are enough.
+Float64 products within each class find the best positive. Float32 products of all pairs, one tile
+at a time, then count what is nearer. Pairs that are too close for float32 are counted by float64
+products rounded to 2**-30, as in neighbors.py. So the result is exact and does not depend on tiles
+or processes. If the queries are their own gallery, a tile serves its columns as well as its rows,
+and half of the products are enough.
 
 Q queries, M gallery images, D width.
 """
@@ -20,31 +22,31 @@ from dino_simpool.features.chunks import MAX_BYTES, chunks
 from dino_simpool.features.neighbors import UNIT, full_precision, keys_of, lengths_of, margin
 
 TILE = 1024
-"""Side of a tile on a CPU: two of them stay in its cache."""
+"""Side of a tile on a CPU: two tiles fit in its cache."""
 DEVICE_TILE = 8192
-"""Side of a tile elsewhere."""
+"""Side of a tile on other devices."""
 NOTHING = -(2**62)
-"""A key below those of all similarities."""
+"""A key below that of any similarity."""
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
-    """Features in the order of their labels, so that images of one class are neighbours, on the device of the features."""
+class Labeled:
+    """Features sorted by label (images of one class are adjacent), on their device."""
 
     rows: Tensor  # (M, D), of any length
     lengths: Tensor  # (M,) float64
     labels: Tensor  # (M,) int64, ascending
-    number: Tensor  # (M,) int64, the place of each where it came from
+    number: Tensor  # (M,) int64, their places before sorting
 
     @classmethod
-    def of(cls, features: Tensor, labels: Tensor) -> Labelled:
+    def of(cls, features: Tensor, labels: Tensor) -> Labeled:
         """Features (M, D) and labels (M,) in any order. ValueError if a feature is not finite."""
         labels, order = labels.to(features.device).long().sort(stable=True)
         rows = features[order]
         return cls(rows, lengths_of(rows), labels, order)
 
     def exact(self, index: Tensor | slice) -> Tensor:
-        """Some rows, of unit length in float64."""
+        """The rows `index`, of unit length in float64."""
         return self.rows[index].double() / self.lengths[index, None]
 
     def unit(self) -> Tensor:
@@ -55,10 +57,11 @@ class Labelled:
         return unit
 
 
-def best_positive(queries: Labelled, gallery: Labelled, *, own: bool) -> Tensor:
-    """The key (neighbors.py) of the nearest positive of each query, (Q,) int64, with its `number`; NOTHING if there is none.
+def best_positive(queries: Labeled, gallery: Labeled, *, own: bool) -> Tensor:
+    """The key (neighbors.py) of the nearest positive of each query, (Q,) int64, with its `number`;
+    NOTHING if there is none.
 
-    own: queries and gallery are the same, and nobody is positive to himself.
+    own: queries and gallery are the same; a query is never its own positive.
     """
     best = torch.full_like(queries.labels, NOTHING)
     start = torch.searchsorted(gallery.labels, queries.labels).tolist()
@@ -66,7 +69,7 @@ def best_positive(queries: Labelled, gallery: Labelled, *, own: bool) -> Tensor:
     for first in range(0, len(best), 64):
         rows = slice(first, min(first + 64, len(best)))
         exact = queries.exact(rows)
-        begin, end = start[rows.start], stop[rows.stop - 1]  # all gallery images of these classes, and of those between
+        begin, end = start[rows.start], stop[rows.stop - 1]  # all gallery images of these classes, and of the classes between
         for part in chunks(end - begin, 8 * (exact.shape[1] + 4 * len(exact))):
             columns = slice(begin + part.start, begin + part.stop)
             key = keys_of(exact @ gallery.exact(columns).T, gallery.number[columns])
@@ -78,12 +81,13 @@ def best_positive(queries: Labelled, gallery: Labelled, *, own: bool) -> Tensor:
 
 
 def count_nearer(
-    queries: Labelled, gallery: Labelled, best: Tensor, *, own: bool, tile: int | None, part: tuple[int, int]
+    queries: Labeled, gallery: Labeled, best: Tensor, *, own: bool, tile: int | None, part: tuple[int, int]
 ) -> Tensor:
-    """How many gallery images are nearer than the best positive, (Q, 2) int64: by the stable order, and more similar than it.
+    """The number of gallery images that are nearer than the best positive, (Q, 2) int64: in the
+    stable order, and strictly.
 
-    Arguments as of, and from, `best_positive`. tile: side of a tile, None as fits the device. part: (i, n) counts every n-th
-    tile from the i-th on only.
+    queries, gallery, own: as in `best_positive`, which returns `best`. tile: side of a tile, None
+    for what suits the device. part: (i, n) counts only every n-th tile, starting at tile i.
     """
     device = queries.rows.device
     side = tile or (TILE if device.type == "cpu" else DEVICE_TILE)
@@ -99,7 +103,7 @@ def count_nearer(
             similarity, space = (memory[: shape[0] * shape[1]].view(shape) for memory in (product, mask))
             torch.mm(unit[rows], gallery_unit[columns].T, out=similarity)
             if own and rows == columns:
-                similarity.fill_diagonal_(-2)  # less than any: nobody finds himself
+                similarity.fill_diagonal_(-2)  # below any similarity: a query never finds itself
             counter.add(similarity, rows, columns, space)
             if own and rows != columns:
                 counter.add(similarity.T, columns, rows, space.T)
@@ -107,7 +111,7 @@ def count_nearer(
 
 
 def _tiles(queries: int, gallery: int, side: int, *, own: bool) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the tiles that cover all pairs; if both are the same images, of the upper triangle."""
+    """Rows and columns of the tiles that cover all pairs, or with `own` the upper triangle."""
     for i in range(0, queries, side):
         for j in range(i if own else 0, gallery, side):
             yield slice(i, min(i + side, queries)), slice(j, min(j + side, gallery))
@@ -115,15 +119,15 @@ def _tiles(queries: int, gallery: int, side: int, *, own: bool) -> Iterator[tupl
 
 @dataclass(frozen=True, eq=False)
 class _Counter:
-    queries: Labelled
-    gallery: Labelled
+    queries: Labeled
+    gallery: Labeled
     best: Tensor  # (Q,) keys
-    low: Tensor  # (Q, 1) float32: what is below is certainly not nearer
-    high: Tensor  # (Q, 1) float32: what is above is certainly nearer
-    nearer: Tensor  # (Q, 2) int64, the counts so far
+    low: Tensor  # (Q, 1) float32: anything below is certainly not nearer
+    high: Tensor  # (Q, 1) float32: anything above is certainly nearer
+    nearer: Tensor  # (Q, 2) int64, counts so far
 
     @classmethod
-    def of(cls, queries: Labelled, gallery: Labelled, best: Tensor) -> _Counter:
+    def of(cls, queries: Labeled, gallery: Labeled, best: Tensor) -> _Counter:
         level = torch.where(best > NOTHING, (best >> 32).double() / UNIT, torch.inf)[:, None]
         error = margin(queries.rows.shape[1])
         low, high = (level - error).float(), (level + error).float()
@@ -132,22 +136,22 @@ class _Counter:
     def add(self, similarity: Tensor, rows: slice, columns: slice, space: Tensor) -> None:
         """Count a tile (b, c) of float32 similarities. space: memory of its shape and strides."""
         low, high = self.low[rows], self.high[rows]
-        # A comparison into float32, and the sum of that (exact up to 2**24), are faster than with booleans.
+        # Comparing into float32 and summing that (exact up to 2**24) is faster than with booleans.
         certain = torch.gt(similarity, high, out=space).sum(1)
         unsure = (torch.ge(similarity, low, out=space).sum(1) - certain).nonzero()[:, 0]
         self.nearer[rows] += certain.long()[:, None]
-        if len(unsure):  # in few tiles: positives, which are as near as they are, lie on the diagonal or beside it
+        if len(unsure):  # in few tiles: positives, as near as the best one, lie on the diagonal or beside it
             near = similarity[unsure]
             self._settle((near >= low[unsure]) & (near <= high[unsure]), rows.start + unsure, columns)
 
     def _settle(self, near: Tensor, rows: Tensor, columns: slice) -> None:
-        """Count what of the marked pairs (rows, columns) is nearer in float64."""
+        """Count which of the marked pairs (rows, columns) are nearer in float64."""
         row, column = near.nonzero(as_tuple=True)
         query, other = rows[row], columns.start + column
-        if 8 * len(row) > near.numel():  # so many near-ties that the product of all is cheaper
+        if 8 * len(row) > near.numel():  # with so many near-ties, the product of all pairs is cheaper
             similarity = (self.queries.exact(rows) @ self.gallery.exact(columns).T)[near]
         else:
-            # Parts that fit in the processor's cache.
+            # in parts that fit in the processor's cache
             parts = chunks(len(row), 16 * self.queries.rows.shape[1], max_bytes=MAX_BYTES // 64)
             similarity = torch.cat([(self.queries.exact(query[p]) * self.gallery.exact(other[p])).sum(1) for p in parts])
         key, best = keys_of(similarity, self.gallery.number[other]), self.best[query]

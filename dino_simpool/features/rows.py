@@ -1,12 +1,13 @@
-"""A large .npy file that several processes fill, block by block, and that survives being killed at any point.
+"""A large .npy file that several processes fill, block by block. It survives a kill at any point.
 
-    NAME.partial.npy              while the work goes on: the array at its full size, zeros where nothing was written yet
-    NAME.progress_0.json ...      of each process: the blocks whose rows are on the disk, as [[first, last + 1], ...]
-    NAME.npy                      afterwards, in their place
+    NAME.partial.npy              during the work: the array at full size, with zeros for rows not written yet
+    NAME.progress_0.json ...      per process: the blocks whose rows are on the disk, as [[first, last + 1], ...]
+    NAME.npy                      afterwards, in place of the others
 
-Rows are pushed to the disk before the record that names them. So a recorded block is there even after a power cut, and any
-other one is computed again, by whichever process is there then. Rows are written by place and not through a memory map: a full
-disk is then an error and not a crash, and machines that share the file never write back each other's part of a page.
+Rows are flushed to the disk before the record that names them. So a recorded block survives even a
+power cut, and any process computes the other blocks again. Rows are written at their place in the
+file, not through a memory map: a full disk is then an error instead of a crash, and machines that
+share the file never overwrite each other's part of a page.
 
 M rows in blocks of `block`, the last one smaller; one process writes a block as a whole.
 """
@@ -22,14 +23,15 @@ from types import TracebackType
 
 import numpy as np
 
-from dino_simpool.files import write_atomically
+from dino_simpool.files import sync_folder, write_atomically
 
 SAVE_SECONDS = 10.0
-"""Work of a process that a kill may cost."""
+"""Seconds of work of a process that a kill can cost."""
 
 
 class RowFile:
-    """An array of `shape` (M, ...) in float32 at `path`. As a context, it is open for `write`, and saved at the end."""
+    """A float32 array of `shape` (M, ...) at `path`. As a context manager, it is open for `write`,
+    and saved at the end."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], *, block: int, rank: int = 0) -> None:
         self.path, self.shape, self.block = path, shape, block
@@ -41,18 +43,18 @@ class RowFile:
 
     @property
     def finished(self) -> bool:
-        """Whether the file is there, with every row."""
+        """Whether the file exists, with every row."""
         return self.path.exists()
 
     def missing_bytes(self) -> int:
-        """What the disk needs room for until the file is finished."""
+        """Bytes of disk space that are still needed to finish the file."""
         size = self.shape[0] * self.row_bytes
         if self.finished:
             return 0
         return max(0, size - self.partial.stat().st_blocks * 512) if self.partial.exists() else size
 
     def create(self) -> None:
-        """Start anew, with no row written. By one process, before any opens the file."""
+        """Start over, with no row written. One process calls it, before any opens the file."""
         self.forget()
         write_atomically(self.partial, lambda path: np.lib.format.open_memmap(path, "w+", np.float32, self.shape).flush())
 
@@ -65,12 +67,13 @@ class RowFile:
         return np.flatnonzero(~done)
 
     def rows_of(self, blocks: np.ndarray) -> np.ndarray:
-        """The numbers of the rows in some blocks."""
+        """The numbers of the rows in these blocks."""
         rows = (blocks[:, None] * self.block + np.arange(self.block)).reshape(-1)
         return rows[rows < self.shape[0]]
 
     def write(self, block: int, rows: np.ndarray) -> None:
-        """Put the rows (up to `block`, ...) of one block in place. They are recorded now and then, and at the end."""
+        """Write the rows (up to `block`, ...) of one block. They are recorded every SAVE_SECONDS,
+        and at the end."""
         assert rows.shape == (len(self.rows_of(np.array([block]))), *self.shape[1:]), f"rows {rows.shape} of {self.shape}"
         data = memoryview(rows.astype(np.float32).tobytes())
         place = self._offset + block * self.block * self.row_bytes
@@ -85,24 +88,21 @@ class RowFile:
             self.save()
 
     def save(self) -> None:
-        """Record what was written, after it is on the disk."""
+        """Flush the written rows to the disk, then record them."""
         os.fsync(self._file)
         write_atomically(self._record, lambda path: path.write_text(json.dumps(self._written)))
         self._saved = time.monotonic()
 
     def finish(self) -> None:
-        """Give the file its name, after all processes have left their contexts. By one process."""
+        """Give the file its final name. One process calls it, after all left their contexts."""
         assert not len(self.remaining()), f"{self.partial} is not complete"
         os.replace(self.partial, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.path.parent)
         self.forget()
 
     def forget(self) -> None:
-        """Remove the records, and what a killed process left half written. By one process, while none has the file open."""
+        """Remove the records, and partly written files of killed processes. One process calls it,
+        while none has the file open."""
         for old in [*self._records(), *self.path.parent.glob(f".{self.path.stem}.*.tmp")]:
             old.unlink()
 
@@ -120,7 +120,7 @@ class RowFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self.save()  # after an error too: what is done stays done
+            self.save()  # after an error too: finished rows are kept
         finally:
             os.close(self._file)
 

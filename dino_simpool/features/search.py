@@ -1,15 +1,16 @@
-"""Which images of an extracted set are like these? The rows of highest cosine similarity, from the index of `extract --index`.
+"""Finds the images of an extracted set that are most similar to others, with the index of `extract
+--index`.
 
-The index finds candidates in float32. Their cosines are then computed in float64 and rounded to 1e-6, which is what features
-in float32 are exact to; of equal ones the lower row is nearer. If rounding could have hidden a neighbour (many near-ties), all
-rows are compared instead. The weights must be those of the index, and the queries are prepared as its images were.
+The index finds candidates in float32. Their cosines are then computed in float64 and rounded to
+1e-6, the precision of float32 features; of equal ones, the lower row is nearer. If rounding could
+have hidden a neighbor (many near-ties), all rows are compared instead. The weights must be those of
+the index, and queries are prepared as its images were.
 
 M images of the index, Q queries, D width of a feature.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
-from dino_simpool.config import SearchConfig, to_dict
+from dino_simpool.config import SearchConfig
 from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, find_images
 from dino_simpool.features.chunks import chunks
 from dino_simpool.features.encode import extract_features
@@ -27,12 +28,12 @@ from dino_simpool.features.extract import make_transform, read_meta
 from dino_simpool.files import file_sha256, write_atomically
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.pictures import Tile, contact_sheet
-from dino_simpool.results import versions
+from dino_simpool.results import write_record
 
 SPARE = 32
 """Candidates beyond k."""
 NEAR = 1e-5
-"""Similarities of the index that differ by more than this are in their true order."""
+"""Two similarities of the index that differ by more than this are in the right order."""
 BLUE, GOLD = (31, 119, 180), (230, 159, 0)
 
 
@@ -50,22 +51,34 @@ def main(cfg: SearchConfig) -> None:
     )
     encoder = encoder_of(cfg, meta).to(device)
     vectors = extract_features(
-        encoder, queries, transform=make_transform(settings["preprocessing"]), batch_size=settings["batch_size"],
-        workers=cfg.workers, device=device, precision=settings["precision"], description="queries",
-    )  # fmt: skip
+        encoder,
+        queries,
+        transform=make_transform(settings["preprocessing"]),
+        batch_size=settings["batch_size"],
+        workers=cfg.workers,
+        device=device,
+        precision=settings["precision"],
+        description="queries",
+    )
     if not distributed.is_main():
         return
     found = [neighbors_of(cfg, i, vector, queries, images, features, index) for i, vector in enumerate(vectors.numpy())]
     source = {name: meta["source"][name] for name in ("checkpoint", "sha256", "which")}
     record = {
-        "evaluator": "search", "dataset": meta["source"]["data"], "counts": {"images": len(images), "queries": len(queries)},
-        "queries": found, "config": to_dict(cfg), "preprocessing": settings["preprocessing"],
-        "model": settings["model"] | source, "extraction": meta["hash"], "versions": versions(), "device": device.type,
-        "processes": distributed.world_size(), "dtype": settings["precision"],
-    }  # fmt: skip
+        "evaluator": "search",
+        "dataset": meta["source"]["data"],
+        "counts": {"images": len(images), "queries": len(queries)},
+        "queries": found,
+        "preprocessing": settings["preprocessing"],
+        "model": settings["model"] | source,
+        "extraction": meta["hash"],
+        "device": device.type,
+        "processes": distributed.world_size(),
+        "dtype": settings["precision"],
+    }
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
+    write_record(out / "results.json", record, cfg)
     shown = enumerate(found[: cfg.sheet_rows])
     rows = [tiles(queries, i, result["query"], result["neighbors"][: cfg.sheet_columns], images) for i, result in shown]
     write_atomically(out / "contact_sheet.png", lambda path: contact_sheet(rows, lines=[1]).save(path, format="PNG"))
@@ -73,10 +86,11 @@ def main(cfg: SearchConfig) -> None:
 
 
 def nearest(features: np.ndarray, index: faiss.Index, query: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of highest cosine to a query: similarities float64 in steps of 1e-6, descending, and row numbers.
+    """The k rows with the highest cosine to a query: similarities float64 in steps of 1e-6,
+    descending, and row numbers.
 
-    features: (M, D), what the index was built of. query: (D,), of any length. k above M counts as M. Equal similarities: lower
-    row first.
+    features: (M, D), from which the index was built. query: (D,), of any length. A k above M counts
+    as M. Equal similarities: lower row first.
     """
     query = query.astype(np.float64)
     unit = query / max(float(np.linalg.norm(query)), 1e-12)
@@ -95,7 +109,7 @@ def nearest(features: np.ndarray, index: faiss.Index, query: np.ndarray, *, k: i
 
 
 def open_index(folder: str) -> tuple[dict[str, Any], np.ndarray, faiss.Index]:
-    """meta.json, the features (M, D) and the index of a folder. ValueError if one is missing or does not fit the others."""
+    """meta.json, features (M, D), index of a folder. ValueError if missing or inconsistent."""
     meta, path = read_meta(folder), Path(folder) / "index.faiss"
     missing = [name for name in ("features.npy", "index.faiss") if not (Path(folder) / name).is_file()]
     if meta is None or missing:
@@ -115,11 +129,11 @@ def open_index(folder: str) -> tuple[dict[str, Any], np.ndarray, faiss.Index]:
 
 
 def encoder_of(cfg: SearchConfig, meta: dict[str, Any]) -> Encoder:
-    """The encoder that made an index. ValueError or FileNotFoundError if its checkpoint is not there or is another one now."""
+    """The encoder of an index. ValueError or OSError if its checkpoint was changed or moved."""
     source = meta["source"]
     path = cfg.checkpoint or source["checkpoint"]
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"the checkpoint of the index, {path}, is not there: say --checkpoint where it is now")
+        raise FileNotFoundError(f"the checkpoint of the index, {path}, does not exist: give its new place with --checkpoint")
     if (now := file_sha256(path)) != source["sha256"]:
         raise ValueError(
             f"{path} is not the checkpoint that made the index (SHA-256 {now[:12]}, the index has {source['sha256'][:12]}): "
@@ -129,25 +143,25 @@ def encoder_of(cfg: SearchConfig, meta: dict[str, Any]) -> Encoder:
 
 
 def images_of(cfg: SearchConfig, meta: dict[str, Any]) -> ImageSet:
-    """The images of an index, to be shown. ValueError or FileNotFoundError if they are not there or have other names now."""
+    """The images of an index. ValueError or OSError if they were changed, renamed or moved."""
     sources = [cfg.data] if isinstance(cfg.data, str) and cfg.data else list(cfg.data) or meta["source"]["data"]
     try:
         images = find_images([os.path.abspath(source) for source in sources])
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"the images of the index: {error}; say --data where they are now") from error
+        raise FileNotFoundError(f"the images of the index: {error}; give their new place with --data") from error
     if images.digest() != meta["settings"]["images"]["names"]:
         count = meta["settings"]["images"]["count"]
         raise ValueError(
-            f"{', '.join(sources)} has {len(images)} images and not the {count} of the index, or other names: extract again, "
-            "or say --data where those are now"
+            f"{', '.join(sources)} has {len(images)} images, not the {count} of the index, or other names: extract again, "
+            "or give their new place with --data"
         )
     if images.sizes_digest() != meta["sizes"]:
-        raise ValueError(f"{', '.join(sources)} has other files under the names of the index: extract again")
+        raise ValueError(f"{', '.join(sources)} has other files with the names in the index: extract again")
     return images
 
 
 def query_images(query: str | tuple[str, ...]) -> ImageSet:
-    """The queries: image files as they are named, or the images of a folder or of a text file of paths."""
+    """The queries: the image files named, or the images of a folder or a text file of paths."""
     paths = [query] if isinstance(query, str) else list(query)
     files = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES) and not os.path.isdir(path)]
     if not files:
@@ -162,10 +176,15 @@ def query_images(query: str | tuple[str, ...]) -> ImageSet:
 
 
 def neighbors_of(
-    cfg: SearchConfig, number: int, vector: np.ndarray, queries: ImageSet, images: ImageSet, features: np.ndarray,
+    cfg: SearchConfig,
+    number: int,
+    vector: np.ndarray,
+    queries: ImageSet,
+    images: ImageSet,
+    features: np.ndarray,
     index: faiss.Index,
-) -> dict[str, Any]:  # fmt: skip
-    """What results.json says of one query: its name and its neighbours, nearest first."""
+) -> dict[str, Any]:
+    """The entry of one query in results.json: its name and its neighbors, nearest first."""
     own = os.path.realpath(queries.path(number))
     similarities, rows = nearest(features, index, vector, k=cfg.k + cfg.exclude_self)
     neighbors = [
@@ -192,7 +211,7 @@ def tiles(queries: ImageSet, number: int, name: str, neighbors: list[dict[str, A
 
 
 def describe(found: list[dict[str, Any]], out: Path) -> str:
-    """What is printed: of each query the rank, the similarity and the name of its neighbours."""
+    """The text that is printed: for each query, the rank, similarity and name of its neighbors."""
     lines = []
     for result in found:
         lines.append(result["query"])

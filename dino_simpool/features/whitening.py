@@ -1,7 +1,7 @@
-"""Whitening of features, learned from other images than those that are searched.
+"""Whitening of features, learned on other images than those that are searched.
 
-Source: PCA in utils.py of facebookresearch/dino, as its eval_copy_detection.py uses it: unit features, 256 dimensions,
-eigenvalues to the power -0.5. The SimPool paper does without.
+Source: PCA in utils.py of facebookresearch/dino, as its eval_copy_detection.py uses it: unit
+features, 256 dimensions, eigenvalues to the power -0.5. The SimPool paper does not whiten.
 
 M images, D width of a feature.
 """
@@ -20,7 +20,7 @@ from dino_simpool.layouts.landmarks import lenient
 
 
 def unit(features: Tensor) -> Tensor:
-    """The rows (M, D) in float64 with length 1; a row of zeros stays."""
+    """The rows (M, D) in float64, scaled to length 1. A row of zeros stays zero."""
     return F.normalize(features.double(), dim=1)
 
 
@@ -31,13 +31,15 @@ class Whitening:
     mean: Tensor
     """(D,) float64."""
     matrix: Tensor
-    """(D, kept) float64: eigenvectors of the covariance, each over the root of its eigenvalue, the largest first."""
+    """(D, kept) float64: eigenvectors of the covariance, each divided by the root of its
+    eigenvalue, the largest first."""
 
     @classmethod
     def learn(cls, features: Tensor, dim: int) -> Whitening:
-        """From features (M, D), keeping `dim` dimensions; eigenvalues below 1e-5 of the largest are raised to that.
+        """Learn from features (M, D) and keep `dim` dimensions. Eigenvalues below 1e-5 of the
+        largest are raised to that.
 
-        ValueError if all are alike.
+        ValueError if all features are alike.
         """
         mean = unit(features).mean(0)
         centered = unit(features) - mean
@@ -49,16 +51,17 @@ class Whitening:
         return cls(mean, matrix.flip(1))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(M, kept) float64 of features (M, D) of any length."""
+        """(M, kept) float64 from features (M, D) of any length."""
         parts = [(unit(features[rows]) - self.mean) @ self.matrix for rows in chunks(len(features), 16 * features.shape[1])]
         return torch.cat(parts)
 
 
 def whitening_set(source: str, width: int, *, dim: int | None) -> tuple[ImageSet | None, int]:
-    """The images to learn from, None without a source, and the dimensions to keep.
+    """The images to learn from (None without a source), and the number of dimensions to keep.
 
-    source: a folder or a text file of paths. width: D. dim: None for 256, or D if that is less. ValueError if so many images of
-    this width have fewer dimensions: what remains would be noise, blown up to the variance of the rest.
+    source: a folder or a text file of paths. width: D. dim: None for 256, or D if that is less.
+    ValueError if these images cannot span so many dimensions: the rest would be noise, amplified to
+    the variance of the others.
     """
     dim = min(256, width) if dim is None else dim
     if not source:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_simpool.config import EvalConfig, TrainConfig
+from dino_simpool.config import TrainConfig
 from dino_simpool.data import EvalTransform, evenly, find_images, folder_or_archive, read_or_replace
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.eval.masks import mask_path, read_mask
@@ -48,7 +48,7 @@ def attention_cards(
     there are no images.
     """
     one = next(iter(encoders.values()))
-    settings = preprocessing(one, EvalConfig())
+    settings = preprocessing(one.config)
     side = settings["image_size"]
     seen = seen_size(one, side)
     held_out = folder_or_archive(str(Path(data) / split))

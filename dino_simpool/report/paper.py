@@ -1,7 +1,9 @@
-"""The figures of "Keep It SimPool" (ICCV 2023) that the evaluators can be compared with, and where the release differs.
+"""The numbers of "Keep It SimPool" (ICCV 2023) to compare results with, and where the release
+differs.
 
-Source: Tables 3, C2, C4, C5 and 8 of the paper; self_supervised/README.md of billpsomas/simpool. Baseline: the class token for
-ViTs, global average pooling for CNNs. Figures are in %, parameters in millions and multiply-adds in billions (Table 8).
+Source: Tables 3, C2, C4, C5 and 8 of the paper; self_supervised/README.md of billpsomas/simpool.
+The baseline is the class token for ViTs and global average pooling for CNNs. Numbers are in %,
+parameters in millions and multiply-adds in billions (Table 8).
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ TITLES = {
     "C5": "Table C5: fine-grained retrieval, Recall@k (%)",
     "8": "Table 8: parameters (M) and multiply-adds (G)",
 }
-"""Of each table; Table C2 continues Table 3 with 300 epochs."""
+"""Titles of the tables. Table C2 continues Table 3 with 300 epochs."""
 
 
 class Key(NamedTuple):
-    """What a figure is of. regime and epochs are of the pre-training; Table 8 has none: "" and 0."""
+    """What a number was measured on. regime, epochs: of the pre-training ("" and 0 in Table 8)."""
 
     table: str
     network: str
@@ -36,7 +38,7 @@ class Key(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A number and where it is printed."""
+    """A number, and where it is printed."""
 
     value: float
     source: str
@@ -80,11 +82,11 @@ PAPER: dict[Key, Figure] = {
     for method, values in zip((BASELINE, SIMPOOL), both, strict=True)
     for metric, value in zip(metrics, values, strict=True)
 }
-"""Every figure of the tables."""
+"""Every number of the tables."""
 
 README = "README of the release"
 RELEASE: dict[tuple[Key, bool], Figure] = {
-    # whether the model has a gamma: the release published SimPool with and without
+    # bool: whether the model has a gamma; the release published SimPool with and without
     (Key("3", RESNET50, BASELINE, SELF, 100, "ImageNet-1k", "probe"), False): Figure(63.8, README),
     (Key("3", CONVNEXT, BASELINE, SELF, 100, "ImageNet-1k", "k-NN"), False): Figure(59.3, README),
     (Key("3", CONVNEXT, BASELINE, SELF, 100, "ImageNet-1k", "probe"), False): Figure(63.9, README),
@@ -93,12 +95,13 @@ RELEASE: dict[tuple[Key, bool], Figure] = {
     (Key("3", VIT, SIMPOOL, SELF, 100, "ImageNet-1k", "k-NN"), True): Figure(69.7, README),
     (Key("3", VIT, SIMPOOL, SELF, 100, "ImageNet-1k", "k-NN"), False): Figure(69.8, README),
 }
-"""What the README of the released code says, where it differs from the paper or says which of the two was meant."""
+"""Numbers in the README of the release that differ from the paper, or that say which of the two
+models was meant."""
 
 COUNTS: dict[str, dict[str, int]] = {
     "ImageNet-1k" if name == "imagenet" else name: sizes for name, sizes in layouts.COUNTS.items()
 }
-"""The official sizes of the data sets, under the names of the tables."""
+"""Official sizes of the data sets, by their names in the tables."""
 
 NETWORKS = {
     RESNET18: ("resnet18",),
@@ -110,7 +113,7 @@ NETWORKS = {
 
 
 def network_of(model: dict[str, object]) -> str:
-    """The paper's name of a model's network in its standard sizes; any other goes by its `arch`."""
+    """The paper's name of a network in its standard size; for any other network, its `arch`."""
     arch = str(model["arch"])
     standard = {"width": None, "depth": None, "heads": None, "stem": "standard", "patch_size": 16}
     changed = [f"{name} {model[name]}" for name, value in standard.items() if model.get(name, value) != value]
@@ -120,7 +123,7 @@ def network_of(model: dict[str, object]) -> str:
 
 
 def method_of(model: dict[str, object]) -> str:
-    """SimPool, baseline (class token of a ViT, average of a CNN), or the name of another pooling."""
+    """SimPool, baseline (a ViT's class token, a CNN's average), or the name of another pooling."""
     pool, is_vit = str(model["pool"]), str(model["arch"]).startswith(("vit", "deit"))
     return {"simpool": SIMPOOL, "cls": BASELINE, "gap": "GAP" if is_vit else BASELINE}.get(pool, pool)
 

@@ -1,11 +1,13 @@
-"""Results beside the figures of the paper: results.json files in, its tables out, with what was measured differently.
+"""Results beside the numbers of the paper: results.json files in, the paper's tables out, with the
+settings that differ.
 
-A row is one metric of one file. It gets the paper's figure (`paper`) if network, pooling, epochs of pre-training and data set
-have one; settings that differ from the paper's protocol are named in it. Raw pixels, untrained weights and class folders of
-other than 1000 classes have no figure to be compared with. The release's figure stands there where it differs.
+A row is one metric of one file. It shows the paper's number if there is one for the network,
+pooling, epochs of pre-training and data set, and names the settings that differ from the paper's
+protocol. Raw pixels, untrained weights and class folders without 1000 classes have no number in the
+paper to compare with. The number of the release is shown where it differs.
 
-Epochs are those that the checkpoint had behind it; unknown ones are compared with 100 and said to be unknown. A ViT whose norm
-is before the pooling counts as supervised, everything else as self-supervised.
+Epochs are those of the checkpoint. If they are unknown, the row says so and compares with 100. A
+ViT with its norm before the pooling counts as supervised, everything else as self-supervised.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from dino_simpool.config import TableConfig
 from dino_simpool.files import write_atomically
+from dino_simpool.logs import text_table
 from dino_simpool.report import paper
 from dino_simpool.report.paper import Figure, Key
 
@@ -32,7 +36,7 @@ METRICS = {
     "retrieval": {"map_medium": "medium", "map_hard": "hard"},
     "recall": {f"recall_{k}": f"R@{k}" for k in (1, 2, 4, 10, 20, 100)},
 }
-"""The paper's names of metrics; others keep their own."""
+"""The paper's names of metrics. Others keep their own names."""
 COLUMNS = ("network", "method", "epochs", "data", "metric", "ours", "paper", "difference", "release", "differs", "file")
 
 
@@ -65,9 +69,10 @@ def main(cfg: TableConfig) -> None:
 
 
 def find_results(places: Iterable[str]) -> list[Path]:
-    """The files given, and of folders all results/*.json in and below them, or else the *.json in them; each once.
+    """The files given, and for each folder all results/*.json in it and below, or else its own
+    *.json; each file once.
 
-    ValueError if there is none in a place.
+    ValueError if a place has no results.
     """
     found: dict[Path, Path] = {}
     for place in map(Path, places):
@@ -80,7 +85,7 @@ def find_results(places: Iterable[str]) -> list[Path]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What an evaluator wrote. ValueError names a file that is something else."""
+    """The record that an evaluator wrote. ValueError names a file that is something else."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -89,12 +94,12 @@ def read_result(path: Path) -> dict[str, Any]:
     wrong = [name for name, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(name), kind)]
     wrong += [] if wrong or not record.get("model") or {"arch", "pool"} <= set(record["model"]) else ["a model"]
     if wrong or not all(isinstance(value, int | float) for value in record["metrics"].values()):
-        raise ValueError(f"{path} is no result of an evaluator (it lacks {', '.join(wrong) or 'numbers'}): leave it out")
+        raise ValueError(f"{path} is not a result of an evaluator (it lacks {', '.join(wrong) or 'numbers'}): leave it out")
     return record
 
 
 def rows_of(record: dict[str, Any], path: Path) -> list[Row]:
-    """The rows of a result; path: of its file."""
+    """The rows of one result. path: its file."""
     evaluator, model = record["evaluator"], record.get("model")
     table = TABLE_OF.get(evaluator, "") if model else ""
     network, method = (paper.network_of(model), paper.method_of(model)) if model else ("", "raw pixels")
@@ -120,7 +125,7 @@ def rows_of(record: dict[str, Any], path: Path) -> list[Row]:
 
 
 def epochs_of(model: dict[str, Any]) -> float | None:
-    """Epochs of pre-training behind the weights, to three digits; None if unknown."""
+    """Epochs of pre-training of the weights, to three digits. None if unknown."""
     epochs = model.get("epochs")
     if not isinstance(epochs, int | float):
         return None
@@ -128,7 +133,7 @@ def epochs_of(model: dict[str, Any]) -> float | None:
 
 
 def _no_comparison(record: dict[str, Any]) -> list[str]:
-    """Why no figure of the paper is to be compared with."""
+    """The reasons why no number of the paper can be compared."""
     reasons = []
     model = record.get("model") or {}
     if record["config"].get("features") == "pixels":
@@ -142,7 +147,7 @@ def _no_comparison(record: dict[str, Any]) -> list[str]:
 
 
 def _differences(record: dict[str, Any], key: Key, epochs: float | None) -> list[str]:
-    """The settings that differ from the paper's protocol, and the choices on which it is silent."""
+    """The settings that differ from the paper's protocol, and choices it leaves open."""
     evaluator, model, config = record["evaluator"], record["model"], record["config"]
     checks: list[tuple[str, Any, Any]] = []  # name, ours, the paper's
     silent: list[str] = []
@@ -189,7 +194,8 @@ def _plain(value: Any) -> str:
 
 
 def render(rows: Sequence[Row], form: str) -> str:
-    """All rows in the tables of the paper, in its order; other evaluators in one more table. form: text, markdown or csv."""
+    """All rows in the tables and the order of the paper, and the rest in one more table. form:
+    text, markdown or csv."""
     if form == "csv":
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
@@ -215,11 +221,9 @@ def _cells(row: Row, *, exact: bool = False) -> list[str]:
 
 
 def _drawn(title: str, lines: list[tuple[str, ...]], form: str) -> str:
-    """One table under its title; the first line is its head."""
+    """One table under its title. The first line is its header."""
     if form == "markdown":
         cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         body = [f"| {' | '.join(line)} |" for line in cells]
         return "\n".join([f"### {title}", "", body[0], "|" + "---|" * len(lines[0]), *body[1:]]) + "\n"
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([title, *(f"  {line}" for line in body)]) + "\n"
+    return f"{title}\n{indent(text_table(lines), '  ')}\n"

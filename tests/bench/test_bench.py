@@ -37,7 +37,7 @@ def test_the_published_way_is_k_nn(parts: int):
 
 
 def test_features_share_their_centers():
-    """A nearest centre found on one set classifies another; other seeds are other noise."""
+    """A nearest center found on one set classifies another; other seeds are other noise."""
     easy = BenchKnnConfig(width=24, classes=8, noise=0.3)
     (x, y), (other, its) = (knn.make_features(200, 8, cfg=easy, seed=seed) for seed in (2, 3))
     assert torch.allclose(x.norm(dim=1), torch.ones(200), atol=1e-6) and not torch.equal(x, other)
@@ -53,12 +53,6 @@ def test_ways_take_turns(capsys: pytest.CaptureFixture[str]):
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
     assert bench.medians({"a": [3.0, 1.0, 2.0], "b": [4.0, 1.0]}) == {"a": 2.0, "b": 2.5}
     assert "round 3 of 3: b" in capsys.readouterr().err
-
-
-def test_table_and_file(tmp_path: Path):
-    assert bench.table([["way", "s"], ["longer", "10.0"]]) == "way     s\n------------\nlonger  10.0"
-    path = bench.write(str(tmp_path), "knn", {"x": 1})
-    assert json.loads(path.read_text()) == {"x": 1} and path == tmp_path / "knn.json"
 
 
 @pytest.mark.parametrize("name", ["knn", "data"])
@@ -112,8 +106,9 @@ def test_peak_memory_is_that_of_a_process_with_torch_in_it():
 
 def test_impossible_options():
     for options, message in (
-        ({"bank": 10, "k": (20,)}, "k is 20: the published way needs a bank of at least as many"),
-        ({"k": ()}, "k, published_chunks and repetitions must be 1 or more"),
+        ({"bank": 10, "k": (20,)}, "k is 20: the published code needs at least as many images in the bank"),
+        ({"k": ()}, "k and published_chunks must not be empty"),
+        ({"k": (3, 0)}, "k must be 1 or more"),
         ({"repetitions": 0}, "repetitions must be 1 or more"),
     ):
         with pytest.raises(ValueError, match=message):

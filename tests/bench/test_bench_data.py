@@ -20,14 +20,14 @@ from dino_simpool.data.decode import EncodedImage
 WAYS = ["published", "cpu", "device_share", "decode"]
 
 
-def test_the_published_recipe_makes_eight_normalised_views():
+def test_the_published_recipe_makes_eight_normalized_views():
     views = bench_data.published_recipe(CropsConfig())(picture(120, 160))
     assert [tuple(view.shape) for view in views] == [(3, 224, 224)] * 2 + [(3, 96, 96)] * 6
     assert all(view.dtype == torch.float32 for view in views)
 
 
 def test_the_published_recipe_without_chance_is_its_crop():
-    """Every probability 0 and the whole image: torchvision's resize and normalisation are left; then one operation each."""
+    """Every probability 0 and the whole image: torchvision's resize and normalization are left; then one operation each."""
     plain = {"flip": 0.0, "jitter_probability": 0.0, "grayscale": 0.0, "blur": (0.0,) * 3, "solarize": (0.0,) * 3}
     sizes = {"global_size": 24, "local_size": 12, "num_local": 1, "global_scale": (1.0, 1.0), "local_scale": (1.0, 1.0)}
     image = picture(48, 48)

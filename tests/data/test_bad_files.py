@@ -170,7 +170,7 @@ def test_the_k_nn_of_a_training_leaves_broken_images_out(
     train(cfg)
     said = capsys.readouterr().err
     for name in ("bank", "val"):
-        text = f"warning: k-NN {name} is without 2 image(s) that cannot be read, such as {images}/train/a/07.png"
+        text = f"warning: k-NN {name} leaves out 2 broken image(s), such as {images}/train/a/07.png"
         assert said.count(text) == 2
     found = [row["k-NN"] for row in log_of(tmp_path / "run") if "k-NN" in row]
 

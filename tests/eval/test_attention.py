@@ -399,8 +399,8 @@ def test_no_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--resize", "20"), "neither crops nor learns"),
-        (("--train", "x"), "neither crops nor learns"),
+        (("--resize", "20"), "unknown option resize"),
+        (("--train", "x"), "unknown option train"),
         (("--fit", "native", "--image_size", "64"), "fit native keeps the size"),
         (("--fit", "crop"), "fit is crop: allowed is one of square, shorter, longer, native"),
         (("--mass", "1"), "mass is 1.0"),

@@ -16,7 +16,7 @@ from test_extract import config, exported, load
 
 from dino_simpool import cli
 from dino_simpool.checkpoint import load_encoder
-from dino_simpool.config import AttentionConfig, EvalConfig, RecallConfig, RetrievalConfig, SearchConfig
+from dino_simpool.config import AttentionConfig, KnnConfig, RecallConfig, RetrievalConfig, SearchConfig
 from dino_simpool.eval import attention, recall, retrieval
 from dino_simpool.features import extract, search
 
@@ -178,4 +178,4 @@ def test_impossible_limits() -> None:
     with pytest.raises(ValueError, match="max_pixels must be 1 or more"):
         config("x", Path("x"), Path("x"), max_pixels=0)
     with pytest.raises(ValueError, match="max_pixels must be 1 or more"):
-        EvalConfig(max_pixels=0)
+        KnnConfig(max_pixels=0)

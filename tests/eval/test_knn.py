@@ -14,20 +14,20 @@ from PIL import Image
 from test_features import CPU, TRANSFORM, TinyEncoder, extract, write_images
 from torch import Tensor, nn
 
-from dino_simpool import eval as evaluation
 from dino_simpool.checkpoint import export_encoder
-from dino_simpool.config import EvalConfig, KnnConfig, LinearConfig, ModelConfig
+from dino_simpool.config import KnnConfig, ModelConfig
 from dino_simpool.data import class_folder
 from dino_simpool.eval import knn, run
 from dino_simpool.eval.knn import knn_accuracy, knn_rank, vote_each_k
 from dino_simpool.features import neighbors as search
+from dino_simpool.features.chunks import chunks
 from dino_simpool.features.neighbors import neighbors
 from dino_simpool.files import file_sha256
 from dino_simpool.models.encoder import build_encoder
 
 
 def plain_rank(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, ks: tuple[int, ...], num_classes: int):
-    """For each k all classes by vote (T, C) and the neighbours (T, k), written as directly as possible."""
+    """For each k all classes by vote (T, C) and the neighbors (T, k), written as directly as possible."""
     ranks, nearest = {k: [] for k in ks}, {k: [] for k in ks}
     for x in test_x.astype(np.float64):
         similarity = [float((x * y).sum() / math.sqrt((x * x).sum() * (y * y).sum())) for y in train_x.astype(np.float64)]
@@ -64,7 +64,7 @@ def test_golden(dtype: torch.dtype):
 
 
 def test_hand_case():
-    """Cosines .90 (class 0), .88 and .87 (class 1): one neighbour says 0, three say 1, 5.380e5 votes against 3.835e5."""
+    """Cosines .90 (class 0), .88 and .87 (class 1): one neighbor says 0, three say 1, 5.380e5 votes against 3.835e5."""
     cosine = torch.tensor([0.90, 0.88, 0.87, -1.0], dtype=torch.float64)
     train_x = 3 * torch.stack([cosine, (1 - cosine**2).sqrt()], 1)
     train_y, test_x = torch.tensor([0, 1, 1, 2]), torch.tensor([[7.0, 0.0]], dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_working_arrays_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
     ("count", "row_bytes", "max_bytes", "most"), [(0, 8, 64, None), (1, 8, 1, None), (17, 8, 64, None), (17, 8, 64, 3)]
 )
 def test_chunks(count: int, row_bytes: int, max_bytes: int, most: int | None):
-    parts = list(evaluation.chunks(count, row_bytes, max_bytes=max_bytes, most=most))
+    parts = list(chunks(count, row_bytes, max_bytes=max_bytes, most=most))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
     assert all(1 <= part.stop - part.start <= max(1, min(max_bytes // row_bytes, most or count)) for part in parts)
 
@@ -211,11 +211,11 @@ def test_accuracy_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         top5 = [t in r[:5] and t in v for t, r, v in zip(truth, ranks, voted, strict=True)]
         assert found[str(k)]["top1"] == pytest.approx(100 * (ranks[:, 0] == truth).mean(), abs=1e-9)
         assert found[str(k)]["top5"] == pytest.approx(100 * np.mean(top5), abs=1e-9)
-    assert found["1"]["top1"] == found["1"]["top5"]  # one neighbour votes for one class: the other places are nobody's
+    assert found["1"]["top1"] == found["1"]["top5"]  # one neighbor votes for one class: the other places are nobody's
 
 
-def write_colours(root: Path, folders: dict[str, str]) -> Path:
-    """An image of one colour for each letter in a class folder: r, g, or x for a file that is no image."""
+def write_colors(root: Path, folders: dict[str, str]) -> Path:
+    """An image of one color for each letter in a class folder: r, g, or x for a file that is no image."""
     for name, letters in folders.items():
         (root / name).mkdir(parents=True)
         for number, letter in enumerate(letters):
@@ -231,13 +231,13 @@ def test_broken_images_are_left_out_of_their_own_set(tmp_path: Path, capsys: pyt
 
     Were the numbers of one set taken for the other, the bank would lose its only green image, or the queries those of a.
     """
-    train = write_colours(tmp_path / "train", {"a": "xxr", "b": "g"})
-    val = write_colours(tmp_path / "val", {"a": "rr", "b": "gxr"})
+    train = write_colors(tmp_path / "train", {"a": "xxr", "b": "g"})
+    val = write_colors(tmp_path / "val", {"a": "rr", "b": "gxr"})
     found = accuracy(train, val, encoder=knn.Pixels(8), ks=(1,), skip_broken=True)
     assert found == {"1": {"top1": 75.0, "top5": 75.0}}
     said = capsys.readouterr().err
-    assert "k-NN bank is without 2 image(s) that cannot be read, such as" in said
-    assert "k-NN val is without 1 image(s) that cannot be read, such as" in said
+    assert "k-NN bank leaves out 2 broken image(s), such as" in said
+    assert "k-NN val leaves out 1 broken image(s), such as" in said
 
 
 def test_foreign_class_is_named(tmp_path: Path):
@@ -288,23 +288,9 @@ def test_other_weights_and_pixels_have_their_own_files(checkpoint: Path):
     assert plain["model"] is None and pixels["model"]["width"] == 16
 
     sets = class_folder(f"{data}/train"), class_folder(f"{data}/val")
-    vectors = [extract(images, encoder=knn.Pixels(8)).numpy() for images in sets]  # ImageNet's normalisation, as in `plain`
+    vectors = [extract(images, encoder=knn.Pixels(8)).numpy() for images in sets]  # ImageNet's normalization, as in `plain`
     ranks, _ = plain_rank(vectors[0], sets[0].labels, vectors[1], ks=(1,), num_classes=2)[1]
     assert plain["metrics"]["top1_k1"] == pytest.approx(100 * (ranks[:, 0] == sets[1].labels).mean())
-
-
-def test_result_names():
-    def name(cfg: EvalConfig, evaluator: str = "knn") -> str:
-        return evaluation.result_name(evaluator, cfg)
-
-    assert name(KnnConfig(checkpoint="run/last.pth")) == "knn"
-    assert name(KnnConfig(checkpoint="run/backbone.safetensors")) == "knn"
-    assert name(KnnConfig(checkpoint="run/epoch_0020.pth")) == "knn_epoch_0020"
-    assert name(KnnConfig(checkpoint="run/epoch_0020.pth", out="elsewhere")) == "knn"
-    assert name(KnnConfig(checkpoint="run/best.pth", which="student")) == "knn_student_best"
-    assert name(KnnConfig(checkpoint="run/best.pth", which="untrained")) == "knn_untrained"
-    assert name(KnnConfig(checkpoint="run/last.pth", features="pixels")) == "knn_pixels"
-    assert name(LinearConfig(checkpoint="run/last.pth", protocol="grid"), "linear_grid") == "linear_grid"
 
 
 def test_missing_input_is_named(checkpoint: Path):

@@ -101,7 +101,7 @@ def test_paper_equals_a_plain_loop(data: Path, batch: int):
 
 
 def test_learns(data: Path):
-    """The colours of the classes are there to be learnt: far above the 20 % of chance."""
+    """The colors of the classes are there to be learned: far above the 20 % of chance."""
     assert evaluate(TinyEncoder(), config(data, epochs=20))["last_top1"] > 60
     assert evaluate(TinyEncoder(), config(data, epochs=12, protocol="grid", grid=(1e-9, 2.0), held_out=0.4))["top1"] > 60
 

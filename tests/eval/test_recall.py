@@ -66,7 +66,7 @@ def signs(rng: np.random.Generator, count: int) -> np.ndarray:
 
 def with_duplicates(rng: np.random.Generator, count: int) -> np.ndarray:
     x = normal(rng, count)
-    x[count // 2 :: 2] = x[: len(x[count // 2 :: 2])] * 3  # the same after normalisation
+    x[count // 2 :: 2] = x[: len(x[count // 2 :: 2])] * 3  # the same after normalization
     return x
 
 
@@ -119,7 +119,7 @@ def test_tiles_change_nothing(tile: int | None):
 
 
 def test_by_hand():
-    """On a circle, at these angles: each query's neighbours can be read off."""
+    """On a circle, at these angles: each query's neighbors can be read off."""
     angles = np.deg2rad([0, 10, 25, 100, 131, 170])
     x = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)], 1) * np.arange(1, 7)[:, None])
     labels = torch.tensor([0, 1, 0, 1, 1, 2])
@@ -207,10 +207,8 @@ def test_impossible_input():
     ]:
         with pytest.raises(ValueError, match=message):
             recall_at_k(*arguments, **options)
-    with pytest.raises(ValueError, match="tile is 0"):
+    with pytest.raises(ValueError, match="tile must be 1 or more, not 0"):
         RecallConfig(tile=0)
-    with pytest.raises(ValueError, match="every test image is a query"):
-        RecallConfig(subset_per_class=3)
 
 
 # -- processes

@@ -366,14 +366,14 @@ def test_impossible_extras_are_refused_before_any_image_is_read(data: Path, enco
         ("flat", np.zeros(16, np.float32), r"of shape \(16,\)"),
         ("whole", np.zeros((3, 16), int), "holds int64"),
         ("infinite", np.full((3, 16), np.inf, np.float32), "not finite"),
-        ("objects", np.array([[None] * 16]), "is no array of features"),
+        ("objects", np.array([[None] * 16]), "is not an array of features"),
     ):
         np.save(tmp_path / f"{name}.npy", array)
         with pytest.raises(ValueError, match=message):
             evaluate(encoder, options(data, distractors=str(tmp_path / f"{name}.npy")))
     np.savez(tmp_path / "two.npz", a=np.zeros(1), b=np.zeros(1))
     (tmp_path / "text.npy").write_text("features")
-    for file, message in (("two.npz", "several arrays"), ("text.npy", "is no array of features")):
+    for file, message in (("two.npz", "several arrays"), ("text.npy", "is not an array of features")):
         with pytest.raises(ValueError, match=message):
             evaluate(encoder, options(data, distractors=str(tmp_path / file)))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.npy"):
@@ -392,8 +392,6 @@ def test_impossible_extras_are_refused_before_any_image_is_read(data: Path, enco
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"batch_size": 2}, "retrieval takes 1"),
-        ({"resize": 256}, "no subset_per_class and no resize"),
         ({"whitening_dim": 8}, "give 1 or more, and whitening_data"),
         ({"image_size": 0}, "must be 1 or more"),
     ],

@@ -149,8 +149,8 @@ def test_levels(tmp_path: Path, images: Path, family: str, level: str) -> None:
     encoder = module.load_encoder(checkpoint).double()
 
     def keys(x: torch.Tensor) -> torch.Tensor:  # eq. 14
-        normalised = F.layer_norm(encoder.tokens(x), (encoder.embed_dim,), eps=1e-6)
-        return (normalised * encoder.pool.norm.weight + encoder.pool.norm.bias) @ encoder.pool.k.weight.T
+        normalized = F.layer_norm(encoder.tokens(x), (encoder.embed_dim,), eps=1e-6)
+        return (normalized * encoder.pool.norm.weight + encoder.pool.norm.bias) @ encoder.pool.k.weight.T
 
     function = {"global": encoder, "tokens": encoder.tokens, "keys": keys, "attention": encoder.attention}[level]
     expected, found = one_by_one(encoder, images, function, 40), load(tmp_path / "out")
@@ -163,7 +163,7 @@ def test_levels(tmp_path: Path, images: Path, family: str, level: str) -> None:
 
 def test_keys_are_of_simpool_only(tmp_path: Path, images: Path) -> None:
     checkpoint = exported(tmp_path / "encoder", "vit", "cls")
-    with pytest.raises(ValueError, match="level keys is of SimPool, this model has pool cls: use level tokens"):
+    with pytest.raises(ValueError, match="level keys needs SimPool, and this model has pool cls: use level tokens"):
         main(config(checkpoint, images, tmp_path / "out", level="keys"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="there is no level patches: use global, tokens, keys or attention"):
@@ -195,9 +195,9 @@ def test_whole_view_squeezes_and_crop_cuts(tmp_path: Path, checkpoint: str) -> N
     assert np.abs(whole[0] - whole[1]).max() > 1e-3
     encoder = module.load_encoder(checkpoint)
     squeezed = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)) / 255
-    normalised = (squeezed - encoder.config.mean) / encoder.config.std
+    normalized = (squeezed - encoder.config.mean) / encoder.config.std
     with torch.no_grad():
-        expected = encoder.double()(torch.from_numpy(normalised).permute(2, 0, 1)[None])
+        expected = encoder.double()(torch.from_numpy(normalized).permute(2, 0, 1)[None])
     np.testing.assert_allclose(whole[1:], expected, rtol=1e-5, atol=1e-5)
     assert json.loads((tmp_path / "whole" / "meta.json").read_text())["settings"]["preprocessing"] == {
         "view": "whole", "image_size": 32, "mean": list(encoder.config.mean), "std": list(encoder.config.std)
@@ -454,9 +454,9 @@ def test_other_files_under_the_same_names_are_refused(tmp_path: Path, images: Pa
     main(config(checkpoint, copy, tmp_path / "out"))
     main(config(checkpoint, copy, tmp_path / "out"))
     first, second = (text.splitlines()[-1].strip() for text in capsys.readouterr().out.split("extract:")[1:])
-    assert first.startswith("written to") and second.startswith("there already, of these settings and files, in")
+    assert first.startswith("written to") and second.startswith("already complete, with these settings and files, in")
     shutil.copyfile(copy / "b/001.png", copy / "a/000.png")
-    with pytest.raises(ValueError, match="out is of other files under the same names: give another --out"):
+    with pytest.raises(ValueError, match="out was made from other files with the same names: give another --out"):
         main(config(checkpoint, copy, tmp_path / "out"))
 
 
@@ -473,10 +473,10 @@ def test_folders_of_unknown_content_are_refused(tmp_path: Path, images: Path, ch
     main(config(checkpoint, images, out))
     meta = (out / "meta.json").read_text()
     (out / "meta.json").write_text(meta.replace('"batch_size": 4', '"batch_size": 5'))
-    with pytest.raises(ValueError, match=r"is damaged or of another tool \(its hash is not that of its settings"):
+    with pytest.raises(ValueError, match=r"is damaged or was written by another tool \(its hash does not match its settings"):
         main(config(checkpoint, images, out))
     (out / "meta.json").write_text(meta[:50])
-    with pytest.raises(ValueError, match=r"meta\.json is damaged or of another tool"):
+    with pytest.raises(ValueError, match=r"meta\.json is damaged or was written by another tool"):
         main(config(checkpoint, images, out))
     (out / "meta.json").unlink()
     with pytest.raises(ValueError, match=r"has features\.npy, but no meta\.json says what they are: give another --out"):
@@ -561,7 +561,9 @@ def test_sources_and_sizes_that_cannot_be(tmp_path: Path, images: Path, checkpoi
             main(dataclasses.replace(config(checkpoint, images, tmp_path / "out"), **{name: ""}))
     (tmp_path / "names").mkdir()
     shutil.copy(images / "a" / "000.png", tmp_path / "names" / "two\nlines.png")
-    with pytest.raises(ValueError, match=r"'two\\nlines\.png' has a line break in its name, and ids\.txt is one name a line"):
+    with pytest.raises(
+        ValueError, match=r"'two\\nlines\.png' has a line break in its name, and ids\.txt has one name per line"
+    ):
         main(config(checkpoint, tmp_path / "names", tmp_path / "other"))
     assert not (tmp_path / "out").exists() and not (tmp_path / "other" / "meta.json").exists()
 

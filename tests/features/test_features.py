@@ -19,7 +19,7 @@ from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.decode import read_rgb
 from dino_simpool.eval import linear
 from dino_simpool.eval.knn import knn_accuracy
-from dino_simpool.features.encode import extract_features, try_sizes
+from dino_simpool.features.encode import extract_features, preprocessing, try_sizes
 from dino_simpool.models.encoder import build_encoder
 
 CPU = torch.device("cpu")
@@ -44,14 +44,14 @@ class TinyEncoder(nn.Module):
 
 
 def write_images(root: Path, counts: dict[str, int], *, seed: int = 0, size: int = 10) -> Path:
-    """counts[c] images in each class folder c: noise around a colour of the class, wider than high."""
+    """counts[c] images in each class folder c: noise around a color of the class, wider than high."""
     rng = np.random.default_rng(seed)
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
-        colour = np.random.default_rng(list(name.encode())).integers(60, 196, 3)
+        color = np.random.default_rng(list(name.encode())).integers(60, 196, 3)
         for i in range(count):
             noise = rng.integers(-60, 60, (size, size + 3, 3))
-            Image.fromarray((colour + noise).clip(0, 255).astype(np.uint8)).save(root / name / f"{i:03d}.png")
+            Image.fromarray((color + noise).clip(0, 255).astype(np.uint8)).save(root / name / f"{i:03d}.png")
     return root
 
 
@@ -203,6 +203,20 @@ def test_two_processes_equal_one(tmp_path: Path):
                 assert probe[name] == expected[name], name
         losses = [[line["train_loss"] for line in probes[0]["curve"]] for probes in (results["probes"], one["probes"])]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_preprocessing_is_that_of_the_model_unless_another_size_is_asked_for():
+    imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    model = ModelConfig(image_size=224, resize=230, mean=(0.5, 0.4, 0.3), std=(0.2, 0.1, 0.3))
+    own = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.1, 0.3)}
+    assert preprocessing(ModelConfig()) == {"image_size": 224, "resize": 256, **imagenet}
+    assert preprocessing(model) == {"image_size": 224, "resize": 230, **own}
+    assert preprocessing(model, resize=240) == {"image_size": 224, "resize": 240, **own}
+    assert preprocessing(model, image_size=96) == {"image_size": 96, "resize": 109, **own}  # 109.7
+    assert preprocessing(model, image_size=96, resize=96) == {"image_size": 96, "resize": 96, **own}
+    assert preprocessing(None, image_size=8) == {"image_size": 8, "resize": 9, **imagenet}
+    with pytest.raises(ValueError, match="give --image_size"):
+        preprocessing(None, resize=9)
 
 
 def broken_numbers(root: str) -> set[int]:

@@ -61,7 +61,7 @@ def brute_force(features: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np
     return np.array([cosine[i] for i in order]), np.array(order)
 
 
-# -- the neighbours
+# -- the neighbors
 
 
 @pytest.mark.parametrize("k", [1, 7, 300])
@@ -79,7 +79,7 @@ def test_nearest_is_brute_force(k: int) -> None:
         np.testing.assert_allclose(similarity, expected[0][:k], atol=1e-12)
 
 
-def test_many_near_ties_hide_no_neighbour() -> None:
+def test_many_near_ties_hide_no_neighbor() -> None:
     """More of them than candidates: the lower rows are found all the same. And k above all rows is all of them."""
     angle = 9e-4 * (1 - np.arange(200) / 200)  # cosines of 1 - 4e-7 to 1, which all are 1.000000; the last rows are nearest
     features, query = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32), np.array([5, 0], np.float32)
@@ -191,14 +191,16 @@ def moved(extracted: Path, tmp_path: Path) -> Path:
 def test_moved_checkpoint_and_images(moved: Path, tmp_path: Path) -> None:
     query = str(moved / "other" / "a" / "000.png")
     data, checkpoint = str(moved / "images"), str(moved / "encoder" / "backbone.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"the images of the index: /gone/images .*; say --data where they are now"):
+    with pytest.raises(FileNotFoundError, match=r"the images of the index: /gone/images .*; give their new place with --data"):
         main(options(moved, tmp_path / "out", query, checkpoint=checkpoint))
-    with pytest.raises(FileNotFoundError, match=r"the checkpoint of the index, /gone/.*, is not there: say --checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the checkpoint of the index, /gone/.*, does not exist: give its new place with --checkpoint"
+    ):
         main(options(moved, tmp_path / "out", query, data=data))
     other = exported(tmp_path / "encoder", seed=4, pool="simpool gamma")
     with pytest.raises(ValueError, match="is not the checkpoint that made the index"):
         main(options(moved, tmp_path / "out", query, data=data, checkpoint=other))
-    with pytest.raises(ValueError, match=r"other has 4 images and not the 13 of the index, or other names: extract again"):
+    with pytest.raises(ValueError, match=r"other has 4 images, not the 13 of the index, or other names: extract again"):
         main(options(moved, tmp_path / "out", query, data=str(moved / "other"), checkpoint=checkpoint))
     assert not (tmp_path / "out").exists()
     main(options(moved, tmp_path / "out", query, data=data, checkpoint=checkpoint))
@@ -238,7 +240,7 @@ def test_queries_that_cannot_be(extracted: Path, tmp_path: Path) -> None:
         with pytest.raises(kind, match=words):
             main(options(extracted, tmp_path / "out", query))
     for given, words in (
-        (["--k", "0"], "k, sheet_rows and sheet_columns must be 1 or more"),
+        (["--k", "0"], "k must be 1 or more"),
         (["--workers", "-1"], "0 or more"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -249,7 +249,7 @@ def test_files_folders_and_runs(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("{", "is not JSON"),
-        ("[1]", "is no result of an evaluator .it lacks evaluator, metrics, config.: leave it out"),
+        ("[1]", "is not a result of an evaluator .it lacks evaluator, metrics, config.: leave it out"),
         ('{"arch": "vit_small"}', "it lacks evaluator, metrics, config"),
         ('{"evaluator": "knn", "metrics": {"top1": "high"}, "config": {}}', "it lacks numbers"),
         ('{"evaluator": "knn", "metrics": {}, "config": {}, "model": {"arch": "vit_small"}}', "it lacks a model"),
