@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-BROKEN = ["a/02.jpg\tit is empty", "a/48.jpg\timage file is truncated", "b/49.jpg\tit is no image of a known format"]
+BROKEN = ["a/02.jpg\tit is empty", "a/48.jpg\timage file is truncated", "b/49.jpg\tit is not an image of a known format"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, list[str], str]:
@@ -61,7 +61,7 @@ def test_broken_files_are_found_and_unusual_ones_counted(
     status, lines, last = run(capsys, str(folder), "--workers", workers, "--out", str(bad))
     assert status == 1 and lines[0].startswith("check-data: 50 images in ")
     assert [" ".join(line.split()) for line in lines[1:-3]] == [
-        "width 24 to 100 pixels", "height 3 to 50 pixels", "tiny 44", "grey 2", "CMYK 1", "long 1",
+        "width 24 to 100 pixels", "height 3 to 50 pixels", "tiny 44", "gray 2", "CMYK 1", "long 1",
         "EXIF-rotated 1", "broken 3",
     ]  # fmt: skip
     assert all(line.startswith(expected) for line, expected in zip(lines[-3:], BROKEN, strict=True))
@@ -82,15 +82,16 @@ def test_several_sources_and_a_limit_of_the_size(folder: Path, capsys: pytest.Ca
     status, lines, last = run(capsys, f"{folder}/a", f"{folder}/b", *options)
     named = run(capsys, "--data", f"[{folder}/a, {folder}/b]", *options)
     assert (named[0], named[1][1:], named[2]) == (status, lines[1:], last)
-    assert status == 1 and f"{folder}/a/00.jpg\tit has more than max_pixels 2,000; raise that if the file is" in "\n".join(
-        lines
+    assert (
+        status == 1
+        and f"{folder}/a/00.jpg\tit has more than max_pixels 2,000; raise max_pixels if the file is" in "\n".join(lines)
     )
     assert last.endswith("error: 4 of 50 images cannot be read: repair or remove them")  # 64 x 48 is more, 40 x 50 is not
 
 
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (
-        (["--data", str(tmp_path / "none")], "none is no existing folder"),
+        (["--data", str(tmp_path / "none")], "none does not exist"),
         ([], "no images are given"),
         ([str(folder), "--out", str(tmp_path / "no" / "bad.txt")], "its folder does not exist: give another --out"),
     ):
@@ -125,7 +126,7 @@ def test_a_process_that_dies_is_said(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_parts_of_a_summary_add_up() -> None:
     images: list[Examined | str] = [
-        Examined(3, 9, ("tiny",)), "it is empty", Examined(5, 2, ("grey", "tiny")), Examined(4, 4, ()), "gone",
+        Examined(3, 9, ("tiny",)), "it is empty", Examined(5, 2, ("gray", "tiny")), Examined(4, 4, ()), "gone",
     ]  # fmt: skip
     whole, parts = Summary(), [Summary(), Summary(), Summary()]
     for number, found in enumerate(images):
@@ -136,7 +137,7 @@ def test_parts_of_a_summary_add_up() -> None:
         merged.merge(part)
     assert merged == whole
     assert (whole.readable, whole.widths, whole.heights) == (3, {3, 5}, {2, 9})
-    assert whole.kinds == {"tiny": 2, "grey": 1} and whole.broken == {1: "it is empty", 4: "gone"}
+    assert whole.kinds == {"tiny": 2, "gray": 1} and whole.broken == {1: "it is empty", 4: "gone"}
 
 
 def test_many_broken_files_are_cut_short_and_any_name_is_shown() -> None:

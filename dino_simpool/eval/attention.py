@@ -38,7 +38,8 @@ from dino_simpool.data import IMAGE_SUFFIXES, LONGEST, ImageSet, find_images, in
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.eval import decoded, run
 from dino_simpool.eval.masks import Box, evenly, seen_size
-from dino_simpool.features.encode import evaluation_mode, progress_bar
+from dino_simpool.features.encode import evaluation_mode
+from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder, thin_images
 from dino_simpool.pictures import fit_in, heat, mask_overlay, overlay, save_png, sheet, tile, unnormalize
 from dino_simpool.results import result_name, results_folder
@@ -105,7 +106,7 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
     loader = index_loader(images, transform, chosen[positions], batch_size=batch_size, workers=cfg.workers, device=device)
     records: dict[int, dict[str, Any]] = {}
     rows: dict[int, list[np.ndarray]] = {}
-    with progress_bar(len(chosen), "attention") as bar:
+    with progress(len(chosen), 0, "attention") as bar:
         for (pixels, sizes), indices in loader:
             maps = _maps(encoder, pixels.to(device), cfg, names=[images.name(index) for index in indices.tolist()])
             shown = unnormalize(pixels, transform.mean, transform.std)

@@ -44,9 +44,10 @@ from dino_simpool.config import EvalConfig, ExtractConfig
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import encode, evaluation_mode, feature_batches, preprocessing, progress_bar
+from dino_simpool.features.encode import encode, evaluation_mode, feature_batches, preprocessing
 from dino_simpool.features.rows import RowFile
 from dino_simpool.files import file_sha256, write_atomically
+from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.pooling.simpool import SimPool
 from dino_simpool.results import versions
@@ -252,7 +253,7 @@ def _fill(
     rows: RowFile, batches: np.ndarray, features: Iterator[tuple[Tensor, Tensor]], images: ImageSet, *, done: int
 ) -> None:
     """Write the features of some batches; `done` images are there already."""
-    with rows, progress_bar(len(images), "extract", initial=done) as bar:
+    with rows, progress(len(images), done, "extract") as bar:
         for number, (values, indices) in zip(batches.tolist(), features, strict=True):
             damaged = torch.nonzero(~values.flatten(1).sum(1).isfinite())
             if len(damaged):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import shutil
 import signal
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from torchvision import datasets, transforms
 
 from dino_simpool import data, distributed
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
-from dino_simpool.data import EvalTransform, TrainBatches, class_folder, find_images, index_loader, train_loader
+from dino_simpool.data import EvalTransform, class_folder, find_images, index_loader, loaders, train_loader
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.decode import read_rgb
 
@@ -140,6 +142,55 @@ def test_subset_takes_the_first_sorted_files_of_each_class(tmp_path):
             source(str(root), subset_per_class=3)
 
 
+def labels_and_classes(images: data.ImageSet) -> tuple[list[int], tuple[str, ...]]:
+    found = images.labels_of(range(len(images)))
+    assert found.dtype == np.int64
+    return found.tolist(), images.classes
+
+
+NESTED = ("b/2.jpg", "b/10.jpg", "a/z.jpg", "a/deep/er/q.jpg", "a/deep/p.jpg", "a-b/x.jpg", "B/y.png")
+
+
+@pytest.mark.parametrize("source", ["folder", "tar", "shards"])
+def test_labels_of_one_source_are_those_of_imagefolder(tmp_path, source):
+    root = write_tree(tmp_path / "train", *NESTED)
+    theirs = datasets.ImageFolder(str(root))
+    (root / "empty").mkdir()  # a folder without images is not a class
+    if source == "shards":
+        with tarfile.open(root / "1.tar", "w") as archive:
+            archive.add(root / "b", arcname="b")
+        shutil.rmtree(root / "b")
+    path = shutil.make_archive(str(root), "tar", root) if source == "tar" else str(root)
+    images = find_images(path)
+    assert labels_and_classes(images) == (theirs.targets, tuple(theirs.classes)) and images.labels is None
+    assert images.labels_of(np.array([6, 0, 6])).tolist() == [theirs.targets[i] for i in (6, 0, 6)]
+    assert images.labels_of([]).shape == (0,)
+    again = pickle.loads(pickle.dumps(images)).decoded(max_pixels=9, exif_orientation=True)
+    assert labels_and_classes(again) == labels_and_classes(images)
+
+
+def test_labels_of_a_subset(tmp_path):
+    root = write_tree(tmp_path, "b/3.jpg", "b/1.jpg", "b/2.jpg", "a/10.jpg", "a/deep/9.jpg", "c/1.jpg", "c/2.jpg")
+    assert labels_and_classes(find_images(str(root), subset_per_class=2)) == ([0, 0, 1, 1, 2, 2], ("a", "b", "c"))
+
+
+def test_labels_of_class_folders_and_lists_of_the_layouts(tmp_path):
+    images = class_folder(str(write_tree(tmp_path, "b/1.jpg", "a/1.jpg", "b/2.jpg")))
+    assert labels_and_classes(images) == ([0, 1, 1], ("a", "b")) and images.labels_of([2, 0]).tolist() == [1, 0]
+    images = data.ImageSet("", ["x", "y", "z"], np.array([1, 0, 1]), ("p", "q"))
+    assert images.labels_of(np.array([2, 1])).tolist() == [1, 0]
+
+
+def test_sets_without_classes_have_no_labels(tmp_path):
+    write_tree(tmp_path, "one/a/x.jpg", "two/b/x.jpg", "loose/a/x.jpg", "loose/y.jpg")
+    (tmp_path / "list.txt").write_text("one/a/x.jpg\n")
+    one, two, loose, listing = (str(tmp_path / name) for name in ("one", "two", "loose", "list.txt"))
+    for sources in ([one, two], [loose], [listing], [one, listing]):
+        images = find_images(sources)
+        assert images.classes == () and images.labels_of([0]) is None
+    assert find_images(one).classes == ("a",)
+
+
 def message(error: pytest.ExceptionInfo) -> str:
     text = str(error.value)
     assert "\n" not in text and ":" in text  # one line: what was given and is allowed, then what to do
@@ -155,17 +206,17 @@ def test_bad_sources_are_named_in_one_line(tmp_path):
         (root / name).write_text(text)
     (root / "binary.txt").write_bytes(bytes(range(256)))
     cases = [
-        (FileNotFoundError, find_images, "missing", "missing is no existing folder"),
+        (FileNotFoundError, find_images, "missing", "missing does not exist"),
         (ValueError, find_images, "empty", "no images in .*empty.*jpg jpeg|no images in .*empty.*\\.jpg"),
-        (ValueError, find_images, "one.jpg", "is one image"),
+        (ValueError, find_images, "one.jpg", "is a single image"),
         (FileNotFoundError, find_images, "gone.txt", "^no such.jpg, listed in .*gone.txt"),
-        (ValueError, find_images, "blank.txt", "names no images"),
-        (ValueError, find_images, "binary.txt", "is not text"),
-        (FileNotFoundError, class_folder, "missing", "missing is no existing folder"),
-        (FileNotFoundError, class_folder, "one.jpg", "one.jpg is no existing folder"),
+        (ValueError, find_images, "blank.txt", "lists no images"),
+        (ValueError, find_images, "binary.txt", "is not UTF-8 text"),
+        (FileNotFoundError, class_folder, "missing", "missing does not exist"),
+        (FileNotFoundError, class_folder, "one.jpg", "one.jpg is not a folder"),
         (ValueError, class_folder, "empty", "no class folders in .*empty"),
-        (ValueError, class_folder, "classes/a", "no class folders|lie in no class folder"),
-        (ValueError, class_folder, "loose", "x.jpg and 0 other images in .*loose lie in no class folder"),
+        (ValueError, class_folder, "classes/a", "no class folders|are not in a class folder"),
+        (ValueError, class_folder, "loose", "x.jpg and 0 other images in .*loose are not in a class folder"),
         (ValueError, class_folder, "half", "class folder a has no images"),
     ]
     for kind, function, name, pattern in cases:
@@ -175,7 +226,7 @@ def test_bad_sources_are_named_in_one_line(tmp_path):
     for given in ("", [], ["", str(root)]):
         with pytest.raises(ValueError, match=r"data\.root"):
             find_images(given)
-    for name, pattern in (("gone.txt", "text file, without classes"), ("loose", "lie in no class folder")):
+    for name, pattern in (("gone.txt", "text file, without classes"), ("loose", "are not in a class folder")):
         with pytest.raises(ValueError, match=pattern):
             find_images([str(root / name)], subset_per_class=1)
 
@@ -185,7 +236,7 @@ def test_folder_without_permission(tmp_path):
     root = write_tree(tmp_path, "a/x.jpg")
     (root / "a").chmod(0)
     try:
-        with pytest.raises(PermissionError, match="a may not be read") as error:
+        with pytest.raises(PermissionError, match="a cannot be read") as error:
             find_images([str(root)])
         message(error)
     finally:
@@ -340,7 +391,7 @@ def test_the_published_resize_is_256_for_224():
 
 
 def test_resize_below_the_crop_is_refused():
-    with pytest.raises(ValueError, match="resize is 31: a centre crop of 32"):
+    with pytest.raises(ValueError, match="resize is 31: a center crop of 32"):
         EvalTransform(32, resize=31, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
@@ -380,7 +431,7 @@ def test_index_loader_of_nothing(images):
 def batches(**changes) -> list[list[tuple[int, int]]]:
     settings = {"num_images": 37, "seed": 3, "batch_size": 8, "accumulate": 1, "start_step": 0, "total_steps": 10, "rank": 0,
                 "world_size": 1}  # fmt: skip
-    return list(TrainBatches(**settings | changes))
+    return list(loaders.TrainBatches(**settings | changes))
 
 
 def test_an_epoch_is_a_permutation_without_its_remainder():
@@ -539,7 +590,3 @@ def test_default_workers_of_a_slurm_task(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")  # one task in which torchrun started eight processes
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
     assert data.default_workers() == 12
-
-
-def test_steps_per_epoch_drops_the_remainder():
-    assert [data.steps_per_epoch(n, 8) for n in (7, 8, 37)] == [0, 1, 4]

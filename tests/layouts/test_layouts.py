@@ -171,7 +171,7 @@ DAMAGES: list[tuple[str, Any, str]] = [
     (
         "folder",
         lambda root: write_image(root / "loose.png", "loose"),
-        "loose.png and 0 other images in .* lie in no class folder",
+        "loose.png and 0 other images in .* are not in a class folder",
     ),
     (
         "roxford5k",
@@ -192,7 +192,7 @@ DAMAGES: list[tuple[str, Any, str]] = [
     (
         "imagenet",
         lambda root: write_image(root / "val/ILSVRC2012_val_00000001.JPEG", "x"),
-        "1 images lie in no class folder, the first ILSVRC2012_val_00000001.JPEG",
+        "1 images are not in a class folder, the first ILSVRC2012_val_00000001.JPEG",
     ),
     ("imagenet", lambda root: (root / "train/n02000000").mkdir(), "train/n02000000: the class folder has no images"),
 ]
