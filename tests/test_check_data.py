@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -19,7 +20,6 @@ from dino_simpool.config import MAX_PIXELS, CheckDataConfig
 from dino_simpool.data import find_images
 from dino_simpool.data.decode import Examined
 from dino_simpool.layouts import LAYOUTS, check_layout
-from dino_simpool.layouts.lists import COUNTS
 
 NUM_IMAGES = 50
 
@@ -173,7 +173,8 @@ def test_a_complete_layout_and_one_without_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = BUILDERS["cub200"](tmp_path)
-    monkeypatch.setitem(COUNTS, "cub200", {"queries": 6, "classes": 3})
+    miniature = dataclasses.replace(LAYOUTS["cub200"], counts={"queries": 6, "classes": 3})
+    monkeypatch.setitem(LAYOUTS, "cub200", miniature)
     assert cli.main(["check-data", str(root), "--layout", "cub200"]) == 0
     assert capsys.readouterr().out == f"check-data: cub200 in {root} is complete; no image was decoded\n"
     (gone,) = (root / "CUB_200_2011" / "images").rglob("Common_Yellowthroat_0001_700.jpg")

@@ -54,10 +54,7 @@ _UPRIGHT = {
 
 
 _ORIENTATION_TAGS = (b"Exif\0", b"tiff:Orientation")
-"""Markers of EXIF data and of XMP, where Pillow looks next.
-
-Without them a JPEG has no orientation.
-"""
+"""Markers of EXIF data and XMP. Without them a JPEG has no orientation for Pillow."""
 
 
 class BrokenImage(ValueError):

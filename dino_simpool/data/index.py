@@ -87,16 +87,10 @@ class Strings:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The images of one source, in order and relative to its base folder.
-
-    It is a sequence of their paths.
-    """
+    """The images of one source, below its base folder. It is a sequence of their paths."""
 
     names: Strings
-    """(M) paths of the images.
-
-    In an archive: ARCHIVE/PATH_INSIDE, or PATH_INSIDE if the source is that archive.
-    """
+    """(M) paths of the images. In archives: ARCHIVE/PATH_INSIDE, or PATH_INSIDE if it is the source."""
     groups: Strings = field(default_factory=lambda: Strings.of([""]))
     """(C) top-level folders in the order of their images, also those without images.
 
@@ -112,10 +106,7 @@ class Index:
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     """(F, 2) int64: mtime in nanoseconds, and size in bytes (of folders: ctime in nanoseconds)."""
     members: np.ndarray = field(default_factory=lambda: np.zeros((0, MEMBER), np.int64))
-    """(M, MEMBER) int64: row of the archive in `watched` (-1: an ordinary file), and its Place.
-
-    No rows without archives.
-    """
+    """(M, MEMBER) int64: row of the archive in `watched`, or -1, and Place. No rows without archives."""
     left_out: Strings = field(default_factory=lambda: Strings.of([]))
     """Compressed archives, which cannot be read."""
     file: str = ""

@@ -29,8 +29,7 @@ from dino_simpool.data.sources import ImageSet
 PREFETCH = 4
 """Batches that each loader process prepares ahead, so one slow image does not stop the run."""
 LONGEST = 64
-"""EvalTransform keeps this multiple of the shorter side, because resizing more could take
-gigabytes."""
+"""EvalTransform keeps this multiple of the shorter side; more could take gigabytes to resize."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class TrainBatches:
     Step s takes entries [p, p + G) of the order of epoch s // steps_per_epoch, with
     p = (s % steps_per_epoch) * G and G = batch_size * accumulate * world_size. Micro-batch a of
     process r is slice a * world_size + r of these G entries, so the images of a step do not depend
-    on how G is divided. The remainder of an epoch is dropped.
+    on how G is divided. steps_per_epoch is num_images // G, so the remainder is dropped.
     """
 
     num_images: int

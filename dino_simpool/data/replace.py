@@ -16,10 +16,7 @@ from dino_simpool.data.decode import BrokenImage
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 100
-"""Images to try in place of a broken one.
-
-If none of them can be read, the files are not the problem.
-"""
+"""Images to try in place of a broken one. If all fail, the files are not the problem."""
 
 
 def read_or_replace(read: Callable[[int], T], index: int, *, total: int, seed: int, epoch: int) -> tuple[T, str]:

@@ -38,10 +38,7 @@ from dino_simpool.logs import progress
 T = TypeVar("T")
 THREADS = 16
 RECENT_NS = 2 * 10**9
-"""Coarsest file system clock (FAT).
-
-Two changes within this time may both show the time of the first.
-"""
+"""Coarsest file system clock (FAT). Two changes within this time may show the same time."""
 
 
 class _Folder(NamedTuple):

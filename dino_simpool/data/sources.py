@@ -46,10 +46,7 @@ class ImageSet:
     classes: tuple[str, ...] = ()
     """Names of the class folders, sorted; empty without classes."""
     boxes: np.ndarray | None = None
-    """(M, 4) float left, top, right, bottom in pixels: the part of each image to read.
-
-    None: whole images.
-    """
+    """(M, 4) float left, top, right, bottom in pixels: what to read of each image. None: all of it."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are refused."""
     exif_orientation: bool = False
@@ -109,10 +106,7 @@ class ImageSet:
         )
 
     def read(self, index: int) -> Image.Image:
-        """One image as RGB, cropped to its box if there are boxes.
-
-        BrokenImage if it cannot be read.
-        """
+        """One image as RGB, cropped to its box, if any. BrokenImage if it cannot be read."""
         image = self.encoded(index).rgb()
         if self.boxes is None:
             return image

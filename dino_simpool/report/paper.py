@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dino_simpool import layouts
+from dino_simpool.layouts import LAYOUTS
 
 SELF, SUPERVISED = "self-supervised", "supervised"
 RESNET18, RESNET50, CONVNEXT, VIT = "ResNet-18", "ResNet-50", "ConvNeXt-S", "ViT-S"
@@ -96,7 +96,7 @@ RELEASE: dict[tuple[Key, bool], Figure] = {
 """What the README of the released code says, where it differs from the paper or says which of the two was meant."""
 
 COUNTS: dict[str, dict[str, int]] = {
-    "ImageNet-1k" if name == "imagenet" else name: sizes for name, sizes in layouts.COUNTS.items()
+    "ImageNet-1k" if name == "imagenet" else name: dict(layout.counts) for name, layout in LAYOUTS.items()
 }
 """The official sizes of the data sets, under the names of the tables."""
 

@@ -24,10 +24,9 @@ from miniatures import BUILDERS, LANDMARKS, write_image
 from PIL import Image
 
 from dino_simpool.data.sources import ImageSet
-from dino_simpool.layouts import LAYOUTS, check_layout, ground_truth
+from dino_simpool.layouts import LAYOUTS, check_layout, differing_counts, ground_truth, part_counts
 from dino_simpool.layouts.ground_truth import load_plain_pickle, read_ground_truth
 from dino_simpool.layouts.landmarks import landmarks, lenient
-from dino_simpool.layouts.lists import COUNTS, differing_counts, part_counts
 from dino_simpool.layouts.metric_learning import fine_grained
 
 QUERIES: dict[str, tuple[list[int], tuple[str, ...], str]] = {
@@ -91,7 +90,7 @@ def test_landmarks(name: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_miniature_lacks_nothing_but_images(layout: str, tmp_path: Path) -> None:
     problems = check_layout(layout, str(BUILDERS[layout](tmp_path)))
-    assert len(problems) == len(COUNTS.get(layout, {}))
+    assert len(problems) == len(LAYOUTS[layout].counts)
     assert all(line.startswith(f"{layout}: ") and line.endswith(" expected") for line in problems)
     if layout == "imagenet":
         assert problems[0] == "imagenet: train: 5 found, 1,281,167 expected"
@@ -287,7 +286,7 @@ def test_a_truncated_landmark_image_is_read_with_a_warning(tmp_path: Path) -> No
     strict = ImageSet(str(tmp_path), np.array(["a.jpg"]))
     with pytest.raises(ValueError, match="cannot be read"):
         strict.read(0)
-    with pytest.warns(UserWarning, match="a.jpg cannot be read.*what there is of it is used"):
+    with pytest.warns(UserWarning, match="a.jpg cannot be read.*the readable part is used"):
         image = np.asarray(lenient(strict).read(0), np.int64)
     assert image.shape == (64, 64, 3) and np.array_equal(image[:8], whole[:8])
     assert np.abs(image[-8:] - whole[-8:]).max() > 20

@@ -110,7 +110,7 @@ class MultiCrop:
         return draw_views(self.kinds, height, width, seed=seed, epoch=epoch, index=index)
 
     def shrink(self, draw: ViewDraw) -> int:
-        """The factor to shrink a JPEG by: crops keep `shrink_margin` times the side of their view."""
+        """The factor to shrink a JPEG by: crops keep `shrink_margin` times their view's side."""
         if self.shrink_margin is not None:
             for factor in SHRINKS:
                 needed = (factor * self.shrink_margin * kind.size for kind in self.kinds)

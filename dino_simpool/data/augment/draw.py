@@ -96,8 +96,7 @@ class ViewDraw:
     jitter: np.ndarray
     """(V,) bool: whether color jitter is applied."""
     factors: np.ndarray
-    """(V, 4) float32: factors of brightness, contrast, saturation (1: no change), hue shift
-    (turns)."""
+    """(V, 4) float32: factors of brightness, contrast, saturation (1: none), shift of hue (turns)."""
     order: np.ndarray
     """(V, 4) int64: the order of these four operations; order[v, 0] is applied first."""
     grayscale: np.ndarray
