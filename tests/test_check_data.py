@@ -120,7 +120,7 @@ def dies(source: str | bytes, *, max_pixels: int) -> Examined:
 
 def test_a_process_that_dies_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_data, "examine", dies)
-    with pytest.raises(ValueError, match=r"a process died over an image not far behind a/00\.jpg"):
+    with pytest.raises(ValueError, match=r"a process died at an image shortly after a/00\.jpg"):
         check(find_images(str(folder)), workers=1, max_pixels=MAX_PIXELS)
 
 
@@ -189,7 +189,7 @@ def test_a_complete_layout_and_one_without_a_file(
 
 def test_layout_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, status, said in (
-        ([], 1, "no data is given: say --data DIR, the folder that holds sop"),
+        ([], 1, "no data is given: give --data DIR, the folder that holds sop"),
         ([str(folder), "--out", "bad.txt"], 2, "lists no broken images: leave out `out`"),
         (["--data", f"[{folder}]"], 2, "give one folder as data"),
     ):

@@ -1,23 +1,24 @@
-"""Public data sets as they are on disk after the official download: metric learning, landmarks, ImageNet.
+"""Public data sets as downloaded: metric learning, landmarks, ImageNet.
 
-    cub200    CUB_200_2011/               images.txt, images/<101.Name>/*.jpg       test: classes 101 to 200
-    cars196   cars196/                    cars_annos.mat, car_ims/*.jpg             test: classes 99 to 196
-    sop       Stanford_Online_Products/   Ebay_test.txt, <category>_final/*.JPG     test: Ebay_test.txt
-    inshop    Inshop_Clothes/             Eval/list_eval_partition.txt, Img/img/... query and gallery
-    folder    CLASS/IMAGE                 everything is test
-    roxford5k, rparis6k   <name>/         gnd_<name>.pkl or .json, jpg/*.jpg        database and queries
-    imagenet  {train,val}/CLASS/IMAGE
+    cub200    CUB_200_2011/               images.txt, images/<101.Name>/*.jpg       test: classes
+    101 to 200 cars196   cars196/                    cars_annos.mat, car_ims/*.jpg             test:
+    classes 99 to 196 sop       Stanford_Online_Products/   Ebay_test.txt, <category>_final/*.JPG
+    test: Ebay_test.txt inshop    Inshop_Clothes/             Eval/list_eval_partition.txt,
+    Img/img/... query and gallery folder    CLASS/IMAGE                 everything is test
+    roxford5k, rparis6k   <name>/         gnd_<name>.pkl or .json, jpg/*.jpg        database and
+    queries imagenet  {train,val}/CLASS/IMAGE
 
 The root is the folder that contains the named one, or the named one itself. The splits are those of
 metric learning, where training and test have different classes. For CUB and Cars this is not the
 official split, which divides the images of each class. The images are those that the lists name, in
-that order; other files are not used, and `check_layout` only counts them. Only the test part is read.
+that order; other files are not used, and `check_layout` only counts them. Only the test part is
+read.
 
-Missing or damaged files stop a reader. Counts that differ from the official ones are only reported, by
-`check_layout` and the evaluators, so a part of a data set can be used.
+Missing or damaged files stop a reader. Counts that differ from the official ones are only reported,
+by `check_layout` and the evaluators, so a part of a data set can be used.
 
-    layout.py   what a layout is            lists.py          data sets whose images are named by lists
-    classes.py  folder, imagenet            metric_learning.py  landmarks.py  ground_truth.py
+    layout.py   what a layout is            lists.py          data sets whose images are named by
+    lists classes.py  folder, imagenet            metric_learning.py  landmarks.py  ground_truth.py
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LAYOUTS: dict[str, Layout] = FINE_GRAINED | LANDMARKS | {IMAGENET.name: IMAGENET
 
 
 def check_layout(layout: str, root: str) -> Problems:
-    """Everything that is missing, damaged or differs in size from the official data set, one line each.
+    """Everything that is missing, damaged or not of the official size, one line each.
 
     layout: one of LAYOUTS. No image is opened. Problems that stop a reader come first, differing
     counts last. Images that no list names are in the `notes`.

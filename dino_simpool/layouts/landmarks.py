@@ -52,7 +52,7 @@ LANDMARKS = {
 
 
 class LenientImageSet(ImageSet):
-    """Images that may be truncated: missing rows become gray, with a warning, as in the published code."""
+    """Images that may be truncated. Missing rows become gray, with a warning, as published."""
 
     def read(self, index: int) -> Image.Image:
         """One image as RGB, cropped to its box, if any. ValueError if no part of it can be read."""

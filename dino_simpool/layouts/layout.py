@@ -39,7 +39,7 @@ class Layout:
     """
 
     def home(self, root: str) -> Path:
-        """The folder of the data set: the one with its name in root, or root itself if it has the content."""
+        """The folder of the data set: root/folder, or root itself if it has the content."""
         inside = Path(root, self.folder)
         return Path(root) if not inside.is_dir() and Path(root, self.content).exists() else inside
 

@@ -48,9 +48,9 @@ def listed_images(
 ) -> Parts:
     """The image set of each part.
 
-    chosen: (path below folder, class or "") for the images of each part.   source: the file that names
-    them.   named: all images that the lists of the data set name, also of other parts; none if unknown.
-    Missing files and paths that are listed twice are problems.
+    chosen: (path below folder, class or "") for the images of each part.   source: the file that
+    names them.   named: all images that the lists of the data set name, also of other parts; none
+    if unknown. Missing files and paths that are listed twice are problems.
     """
     there: dict[str, set[str]] = {}  # the files in each folder
     for path in (*named, *(path for pairs in chosen.values() for path, _ in pairs)):

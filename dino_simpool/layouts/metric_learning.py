@@ -16,15 +16,15 @@ def fine_grained(layout: str, root: str) -> tuple[ImageSet, ImageSet | None]:
     """The test images of a metric-learning data set, with labels: (queries, gallery).
 
     layout: cub200, cars196, sop, inshop or folder. The gallery is None if the queries are their own
-    gallery. Both sets have the same class numbers. ValueError, in one line, if something is missing or
-    damaged.
+    gallery. Both sets have the same class numbers. ValueError, in one line, if something is missing
+    or damaged.
     """
     parts = load(layout, root, FINE_GRAINED)
     return parts["queries"], parts.get("gallery")
 
 
 def _cub200(folder: Path, problems: Problems) -> Parts:
-    """The class number is at the front of the folder's name, so a part of the classes keeps its split."""
+    """The class number starts the folder's name, so a part of the classes keeps its split."""
     rows = read_table(folder / "images.txt", 2, problems)
     # Files ._<name> beside the images, left by macOS, are not images.
     paths = [path for _, path in rows if not path.rpartition("/")[2].startswith("._")]
