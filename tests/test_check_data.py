@@ -1,4 +1,4 @@
-"""The command check-data on folders of files that are whole, unusual and broken."""
+"""The command check-data on folders of intact, unusual and broken files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ NUM_IMAGES = 50
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifty images in two folders: one CMYK, two grey, one turned, three broken, the others plain and tiny."""
+    """Fifty images in two folders: one CMYK, two gray, one rotated, three broken, the others
+    ordinary and tiny."""
     root = tmp_path_factory.mktemp("checked")
     for number in range(NUM_IMAGES):
         write_image(root / "ab"[number % 2] / f"{number:02}.jpg", seed=number)
@@ -113,12 +114,12 @@ def test_two_processes_share_the_work(folder: Path, tmp_path: Path) -> None:
 
 
 def dies(source: str | bytes, *, max_pixels: int) -> Examined:
-    """A decoder that takes its process down."""
+    """A decoder that kills its process."""
     os.kill(os.getpid(), signal.SIGKILL)
     return Examined(1, 1, ())
 
 
-def test_a_process_that_dies_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_data, "examine", dies)
     with pytest.raises(ValueError, match=r"a process died at an image shortly after a/00\.jpg"):
         check(find_images(str(folder)), workers=1, max_pixels=MAX_PIXELS)
@@ -140,7 +141,7 @@ def test_parts_of_a_summary_add_up() -> None:
     assert whole.kinds == {"tiny": 2, "gray": 1} and whole.broken == {1: "it is empty", 4: "gone"}
 
 
-def test_many_broken_files_are_cut_short_and_any_name_is_shown() -> None:
+def test_a_long_list_is_cut_and_any_name_is_shown() -> None:
     rows = [(f"{number}.jpg", "it is empty") for number in range(22)]
     lines = describe(Summary(broken=dict.fromkeys(range(22), "it is empty")), rows, seconds=2.0).splitlines()
     assert lines[0] == "check-data: 22 images in 2.0 s, 11 images/s" and lines[1].split() == ["broken", "22"]
@@ -153,8 +154,8 @@ def test_many_broken_files_are_cut_short_and_any_name_is_shown() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_says_everything_that_is_missing(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Miniatures are smaller than the data sets; without one of their images they lack that too. Nothing is decoded."""
+def test_everything_that_a_layout_lacks_is_reported(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Miniatures lack images, because they are smaller than the data sets. Nothing is decoded."""
     root = BUILDERS[layout](tmp_path)
     for image in root.rglob("*"):
         if image.suffix.lower() in (".jpg", ".jpeg", ".png"):

@@ -1,4 +1,4 @@
-"""Sources, decoding and loaders, on files made here."""
+"""Sources, decoding and loaders, on files that are created here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def paths(images: data.ImageSet, root: Path) -> list[str]:
     return [os.path.relpath(images.path(i), root) for i in range(len(images))]
 
 
-# -- where images come from
+# -- sources
 
 
 def test_flat_folder(tmp_path):
@@ -124,7 +124,7 @@ def test_class_folder_equals_imagefolder(tmp_path):
     root = write_tree(tmp_path, *names)
     (root / ".hidden").mkdir()
     ours = class_folder(str(root))
-    (root / ".hidden").rmdir()  # ImageFolder would take it for a class
+    (root / ".hidden").rmdir()  # ImageFolder would treat it as a class
     theirs = datasets.ImageFolder(str(root))
     assert ours.classes == tuple(theirs.classes) and ours.labels.dtype == np.int64
     assert [(ours.path(i), ours.labels[i]) for i in range(len(ours))] == theirs.samples
@@ -193,7 +193,7 @@ def test_sets_without_classes_have_no_labels(tmp_path):
 
 def message(error: pytest.ExceptionInfo) -> str:
     text = str(error.value)
-    assert "\n" not in text and ":" in text  # one line: what was given and is allowed, then what to do
+    assert "\n" not in text and ":" in text  # one line: what is wrong, then what to do
     return text
 
 
@@ -247,7 +247,8 @@ def test_folder_without_permission(tmp_path):
 
 
 def png(path: Path, samples: np.ndarray) -> None:
-    """A PNG file of (H, W, C) samples of 8 or 16 bits, C = 1 to 4 (Pillow writes no 16-bit colour)."""
+    """A PNG file of (H, W, C) samples of 8 or 16 bits, C = 1 to 4 (Pillow cannot write 16-bit
+    color)."""
     height, width, channels = samples.shape
     bits = 8 * samples.itemsize
     rows = samples.astype(f">u{samples.itemsize}").reshape(height, -1)
@@ -280,12 +281,12 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_grey_and_bilevel(tmp_path):
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(grey).save(tmp_path / "l.png")
-    np.testing.assert_array_equal(pixels(tmp_path / "l.png"), grey[..., None].repeat(3, -1))
-    Image.fromarray(grey > 99).save(tmp_path / "1.png")
-    np.testing.assert_array_equal(pixels(tmp_path / "1.png")[..., 0], np.where(grey > 99, 255, 0))
+def test_gray_and_bilevel(tmp_path):
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(gray).save(tmp_path / "l.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "l.png"), gray[..., None].repeat(3, -1))
+    Image.fromarray(gray > 99).save(tmp_path / "1.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "1.png")[..., 0], np.where(gray > 99, 255, 0))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -308,13 +309,13 @@ def test_16_bit_tiff_is_scaled_and_not_clipped(tmp_path, channels, order):
 
 def test_8_bit_values_widened_to_16_bits_come_back(tmp_path):
     narrow = np.arange(256).reshape(16, 16, 1)
-    png(tmp_path / "grey.png", (narrow * 257).astype(np.uint16))
+    png(tmp_path / "gray.png", (narrow * 257).astype(np.uint16))
     png(tmp_path / "rgb.png", (narrow * 257).repeat(3, -1).astype(np.uint16))
-    for name in ("grey.png", "rgb.png"):
+    for name in ("gray.png", "rgb.png"):
         np.testing.assert_array_equal(pixels(tmp_path / name), narrow.repeat(3, -1))
 
 
-def test_transparent_pixels_are_laid_on_white(tmp_path):
+def test_transparent_pixels_are_composed_on_white(tmp_path):
     samples = np.zeros((2, 3, 4), np.uint8)
     samples[..., 0], samples[0, :, 3] = 200, (0, 255, 102)  # red; the second row and one pixel are fully transparent
     png(tmp_path / "rgba.png", samples)
@@ -325,7 +326,7 @@ def test_transparent_pixels_are_laid_on_white(tmp_path):
     assert np.abs(pixels(tmp_path / "la.png")[0].astype(int) - [[255] * 3, [200] * 3, [233] * 3]).max() <= 1
 
 
-def test_opaque_rgba_is_its_colour(tmp_path):
+def test_opaque_rgba_is_its_color(tmp_path):
     color = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     png(tmp_path / "x.png", np.concatenate([color, np.full((8, 8, 1), 255, np.uint8)], -1))
     np.testing.assert_array_equal(pixels(tmp_path / "x.png"), color)
@@ -343,7 +344,7 @@ def test_palette_with_and_without_transparency(tmp_path):
         assert pixels(tmp_path / name).tolist() == [[[255, 0, 0], [255, 255, 255], [0, 0, 255]]]
 
 
-def test_transparent_colour_of_an_rgb_file(tmp_path):
+def test_transparent_color_of_an_rgb_file(tmp_path):
     image = Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8))
     image.save(tmp_path / "x.png", transparency=(1, 2, 3))
     assert pixels(tmp_path / "x.png").tolist() == [[[255, 255, 255], [9, 9, 9]]]
@@ -358,7 +359,7 @@ def test_broken_files_are_named_in_one_line(tmp_path):
         cases[f"cut {name}"], cases[f"bent {name}"] = content[: len(content) // 2], content[:20] + b"\xff" * 500 + content[520:]
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        if name != "bent whole.jpg":  # bent, a JPEG may still decode
+        if name != "bent whole.jpg":  # a bent JPEG may still decode
             with pytest.raises(ValueError, match=f"{name} cannot be read") as error:
                 read_rgb(str(tmp_path / name))
             message(error)
@@ -462,7 +463,7 @@ def test_a_step_has_the_same_images_however_it_is_split():
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 9, 10])
-def test_batches_go_on_from_any_step(start):
+def test_batches_can_start_at_any_step(start):
     assert batches(start_step=start, accumulate=2, batch_size=4) == batches(accumulate=2, batch_size=4)[2 * start :]
 
 
@@ -485,11 +486,11 @@ def test_train_loader_yields_views_and_indices(images):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_no_bit(images, workers):
+def test_workers_do_not_change_a_bit(images, workers):
     assert_equal_items(collect(load(images, workers=workers)), collect(load(images)))
 
 
-def test_resumed_loader_goes_on_with_the_same_bits(images):
+def test_a_resumed_loader_gives_the_same_bits(images):
     assert_equal_items(collect(load(images, start_step=5, workers=2)), collect(load(images))[10:])
 
 
@@ -547,7 +548,8 @@ def test_workers_outlive_signals_meant_for_the_training_process(images, tmp_path
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="sender of a signal unknown")
 def test_workers_end_when_the_training_process_says_so(images):
-    # At exit after an error the traceback keeps the iterator alive; multiprocessing then terminates workers and waits for them.
+    # After an error the traceback keeps the iterator alive. multiprocessing terminates the workers
+    # and waits for them.
     items = iter(load(images, total_steps=6, workers=1))
     next(items)
     (worker,) = items._workers
@@ -559,7 +561,7 @@ def test_workers_end_when_the_training_process_says_so(images):
 
 
 class SignalAtOnce:
-    """Sends its own process what a scheduler sends to all processes of a job, and a terminal to all of a group."""
+    """Sends its own process the signals that schedulers and terminals send to all processes."""
 
     def __call__(self, image: Image.Image, *, seed: int, epoch: int, index: int) -> list[torch.Tensor]:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):

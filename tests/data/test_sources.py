@@ -1,4 +1,4 @@
-"""Archives as sources, and the index of large ones, on files made here. Folders and lists: test_data.py."""
+"""Archives as sources, and the index of large sources. Folders and lists: test_data.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dino_simpool.data.index import Index, Strings, open_index
 
 NAMES = ("b/2.jpg", "b/10.jpg", "a/z.PNG", "a/deep/er/q.jpg", "a/deep/p.jpg", "a-b/x.jpg", "B/ü #1.jpg")
 LONG = "c/" + "/".join(["long" * 20] * 4) + "/" + "name" * 40 + ".jpg"
-"""Beyond the 100 and the 255 characters of old tar headers."""
+"""Longer than the 100 and the 255 characters of old tar headers."""
 
 
 def image(seed: int, suffix: str = ".jpg") -> bytes:
@@ -58,7 +58,7 @@ def pack_tar(path: Path, root: Path, inside: str = "", *, form: int = tarfile.GN
 
 def pack_zip(path: Path, root: Path, inside: str = "", *, method: int = zipfile.ZIP_STORED) -> Path:
     with zipfile.ZipFile(path, "w", method) as archive:
-        for file in sorted(root.rglob("*"), reverse=True):  # folders too, in another order than the names
+        for file in sorted(root.rglob("*"), reverse=True):  # folders too, not in the order of the names
             archive.write(file, os.path.join(inside, file.relative_to(root)))
     return path
 
@@ -72,7 +72,7 @@ PACKERS: dict[str, Callable[[Path, Path, str], Path]] = {
 
 
 def tar_of(path: Path, *members: tuple[str, bytes | str], kind: bytes = tarfile.SYMTYPE) -> Path:
-    """An archive of members in this order: bytes are files, a str is a link to it."""
+    """An archive of members in this order: bytes are files, a str is the target of a link."""
     with tarfile.open(path, "w") as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)
@@ -101,7 +101,7 @@ def assert_same(ours: ImageSet, theirs: ImageSet) -> None:
 
 def message(error: pytest.ExceptionInfo) -> str:
     text = str(error.value)
-    assert "\n" not in text and ":" in text  # one line: what was given and is allowed, then what to do
+    assert "\n" not in text and ":" in text  # one line: what is wrong, then what to do
     return text
 
 
@@ -140,7 +140,7 @@ def test_an_archive_in_place_of_a_class_folder(tmp_path):
     pack_zip(tmp_path / "train.zip", root)
     write_tree(tmp_path / "other", "c/x.jpg")
     pack_tar(tmp_path / "train.tar", tmp_path / "other")
-    assert_same(class_folder(str(root)), expected)  # the folder itself goes first
+    assert_same(class_folder(str(root)), expected)  # the folder itself comes first
     kept = [root / name for name in names(expected)]
     shutil.rmtree(root)
     assert class_folder(str(root)).classes == ("c",) and class_folder(str(root)).root == f"{root}.tar"
@@ -208,7 +208,7 @@ def test_links_that_add_no_images_are_ignored_as_in_the_unpacked_folder(tmp_path
 
 
 def zip_with_links(path: Path, root: Path) -> Path:
-    """What `zip --symlinks` makes of a folder."""
+    """A folder packed as by `zip --symlinks`."""
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(root.rglob("*")):
             link = zipfile.ZipInfo(str(file.relative_to(root)))
@@ -220,7 +220,7 @@ def zip_with_links(path: Path, root: Path) -> Path:
     return path
 
 
-def test_hard_links_keep_what_they_were_made_of(tmp_path):
+def test_hard_links_keep_their_content(tmp_path):
     one, two = image(1), image(2)
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as archive:
@@ -231,7 +231,7 @@ def test_hard_links_keep_what_they_were_made_of(tmp_path):
             else:
                 member.size = len(content)
             archive.addfile(member, io.BytesIO(content) if isinstance(content, bytes) else None)
-    images = find_images(str(path))  # as tar unpacks it: it makes a file anew rather than to write into the one that is there
+    images = find_images(str(path))  # as tar unpacks it: it creates a new file and does not overwrite the old one
     assert dict(zip(names(images), contents(images), strict=True)) == {"a/1.jpg": two, "b/1.jpg": one}
 
 
@@ -286,7 +286,7 @@ def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path):
         with pytest.raises(ValueError, match=r"short\.tar cannot be read as an archive \(.*truncated") as error:
             find_images(str(tmp_path / "short.tar"))
         message(error)
-    (tmp_path / "short.tar").write_bytes(whole[:end] + bytes(512))  # one of the two blocks of zeros will do
+    (tmp_path / "short.tar").write_bytes(whole[:end] + bytes(512))  # one of the two blocks of zeros is enough
     assert len(find_images(str(tmp_path / "short.tar"))) == 2
     (tmp_path / "short.tar").write_bytes(whole[: second.offset] + b"x" * 512 + whole[second.offset + 512 :])
     with pytest.raises(ValueError, match="truncated or damaged"):
@@ -333,13 +333,13 @@ def test_sparse_members_and_devices_are_refused(tmp_path):
         message(error)
 
 
-def test_a_sparse_member_that_is_no_image_is_nobodys_business(tmp_path):
+def test_a_sparse_member_that_is_not_an_image_is_ignored(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         member = tarfile.TarInfo("index.db")
         member.type, member.size = tarfile.GNUTYPE_SPARSE, 0
         member.mode = 0o644
         header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
-        header[483:495] = b"%011o\0" % 50_000_000  # the apparent size, of which nothing is stored
+        header[483:495] = b"%011o\0" % 50_000_000  # the apparent size; nothing is stored
         header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
         archive.fileobj.write(header)
         archive.offset += len(header)
@@ -410,7 +410,7 @@ def test_damage_inside_names_the_image(tmp_path):
 
 
 def test_an_archive_replaced_by_one_of_the_same_size_is_refused(tmp_path):
-    """By whoever opens it from then on; what a process has open stays what it was."""
+    """Whoever opens it later refuses it; a process that has it open still reads the old one."""
     path, other = (tar_of(tmp_path / f"{seed}.tar", ("1.jpg", image(seed))) for seed in (0, 1))
     images, before = find_images(str(path)), os.stat(path)
     assert images.read_bytes(0) == image(0)
@@ -427,7 +427,7 @@ def test_an_archive_replaced_by_one_of_the_same_size_is_refused(tmp_path):
     assert images.read_bytes(0) == image(0)
 
 
-def test_an_archive_of_archives_is_told(tmp_path):
+def test_an_archive_of_archives_is_refused(tmp_path):
     inner = tar_of(tmp_path / "n01.tar", ("n01_1.jpg", image(0)))
     outer = tar_of(tmp_path / "all.tar", ("n01.tar", inner.read_bytes()))
     with pytest.raises(ValueError, match=r"all\.tar holds archives such as n01\.tar and no images: unpack it") as error:
@@ -449,11 +449,11 @@ def test_a_missing_file_is_named(tmp_path):
     message(error)
 
 
-def test_odd_entries_of_a_folder_end_nothing(tmp_path):
+def test_odd_entries_of_a_folder_do_no_harm(tmp_path):
     root = write_tree(tmp_path / "x", "a/1.jpg")
     (root / "a/loop.jpg").symlink_to("loop.jpg")
     (root / "a/round").symlink_to("round")
-    os.mkfifo(root / "a/pipe.jpg")  # reading it would wait for ever
+    os.mkfifo(root / "a/pipe.jpg")  # reading it would wait forever
     images = find_images(str(root))
     assert names(images) == ["a/1.jpg", "a/loop.jpg"]
     with pytest.raises(ValueError, match=r"loop\.jpg cannot be read as an image"):
@@ -476,14 +476,14 @@ def test_no_more_archives_stay_open_than_the_process_may_have_files(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_too_many_open_files_are_no_fault_of_an_image(tmp_path, monkeypatch):
+def test_too_many_open_files_are_not_a_broken_image(tmp_path, monkeypatch):
     images = find_images(str(write_tree(tmp_path, "1.jpg")))
 
     def refuse(*_args, **_options):
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(OSError, match="Too many open files"):  # and no BrokenImage, which a training would replace
+    with pytest.raises(OSError, match="Too many open files"):  # not a BrokenImage, which training would replace
         images.read_bytes(0)
 
 
@@ -533,14 +533,14 @@ def test_an_archive_in_a_class_folder_belongs_to_the_class(tmp_path):
     assert images.classes == ("n01", "n02") and names(images) == ["n01/x.tar/1.jpg", "n02/2.jpg"]
 
 
-def test_a_packed_copy_beside_its_folder_is_left_out(tmp_path, capsys):
+def test_a_packed_copy_beside_its_folder_is_skipped(tmp_path, capsys):
     root = write_tree(tmp_path, "images/1.jpg")
     pack_tar(root / "images.tar", root / "images")
     (root / "images.tar.gz").write_bytes(b"the same once more")
     assert names(find_images(str(root))) == ["images/1.jpg"] and "skipped" not in capsys.readouterr().err
 
 
-def test_compressed_archives_in_a_folder_are_told_of(tmp_path, capsys):
+def test_compressed_archives_in_a_folder_are_reported(tmp_path, capsys):
     (tmp_path / "more.tar.gz").write_bytes(b"")
     for source in (find_images, class_folder):
         with pytest.raises(ValueError, match=r"more\.tar\.gz is compressed"):
@@ -589,7 +589,7 @@ def test_threads_read_from_more_archives_than_stay_open(tmp_path, monkeypatch):
 
 
 def read_in_a_process(images: ImageSet) -> tuple[int, list[bytes], str, str]:
-    """What another process makes of a set that it was sent: how much was open, the content, the digest, the mapped file."""
+    """In another process: the number of open archives, the content, the digest, the mapped file."""
     opened = len(images._archives._open)
     return opened, contents(images), images.digest(), images.index.file
 
@@ -650,7 +650,10 @@ def test_crops_from_an_archive_are_those_from_its_folder(tmp_path, workers):
 
 @pytest.fixture
 def big(tmp_path, monkeypatch) -> Path:
-    """Every source counts as large, and 10 ms as long ago; the folder of the cache."""
+    """Every source counts as large, and 10 ms as a long time ago.
+
+    Returns the folder of the cache.
+    """
     monkeypatch.setattr(cache, "SMALL", 0)
     monkeypatch.setattr(scanning, "RECENT_NS", 10**7)
     monkeypatch.setenv("DINO_SIMPOOL_CACHE", str(tmp_path / ".cache"))
@@ -658,13 +661,13 @@ def big(tmp_path, monkeypatch) -> Path:
 
 
 def settle() -> None:
-    """Let the last change be some time ago. (A ctime cannot be set back.)"""
+    """Wait until the last change is some time ago. (A ctime cannot be set.)"""
     time.sleep(0.03)
 
 
 @pytest.fixture
 def scans(monkeypatch) -> list[str]:
-    """The sources that are listed in full from now on."""
+    """The sources that are listed in full after this call."""
     found: list[str] = []
     original = cache.scan
 
@@ -716,7 +719,7 @@ def test_the_cached_index_equals_the_listed_one(mixed, big, monkeypatch):
         find_images([str(mixed), str(mixed / "x.tar")]),
         class_folder(str(mixed), subset_per_class=1),
     ]
-    assert not big.exists()  # nothing is kept of small sources
+    assert not big.exists()  # small sources are not cached
     for ours, theirs in zip(cached, listed, strict=True):
         assert_same(ours, theirs)
 
@@ -736,7 +739,7 @@ def changes() -> dict[str, Callable[[Path], object]]:
 
 
 def unpack_into(root: Path) -> None:
-    """Add a file and set the time of its folder back, as tar, rsync and cp --archive do."""
+    """Add a file and restore the time of its folder, as tar, rsync and cp --archive do."""
     before = os.stat(root / "b")
     write_tree(root, "b/new.jpg")
     os.utime(root / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -756,7 +759,7 @@ def test_changes_of_a_source_are_noticed(mixed, big, scans, change, capsys):
     assert len(scans) == 2
 
 
-def test_an_edited_image_is_no_change(mixed, big, scans):
+def test_an_edited_image_does_not_change_the_index(mixed, big, scans):
     images = find_images(str(mixed))
     (mixed / "b/2.jpg").write_bytes(image(99))
     again = find_images(str(mixed))
@@ -792,7 +795,7 @@ def test_a_damaged_cache_is_not_used(mixed, big, scans, damage, capsys):
     assert names(find_images(str(mixed))) == expected and len(scans) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_told_of(mixed, big, scans, monkeypatch, capsys):
+def test_a_cache_that_cannot_be_written_is_reported(mixed, big, scans, monkeypatch, capsys):
     big.write_text("a file where the folder should be")
     for start in (1, 2):
         assert len(find_images(str(mixed))) == 9 and len(scans) == start
@@ -808,20 +811,23 @@ def test_a_cache_that_cannot_be_written_is_told_of(mixed, big, scans, monkeypatc
     assert "No space left on device" in capsys.readouterr().err and not list(big.with_name("full").glob("*.tmp"))
 
 
-def test_what_is_just_being_written_is_not_kept(mixed, big, scans, monkeypatch, capsys):
+def test_a_source_that_is_being_written_is_not_cached(mixed, big, scans, monkeypatch, capsys):
     pauses: list[float] = []
     monkeypatch.setattr(scanning, "RECENT_NS", cache.RECENT_NS)
     monkeypatch.setattr(time, "sleep", pauses.append)
     write_tree(mixed, "b/now.jpg")
     assert len(find_images(str(mixed))) == 10 and len(scans) == 2 and pauses == [2.0]
     assert "not cached" in capsys.readouterr().err and not list(big.glob("*.safetensors"))
-    # Later nothing changes any more.
+    # Later nothing changes.
     monkeypatch.setattr(time, "sleep", lambda seconds: monkeypatch.setattr(scanning, "RECENT_NS", 0))
     assert len(find_images(str(mixed))) == 10 and len(scans) == 4 and cache.cache_file(str(mixed)).exists()
 
 
 def build(root: str, folder: str) -> None:
-    """In a process of its own: index a source, and note who lists it; who lists waits until somebody waits for it."""
+    """In its own process: index a source and note who lists it.
+
+    The lister waits until another one waits.
+    """
     original = cache.scan
 
     def scan(root: str, **options) -> Index:
