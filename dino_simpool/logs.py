@@ -112,10 +112,10 @@ def progress(
 ) -> tqdm[Any]:
     """A progress bar with images/s and the time left. In a file it prints a line now and then.
 
-    total: None if it is unknown.   initial: done before this start; it does not count for the
-    speed. images_per_step: the bar counts steps of this many images, and stays. None: it counts
-    images, appears only if the work takes a while, and disappears at the end. shown: whether this
-    process shows the bar. None: only the main process does.
+    total: None if it is unknown.   initial: done before this start; not counted for the speed.
+    images_per_step: the bar counts steps of this many images, and stays. None: it counts images,
+    appears only if the work takes a while, and disappears at the end.
+    shown: whether this process shows the bar. None: only the main process does.
     """
     terminal, steps = sys.stderr.isatty(), images_per_step is not None
     interval = (0.2 if steps else 0.5) if terminal else (10.0 if steps else 30.0)
@@ -140,7 +140,7 @@ def progress(
 class _Bar(tqdm):
     """A tqdm bar whose format may contain images_rate.
 
-    In a file, where every drawing is a line, it draws on time only.
+    In a file, where every drawing is a line, a new text does not make it draw.
     """
 
     def __init__(self, *, images_per_step: int, redraws: bool, **options: Any):

@@ -57,8 +57,8 @@ class TooMany(Exception):
 class _Entry(NamedTuple):
     """One member of an archive.
 
-    link: the path inside that it points to.   hard: the link is another name for what is there so
-    far. refused: why its bytes cannot be read.
+    link: the path inside that it points to.   hard: the link is another name for an earlier member.
+    refused: why its bytes cannot be read.
     """
 
     name: str
@@ -97,7 +97,7 @@ def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Plac
             if entry.folder:
                 folders.add(name)
             elif name:
-                # A hard link keeps what its target is now. It may be to itself: `tar cf x.tar d d/a`.
+                # A hard link keeps what its target is now, perhaps itself (`tar cf x.tar d d/a`).
                 files[name] = files.get(_inside(entry.link), entry) if entry.hard else entry
     except (tarfile.TarError, zipfile.BadZipFile, RuntimeError, struct.error, EOFError, UnicodeDecodeError) as error:
         raise ValueError(

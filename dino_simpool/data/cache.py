@@ -54,9 +54,8 @@ def cache_file(root: str) -> Path:
     """The cache file of a source."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(os.environ.get("DINO_SIMPOOL_CACHE") or os.path.join(home, "dino_simpool")).absolute()
-    real = (
-        os.path.abspath(root) if is_list(root) else os.path.realpath(root)
-    )  # the paths of a list are relative to where it was given
+    # The paths in a list are relative to the place where it was given, not to its real path.
+    real = os.path.abspath(root) if is_list(root) else os.path.realpath(root)
     key = "\0".join([FORMAT, real, *IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES])
     return folder / f"{os.path.basename(real)}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.safetensors"
 

@@ -90,7 +90,10 @@ class Index:
     """The images of one source, below its base folder. It is a sequence of their paths."""
 
     names: Strings
-    """(M) paths of the images. In archives: ARCHIVE/PATH_INSIDE, or PATH_INSIDE if it is the source."""
+    """(M) paths of the images.
+
+    In archives: ARCHIVE/PATH_INSIDE, or PATH_INSIDE if it is the source.
+    """
     groups: Strings = field(default_factory=lambda: Strings.of([""]))
     """(C) top-level folders in the order of their images, also those without images.
 
@@ -106,7 +109,10 @@ class Index:
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     """(F, 2) int64: mtime in nanoseconds, and size in bytes (of folders: ctime in nanoseconds)."""
     members: np.ndarray = field(default_factory=lambda: np.zeros((0, MEMBER), np.int64))
-    """(M, MEMBER) int64: row of the archive in `watched`, or -1, and Place. No rows without archives."""
+    """(M, MEMBER) int64: row of the archive in `watched`, or -1, and Place.
+
+    No rows without archives.
+    """
     left_out: Strings = field(default_factory=lambda: Strings.of([]))
     """Compressed archives, which cannot be read."""
     file: str = ""
@@ -184,7 +190,7 @@ def open_index(path: str, sha256: str | None = None) -> Index:
             about = file.metadata()
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, not {FORMAT}")
-            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a dict)
         for array in arrays.values():
             array.flags.writeable = False
         names, groups, watched, left_out = (Strings(arrays[f"{name}.data"], arrays[f"{name}.starts"]) for name in _STRINGS)

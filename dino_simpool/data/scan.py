@@ -64,10 +64,7 @@ class _Listing:
     """What was found, by folder below the root."""
 
     images: dict[str, bytes] = field(default_factory=dict)
-    """Names of the image files, in UTF-8 and separated by "/".
-
-    A list would take four times the memory.
-    """
+    """Names of the image files in UTF-8, joined by "/". A list would take four times the memory."""
     members: dict[str, list[tuple[str, str, int, Place]]] = field(default_factory=dict)
     """Images in archives, by unpacked folder: name, path to show, row of the archive, place."""
     top: set[str] = field(default_factory=set)

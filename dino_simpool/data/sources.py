@@ -46,7 +46,7 @@ class ImageSet:
     classes: tuple[str, ...] = ()
     """Names of the class folders, sorted; empty without classes."""
     boxes: np.ndarray | None = None
-    """(M, 4) float left, top, right, bottom in pixels: what to read of each image. None: all of it."""
+    """(M, 4) float left, top, right, bottom in pixels: the part to read. None: whole images."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are refused."""
     exif_orientation: bool = False

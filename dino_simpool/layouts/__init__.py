@@ -1,24 +1,26 @@
 """Public data sets as downloaded: metric learning, landmarks, ImageNet.
 
-    cub200    CUB_200_2011/               images.txt, images/<101.Name>/*.jpg       test: classes
-    101 to 200 cars196   cars196/                    cars_annos.mat, car_ims/*.jpg             test:
-    classes 99 to 196 sop       Stanford_Online_Products/   Ebay_test.txt, <category>_final/*.JPG
-    test: Ebay_test.txt inshop    Inshop_Clothes/             Eval/list_eval_partition.txt,
-    Img/img/... query and gallery folder    CLASS/IMAGE                 everything is test
-    roxford5k, rparis6k   <name>/         gnd_<name>.pkl or .json, jpg/*.jpg        database and
-    queries imagenet  {train,val}/CLASS/IMAGE
+    cub200    CUB_200_2011/              images.txt, images/<101.Name>/*.jpg
+    cars196   cars196/                   cars_annos.mat, car_ims/*.jpg
+    sop       Stanford_Online_Products/  Ebay_test.txt, <category>_final/*.JPG
+    inshop    Inshop_Clothes/            Eval/list_eval_partition.txt, Img/img/...
+    folder                               CLASS/IMAGE
+    roxford5k, rparis6k   <name>/        gnd_<name>.pkl or .json, jpg/*.jpg
+    imagenet                             {train,val}/CLASS/IMAGE
 
-The root is the folder that contains the named one, or the named one itself. The splits are those of
-metric learning, where training and test have different classes. For CUB and Cars this is not the
-official split, which divides the images of each class. The images are those that the lists name, in
-that order; other files are not used, and `check_layout` only counts them. Only the test part is
-read.
+The root is the folder that contains the named one, or the named one itself. The test part is
+classes 101 to 200 of CUB, 99 to 196 of Cars, Ebay_test.txt of SOP, and all images of a folder;
+In-Shop has queries and a gallery, and the landmarks have queries and a database. These are the
+splits of metric learning, where training and test have different classes. For CUB and Cars this is
+not the official split, which divides the images of each class. The images are those that the lists
+name, in that order; other files are not used, and `check_layout` only counts them. Only the test
+part is read.
 
 Missing or damaged files stop a reader. Counts that differ from the official ones are only reported,
 by `check_layout` and the evaluators, so a part of a data set can be used.
 
-    layout.py   what a layout is            lists.py          data sets whose images are named by
-    lists classes.py  folder, imagenet            metric_learning.py  landmarks.py  ground_truth.py
+A layout is one `Layout` (layout.py), next to its reader: classes.py, metric_learning.py,
+landmarks.py. lists.py reads files that list images, ground_truth.py the files of landmarks.
 """
 
 from __future__ import annotations

@@ -18,10 +18,7 @@ def _read_folder(folder: Path, problems: Problems) -> Parts:
 
 
 def _read_imagenet(folder: Path, problems: Problems) -> Parts:
-    """Train and val, without labels.
-
-    Both must have the same class folders, without other images.
-    """
+    """Train and val, without labels. Both must have the same class folders and no other images."""
     parts, folders = {}, {}
     for split in ("train", "val"):
         root = folder_or_archive(str(folder / split))

@@ -23,8 +23,9 @@ import numpy as np
 
 KINDS = ("easy", "hard", "junk")
 MOST_BYTES = 2**24
-"""The largest pickle. Published files have less than 2**20 bytes; each byte may become an object of
-64 bytes.
+"""The largest pickle.
+
+Published files have less than 2**20 bytes. A byte may become 64 in memory.
 """
 MOST_PIXELS = 2**16
 """The longest side of an image; larger boxes are invalid. (JPEG has 16 bits for it.)"""
@@ -41,8 +42,9 @@ class GroundTruth:
     boxes: np.ndarray
     """(queries, 4) float64 left, top, right, bottom of the landmark in the query, in pixels."""
     relevant: list[dict[str, np.ndarray]]
-    """For each query, int64 numbers in `database` of its easy, hard and junk images. Others are
-    negatives.
+    """For each query, its easy, hard and junk images: int64 numbers in `database`.
+
+    Others are negatives.
     """
 
 

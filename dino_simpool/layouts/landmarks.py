@@ -17,7 +17,7 @@ from dino_simpool.layouts.lists import listed_images
 
 
 def landmarks(name: str, root: str) -> tuple[ImageSet, ImageSet, list[dict[str, np.ndarray]]]:
-    """ROxford or RParis: (database, queries with boxes, what is relevant to each query).
+    """ROxford or RParis: database, queries with boxes, and the images relevant to each query.
 
     name: roxford5k or rparis6k. The last is, for each query, {"easy", "hard", "junk"}: numbers of
     database images, int64; all other images are negatives. The order is that of the ground truth.

@@ -10,7 +10,7 @@ from dino_simpool.data.sources import ImageSet
 
 
 class Problems(list[str]):
-    """What is wrong with a data set, one line each. `notes` has what is only worth knowing."""
+    """What is wrong with a data set, one line each; in `notes` what is only useful to know."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,14 +5,14 @@ main_dino.py). Each view in this order: random resized crop (bicubic), horizonta
 in random order, grayscale, Gaussian blur, solarize, normalize. All random numbers are drawn first.
 The pixels are computed in one of two places, from the same random numbers:
 
-    CPU      loaders decode and make complete views; only normalization is done on the training
-    device device   loaders decode, crop and resize; the device does the rest on whole batches (for
-    GPUs)
+    CPU      loaders make complete views, and the training device only normalizes them
+    device   loaders decode, crop and resize, and the device does the rest on batches (for GPUs)
 
 Both transfer 8-bit views, a quarter of the bytes. An image is decoded once for all its views.
 
-    draw.py   the random numbers        pixels.py   one image on the CPU        batch.py   many
-    views on the device
+    draw.py     the random numbers
+    pixels.py   the operations on one image on the CPU
+    batch.py    the operations on many views on the device
 
 Letters: V views (global 1, global 2, then local ones), B images, S side of a view in pixels.
 """

@@ -2,8 +2,8 @@
 
 They run on any device. Like pixels.apply_colors: the same operations in the same order with the
 same numbers, but in float32 and without rounding to 8 bits after each one. Every step handles all
-views, and operations that a view skips become ones that change nothing (factor 1, kernel [0, 1,
-0]). So there are no branches, no waiting for the device, and torch.compile fuses the steps into few
+views. An operation that a view skips becomes one that changes nothing (factor 1, kernel [0, 1, 0]),
+so there are no branches and no waiting for the device, and torch.compile fuses the steps into few
 kernels.
 
 Color jitter applies four operations in any order. Three of them mix a view with black, its mean

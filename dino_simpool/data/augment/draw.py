@@ -76,7 +76,8 @@ def blur_kernel(sigma: float) -> np.ndarray:
 
     They come from three box filters of variance sigma^2 / 3 each. A box of radius l + a has 2 l + 1
     whole pixels and a fraction a of one more at each end (Gwosdek et al., Theoretical Foundations
-    of Gaussian Convolution by Extended Box Filtering, 2011). sigma: in pixels, above 0.
+    of Gaussian Convolution by Extended Box Filtering, 2011).
+    sigma: in pixels, above 0.
     """
     variance = sigma * sigma / 3
     whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
@@ -96,7 +97,7 @@ class ViewDraw:
     jitter: np.ndarray
     """(V,) bool: whether color jitter is applied."""
     factors: np.ndarray
-    """(V, 4) float32: factors of brightness, contrast, saturation (1: none), shift of hue (turns)."""
+    """(V, 4) float32: factors of brightness, contrast and saturation, and shift of hue in turns."""
     order: np.ndarray
     """(V, 4) int64: the order of these four operations; order[v, 0] is applied first."""
     grayscale: np.ndarray
