@@ -38,8 +38,7 @@ from dino_simpool.config import MAX_PIXELS
 
 TINY, LONG, HUGE = 32, 10, 50_000_000
 """Limits of `examine`: shorter side of tiny images, in pixels; longer side of long images, as a
-multiple of the shorter; pixels of huge images.
-"""
+multiple of the shorter; pixels of huge images."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -90,29 +90,21 @@ class Index:
     """The images of one source, below its base folder. It is a sequence of their paths."""
 
     names: Strings
-    """(M) paths of the images.
-
-    In archives: ARCHIVE/PATH_INSIDE, or PATH_INSIDE if it is the source.
-    """
+    """(M) paths of the images. In archives: ARCHIVE/PATH_INSIDE, or PATH_INSIDE if it is the
+    source."""
     groups: Strings = field(default_factory=lambda: Strings.of([""]))
-    """(C) top-level folders in the order of their images, also those without images.
-
-    "" is the group of images in no folder.
-    """
+    """(C) top-level folders in the order of their images, also those without images. "" is the
+    group of images in no folder."""
     counts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     """(C,) int64, the number of images in each group."""
     watched: Strings = field(default_factory=lambda: Strings.of([]))
-    """(F) paths whose change makes the index stale: archives and lists, then folders.
-
-    "" is the base folder itself.
-    """
+    """(F) paths whose change makes the index stale: archives and lists, then folders. "" is the
+    base folder itself."""
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     """(F, 2) int64: mtime in nanoseconds, and size in bytes (of folders: ctime in nanoseconds)."""
     members: np.ndarray = field(default_factory=lambda: np.zeros((0, MEMBER), np.int64))
-    """(M, MEMBER) int64: row of the archive in `watched`, or -1, and Place.
-
-    No rows without archives.
-    """
+    """(M, MEMBER) int64: row of the archive in `watched`, or -1, and Place. No rows without
+    archives."""
     left_out: Strings = field(default_factory=lambda: Strings.of([]))
     """Compressed archives, which cannot be read."""
     file: str = ""

@@ -23,10 +23,8 @@ import numpy as np
 
 KINDS = ("easy", "hard", "junk")
 MOST_BYTES = 2**24
-"""The largest pickle.
-
-Published files have less than 2**20 bytes. A byte may become 64 in memory.
-"""
+"""The largest pickle. Published files have less than 2**20 bytes. A byte may become 64 in
+memory."""
 MOST_PIXELS = 2**16
 """The longest side of an image; larger boxes are invalid. (JPEG has 16 bits for it.)"""
 
@@ -42,10 +40,8 @@ class GroundTruth:
     boxes: np.ndarray
     """(queries, 4) float64 left, top, right, bottom of the landmark in the query, in pixels."""
     relevant: list[dict[str, np.ndarray]]
-    """For each query, its easy, hard and junk images: int64 numbers in `database`.
-
-    Others are negatives.
-    """
+    """For each query, its easy, hard and junk images: int64 numbers in `database`. Others are
+    negatives."""
 
 
 def read_ground_truth(folder: Path, name: str) -> GroundTruth:

@@ -33,10 +33,8 @@ class Layout:
     content: str = ""
     """Something in this folder, by which the folder is recognized as the root."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """The official numbers of images of each part, and of `classes`.
-
-    If the queries are their own gallery, `queries` is the number of test images.
-    """
+    """The official numbers of images of each part, and of `classes`. If the queries are their own
+    gallery, `queries` is the number of test images."""
 
     def home(self, root: str) -> Path:
         """The folder of the data set: root/folder, or root itself if it has the content."""

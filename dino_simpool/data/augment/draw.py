@@ -24,8 +24,7 @@ CROP_NUMBERS = 2 * CROP_TRIES + 2
 """Uniform numbers per crop box: area and ratio for ten tries, then top and left."""
 NUM_UNIFORMS = CROP_NUMBERS + 14
 """Uniform numbers per view: its box; whether to flip, jitter, convert to grayscale, blur and
-solarize; four jitter factors; four sort keys for their order; the sigma of the blur.
-"""
+solarize; four jitter factors; four sort keys for their order; the sigma of the blur."""
 JITTER = ("brightness", "contrast", "saturation", "hue")
 """The operations of color jitter, in the numbering of ViewDraw.order and ViewDraw.factors."""
 
