@@ -115,7 +115,7 @@ class ImageSet:
             raise BrokenImage(self.path(index), f"its box {box} does not fit into {image.width} x {image.height} pixels")
         return image.crop(box)
 
-    def decoded(self, *, max_pixels: int, exif_orientation: bool) -> ImageSet:
+    def with_decoding(self, *, max_pixels: int, exif_orientation: bool) -> ImageSet:
         """The same images, with these settings of `read_rgb`."""
         return dataclasses.replace(self, max_pixels=max_pixels, exif_orientation=exif_orientation)
 

@@ -81,7 +81,7 @@ def main(cfg: ExtractConfig) -> None:
     if cfg.labels and len(sources) > 1:
         raise ValueError(f"labels need one folder of class folders, given {len(sources)} sources: leave labels out")
     images = class_folder(sources[0]) if cfg.labels else find_images(sources)
-    images = images.decoded(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
+    images = images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
     sources = [images.root] if cfg.labels else sources
     encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
     view = {"view": cfg.view, **preprocessing(encoder, EvalConfig(image_size=cfg.image_size, resize=cfg.resize))}

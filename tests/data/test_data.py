@@ -165,7 +165,7 @@ def test_labels_of_one_source_are_those_of_imagefolder(tmp_path, source):
     assert labels_and_classes(images) == (theirs.targets, tuple(theirs.classes)) and images.labels is None
     assert images.labels_of(np.array([6, 0, 6])).tolist() == [theirs.targets[i] for i in (6, 0, 6)]
     assert images.labels_of([]).shape == (0,)
-    again = pickle.loads(pickle.dumps(images)).decoded(max_pixels=9, exif_orientation=True)
+    again = pickle.loads(pickle.dumps(images)).with_decoding(max_pixels=9, exif_orientation=True)
     assert labels_and_classes(again) == labels_and_classes(images)
 
 

@@ -122,12 +122,12 @@ def test_an_image_set_reads_with_its_settings(tmp_path: Path) -> None:
     exif[ORIENTATION] = 8
     Image.fromarray(noise(5, 7)).save(tmp_path / "x.png", exif=exif)
     images = find_images(str(tmp_path))
-    turned = images.decoded(max_pixels=35, exif_orientation=True)
+    turned = images.with_decoding(max_pixels=35, exif_orientation=True)
     assert images.read(0).size == (7, 5) and turned.read(0).size == (5, 7)
     boxed = dataclasses.replace(turned, boxes=np.array([[1.0, 2.0, 4.0, 7.0]]))
     np.testing.assert_array_equal(np.asarray(boxed.read(0)), np.rot90(noise(5, 7))[2:7, 1:4])  # in the rotated image
     with pytest.raises(BrokenImage, match=r"x\.png cannot be read .*more than max_pixels 34"):
-        images.decoded(max_pixels=34, exif_orientation=False).read(0)
+        images.with_decoding(max_pixels=34, exif_orientation=False).read(0)
 
 
 # -- sizes

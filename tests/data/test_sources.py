@@ -374,7 +374,7 @@ def test_a_bomb_in_a_zip_is_refused_before_it_is_unpacked(tmp_path, monkeypatch)
         with pytest.raises(
             ValueError, match=r"x\.zip/1\.jpg cannot .*9,500,000 bytes, more than .* max_pixels; raise"
         ) as error:
-            images.decoded(max_pixels=1_000_000, exif_orientation=False).read_bytes(0)
+            images.with_decoding(max_pixels=1_000_000, exif_orientation=False).read_bytes(0)
         message(error)
 
 
