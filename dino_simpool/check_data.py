@@ -1,8 +1,8 @@
-"""The command check-data: decode every image of a data set as a training would, and say which cannot be read.
+"""The command check-data: decodes every image of a data set, and lists the broken ones.
 
-A training puts other images in the place of broken ones, an evaluation stops at the first; this finds all of them beforehand,
-with all cores, and counts what is unusual about the other images (decode.examine has the list). With a layout it says what a
-public data set lacks instead (data/layouts.py), in a second and without decoding.
+Training replaces broken images, and evaluation stops at the first one. This command finds all of
+them beforehand, with all cores, and counts unusual images (decode.examine has the list). With a
+layout it instead reports what a public data set lacks (layouts/), in a second and without decoding.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dino_simpool.layouts import check_layout
 from dino_simpool.logs import progress
 
 SHOWN = 20
-"""Broken images that are printed; a file has them all."""
+"""The number of broken images that are printed; a file lists all."""
 _BATCH = 32  # images that a worker takes at a time
 
 
 @dataclass(frozen=True, eq=False)
 class ExaminedImages(Dataset[tuple[int, Examined | str]]):
-    """The number of an image, and what it is or why it cannot be read."""
+    """(index, what the image is or why it cannot be read)."""
 
     images: ImageSet
     max_pixels: int
@@ -44,27 +44,27 @@ class ExaminedImages(Dataset[tuple[int, Examined | str]]):
 
 @dataclass
 class Summary:
-    """What was found in a data set, or in a part of it."""
+    """The findings in a data set, or in a part of it."""
 
     readable: int = 0
-    """Images that can be read."""
+    """The number of images that can be read."""
     widths: set[int] = field(default_factory=set)
-    """The least and the largest, in pixels; empty if no image can be read."""
+    """The smallest and the largest, in pixels; empty if no image can be read."""
     heights: set[int] = field(default_factory=set)
     kinds: Counter[str] = field(default_factory=Counter)
-    """Images of each unusual kind."""
+    """The number of images of each unusual kind."""
     broken: dict[int, str] = field(default_factory=dict)
-    """Why an image cannot be read, by its number."""
+    """By image number, why it cannot be read."""
 
     def add(self, index: int, found: Examined | str) -> None:
-        """Count one image."""
+        """Add one image."""
         if isinstance(found, str):
             self.broken[index] = found
         else:
             self.merge(Summary(1, {found.width}, {found.height}, Counter(found.kinds)))
 
     def merge(self, other: Summary) -> None:
-        """Count all of another part."""
+        """Add the findings of another part."""
         self.readable += other.readable
         self.widths, self.heights = _ends(self.widths | other.widths), _ends(self.heights | other.heights)
         self.kinds.update(other.kinds)
@@ -72,17 +72,18 @@ class Summary:
 
 
 def main(cfg: CheckDataConfig) -> None:
-    """Print how many images there are, what is unusual about them and which are broken. ValueError if there are broken ones.
+    """Print the number of images, what is unusual about them, and the broken ones.
 
-    Under torchrun or SLURM each process takes a part of the images.
+    Under torchrun or SLURM each process takes a part of the images. ValueError if images are
+    broken.
     """
     distributed.setup("cpu")
     if cfg.layout is not None:
-        assert isinstance(cfg.data, str), "the options say so"
+        assert isinstance(cfg.data, str), "checked by the options"
         return report_layout(cfg.layout, cfg.data)
     images = find_images(list(cfg.data) if isinstance(cfg.data, tuple) else cfg.data)
     if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
-        raise ValueError(f"{cfg.out} cannot be written, its folder does not exist: give another --out")
+        raise ValueError(f"{cfg.out} cannot be written because its folder does not exist: give another --out")
     started = time.monotonic()
     summary = check(images, workers=default_workers() if cfg.workers is None else cfg.workers, max_pixels=cfg.max_pixels)
     rows = [(images.name(index), reason) for index, reason in sorted(summary.broken.items())]
@@ -96,9 +97,12 @@ def main(cfg: CheckDataConfig) -> None:
 
 
 def report_layout(layout: str, root: str) -> None:
-    """Print what a public data set in `root` lacks, a line each, or that it is complete. ValueError if it lacks something."""
+    """Print what a public data set in `root` lacks, one line each, or that it is complete.
+
+    ValueError if it lacks something.
+    """
     if not root:
-        raise ValueError(f"no data is given: say --data DIR, the folder that holds {layout}")
+        raise ValueError(f"no data is given: give --data DIR, the folder that holds {layout}")
     problems = check_layout(layout, root)
     if distributed.is_main():
         whole = [f"check-data: {layout} in {root} is complete; no image was decoded"]
@@ -109,15 +113,20 @@ def report_layout(layout: str, root: str) -> None:
 
 
 def check(images: ImageSet, *, workers: int, max_pixels: int) -> Summary:
-    """What is in a set of images, on every process.
+    """Examine a set of images; every process gets the whole result.
 
-    workers: loader processes of this process.   ValueError if one of them dies, which no image should be able to bring about.
+    workers: loader processes of this process.   ValueError if one of them dies, which no image
+    should cause.
     """
     own = range(distributed.rank(), len(images), distributed.world_size())
     loader = DataLoader(
-        ExaminedImages(images, max_pixels), sampler=own, batch_size=_BATCH, num_workers=workers, collate_fn=list,
+        ExaminedImages(images, max_pixels),
+        sampler=own,
+        batch_size=_BATCH,
+        num_workers=workers,
+        collate_fn=list,
         worker_init_fn=start_worker,
-    )  # fmt: skip
+    )
     part, summary, index = Summary(), Summary(), 0
     try:
         with progress(len(loader), 0, "check-data", images_per_step=_BATCH * distributed.world_size()) as bar:
@@ -125,10 +134,10 @@ def check(images: ImageSet, *, workers: int, max_pixels: int) -> Summary:
                 for index, found in batch:
                     part.add(index, found)
                 bar.update()
-    except RuntimeError as error:  # of the loader, when one of its processes is gone
+    except RuntimeError as error:  # from the loader, if one of its processes is gone
         raise ValueError(
-            f"a process died over an image not far behind {images.name(index)} (no memory left, or a fault of the decoder): "
-            "give fewer --workers"
+            f"a process died at an image shortly after {images.name(index)} (out of memory, or a fault in the decoder): "
+            "use fewer --workers"
         ) from error
     for each in distributed.gather_objects(part):
         summary.merge(each)
@@ -136,7 +145,10 @@ def check(images: ImageSet, *, workers: int, max_pixels: int) -> Summary:
 
 
 def describe(summary: Summary, broken: list[tuple[str, str]], *, seconds: float) -> str:
-    """What is printed: counts, sizes, kinds, and the first of the broken images.   broken: names and what is wrong."""
+    """The text to print: counts, sizes, kinds, and the first broken images.
+
+    broken: names and what is wrong.
+    """
     total = summary.readable + len(broken)
     lines = [f"check-data: {total:,} images in {seconds:.1f} s, {total / max(seconds, 1e-9):.0f} images/s"]
     for side, sizes in (("width", summary.widths), ("height", summary.heights)):
@@ -144,7 +156,7 @@ def describe(summary: Summary, broken: list[tuple[str, str]], *, seconds: float)
             lines.append(f"  {side:<15} {min(sizes):,} to {max(sizes):,} pixels")
     lines += [f"  {kind:<15} {count:,}" for kind, count in summary.kinds.most_common()]
     lines.append(f"  {'broken':<15} {len(broken):,}")
-    encoding = sys.stdout.encoding or "utf-8"  # a name may hold what this output cannot show
+    encoding = sys.stdout.encoding or "utf-8"  # a name may have characters that this output cannot show
     lines += [f"{name}\t{reason}".encode(encoding, "backslashreplace").decode(encoding) for name, reason in broken[:SHOWN]]
     if len(broken) > SHOWN:
         lines.append(f"and {len(broken) - SHOWN:,} more: --out FILE lists all")

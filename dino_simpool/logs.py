@@ -1,11 +1,13 @@
-"""What a run tells while it goes: log.jsonl, TensorBoard, lines and a progress bar on the console. One writer for all of them.
+"""The log of a run (log.jsonl and TensorBoard), and console output: lines and progress bars.
 
-log.jsonl holds one JSON object per line. Each has a "kind" and the "step" (optimiser steps done) it was written at; lines of
-kind "epoch" also carry the zero-based "epoch" that ended, and use the field names of the published SimPool training, which
-existing tools read: train_loss, train_entropy, train_KL_div, train_lr, train_wd, "k-NN": {"10": {"top1": ..., "top5": ...}}.
+log.jsonl holds one JSON object per line. Each has a "kind" and the "step" (number of optimizer
+steps) at which it was written. Lines of kind "epoch" also have the zero-based "epoch" that ended,
+and use the field names of the published SimPool training, which existing tools read: train_loss,
+train_entropy, train_KL_div, train_lr, train_wd, "k-NN": {"10": {"top1": ..., "top5": ...}}.
 
-A resumed run goes back to the step of its checkpoint, so the lines beyond it are dropped first. For the file to equal that of
-an uninterrupted run (after removing TIMING_FIELDS), the lines of a step are written before the checkpoint of that step.
+A resumed run starts at the step of its checkpoint, so later lines are dropped first. The lines of a
+step are written before the checkpoint of that step, so the file equals that of an uninterrupted run
+(after removing TIMING_FIELDS).
 """
 
 from __future__ import annotations
@@ -35,14 +37,15 @@ TIMING_FIELDS: frozenset[str] = frozenset(
         "max_mem",
     }
 )
-"""Fields of log.jsonl that differ between two runs that are equal otherwise."""
+"""Fields of log.jsonl that differ between two otherwise equal runs."""
 
 
 class RunLog:
     """Writes OUT/log.jsonl and OUT/tensorboard.
 
-    resume_step: optimiser steps done when the run goes on; 0 starts an empty log.   resume_epoch: epochs whose line belongs to
-    the log then.   enabled: False on all but the main process, which alone writes.   ValueError if an old line is broken.
+    resume_step: optimizer steps of the checkpoint; 0 starts an empty log.   resume_epoch: number of
+    epochs whose lines are kept.   enabled: False on all but the main process, the only one that
+    writes.   ValueError if an old line is damaged.
     """
 
     def __init__(
@@ -56,33 +59,33 @@ class RunLog:
         _truncate(path, step=resume_step, epoch=resume_epoch)
         self._file = open(path, "ab")  # noqa: SIM115 (open until close())
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # lazy: a second of import that most processes never need
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and most processes do not need it
 
-            purge = resume_step + 1 if resume_step else 0  # hides what an interrupted run wrote beyond its checkpoint
+            purge = resume_step + 1 if resume_step else 0  # hides what an interrupted run wrote after its checkpoint
             self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line (NaN and infinities as null) and show its numbers in TensorBoard as kind/name.
+        """Append one line, and send its numbers to TensorBoard as kind/name.
 
-        record: plain values, with "kind" and "step" at least.
+        record: plain values, including "kind" and "step". NaN and infinity become null.
         """
         if self._file is None:
             return
         line = json.dumps(_finite({"kind": record["kind"], "step": record["step"]} | record), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint on the disk must never be ahead of the log
+        os.fsync(self._file.fileno())  # a checkpoint on disk must never be ahead of the log
         if self._tensorboard is not None:
             for name, value in _numbers(record):
                 self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def image(self, tag: str, image: Any, step: int) -> None:
-        """Show an image in TensorBoard: (3, H, W) array or tensor, uint8, or float in 0..1."""
+        """Send an image to TensorBoard: (3, H, W) array or tensor, uint8, or float in 0..1."""
         if self._tensorboard is not None:
             self._tensorboard.add_image(tag, image, step)
 
     def close(self) -> None:
-        """End both files; the log may be opened again by a new RunLog."""
+        """Close both files. A new RunLog may open them again."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._file is not None:
@@ -91,21 +94,24 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line that a crash left incomplete is not one.
+    """The records of a log.jsonl. A last line that a crash left incomplete is skipped.
 
-    ValueError if another line is not a JSON object.
+    ValueError if any other line is not a JSON object.
     """
     return [record for _, record in _lines(Path(path))]
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, on the main process only and without tearing the progress bar."""
+    """Print a line on stderr, on the main process only and without breaking a progress bar."""
     if distributed.is_main():
         tqdm.write(text, file=sys.stderr)
 
 
 def text_table(rows: Sequence[Sequence[str]], *, rule: bool = False) -> str:
-    """Lines of left-aligned columns, each as wide as its longest cell. rule: draw a line under the first row."""
+    """Lines of left-aligned columns, each as wide as its longest cell.
+
+    rule: draw a line under the first row.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if rule:
@@ -113,49 +119,61 @@ def text_table(rows: Sequence[Sequence[str]], *, rule: bool = False) -> str:
     return "\n".join(lines)
 
 
-def progress(total: int, initial: int, desc: str, *, images_per_step: int = 1) -> tqdm[Any]:
-    """A bar over steps with the time left and images/s; silent except on the main process.
+def progress(
+    total: int | None, initial: int, desc: str, *, images_per_step: int | None = None, shown: bool | None = None
+) -> tqdm[Any]:
+    """A progress bar with images/s and the time left. In a file it prints a line now and then.
 
-    On a terminal it redraws in place; in a file it is a line every 10 seconds or more.
+    total: None if it is unknown.   initial: done before this start; not counted for the speed.
+    images_per_step: the bar counts steps of this many images, and stays. None: it counts images,
+    appears only if the work takes a while, and disappears at the end.
+    shown: whether this process shows the bar. None: only the main process does.
     """
-    terminal = sys.stderr.isatty()
+    terminal, steps = sys.stderr.isatty(), images_per_step is not None
+    interval = (0.2 if steps else 0.5) if terminal else (10.0 if steps else 30.0)
+    counted = f"{{percentage:3.0f}}% |{{bar:20}}| {{n_fmt}}/{{total_fmt}} {'steps' if steps else 'images'}, {{remaining}} left"
     return _Bar(
         total=total,
         initial=initial,
         desc=desc,
-        images_per_step=images_per_step,
+        images_per_step=images_per_step or 1,
         redraws=terminal,
-        disable=not distributed.is_main(),
+        disable=not (distributed.is_main() if shown is None else shown),
         file=sys.stderr if terminal else _Lines(),
-        mininterval=0.2 if terminal else 10.0,
-        maxinterval=10.0,
+        delay=0 if steps else interval,
+        mininterval=interval,
+        maxinterval=max(interval, 10.0),
+        leave=steps,
         dynamic_ncols=terminal,
-        bar_format="{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps, {remaining} left, {images_rate}{postfix}",
+        bar_format=f"{{desc}}: {counted if total is not None else '{n_fmt} images'}, {{images_rate}}{{postfix}}",
     )
 
 
 class _Bar(tqdm):
-    """A tqdm bar whose format may name images_rate, and that draws on its own time only where each drawing stays."""
+    """A tqdm bar whose format may contain images_rate.
+
+    In a file, where every drawing is a line, a new text does not make it draw.
+    """
 
     def __init__(self, *, images_per_step: int, redraws: bool, **options: Any):
-        self.images_per_step, self.redraws = images_per_step, redraws  # before the first drawing, which super() does
+        self.images_per_step, self.redraws = images_per_step, redraws  # before the first drawing, in super()
         super().__init__(**options)
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """The fields of bar_format: those of tqdm and images_rate."""
+        """The fields of bar_format: those of tqdm, and images_rate."""
         fields: dict[str, Any] = dict(super().format_dict)
         done, elapsed = fields["n"] - fields["initial"], fields["elapsed"]
         rate = fields["rate"] or (done / elapsed if elapsed else 0)
         return fields | {"images_rate": f"{rate * self.images_per_step:.0f} images/s"}
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
-        """Set the text at the end of the line; tqdm puts a comma before it."""
+        """Set the text at the end of the line, after a comma."""
         super().set_postfix_str(s, refresh and self.redraws)
 
 
 class _Lines:
-    """stderr for a bar when it is a file: new lines in place of returns to the start of the line."""
+    """Writes a bar to stderr as separate lines, without carriage returns."""
 
     def write(self, text: str) -> None:
         line = text.replace("\r", "").strip()
@@ -167,7 +185,7 @@ class _Lines:
 
 
 def _truncate(path: Path, *, step: int, epoch: int) -> None:
-    """Drop the lines beyond the resumed step (all for step 0), all at once or not at all."""
+    """Drop the lines after the resumed step (all lines for step 0), atomically."""
     if not path.exists():
         return
     kept = [
@@ -184,7 +202,10 @@ def _truncate(path: Path, *, step: int, epoch: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines with their records, without a last line that is incomplete because the process died while writing it."""
+    """The lines with their records.
+
+    A last line that is incomplete, because the process died, is skipped.
+    """
     lines = path.read_bytes().splitlines()
     for i, line in enumerate(lines):
         record = _parse(line)
@@ -203,7 +224,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for every NaN and infinity, which JSON does not have."""
+    """The value with None for every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(v) for name, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -212,7 +233,7 @@ def _finite(value: Any) -> Any:
 
 
 def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers of a record with their names, nested ones as outer/inner."""
+    """The finite numbers of a record with their names; nested names are outer/inner."""
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}/")

@@ -1,12 +1,15 @@
-"""The embedded data set: images of ten kinds of objects on clutter, made from a seed, with class, box and mask for each.
+"""The embedded data set: ten kinds of objects on clutter, drawn from a seed.
 
-It exists so that training, evaluation and attention maps can be tried on any machine without a download, on images made like
-those of real categories: an object of class-typical outline and inner structure, in varied pose, size, place, palette and
-light, in front of fragments that belong to no class. What two crops of one image share is what self-distillation learns. So
-whatever tells single images apart (colours, light, fragments) is either removed by the augmentation or drawn from one
-distribution for all images, and no colour, brightness or area belongs to a class. Only numpy and Pillow are needed.
+Each image has a class, a box and a mask. The set lets training, evaluation and attention maps be
+tried on any machine without a download. The images resemble those of real categories: an object
+with the outline and inner structure of its class, in varied pose, size, place, palette and light,
+in front of fragments that belong to no class. Self-distillation learns what two crops of one image
+share. So everything that distinguishes single images (colors, light, fragments) is either removed
+by the augmentation or drawn from one distribution for all images, and no color, brightness or area
+belongs to a class. Needs only numpy and Pillow.
 
-Letters: S side of the image in pixels; x, y object coordinates (the object reaches to about 1), r, a the same in polar form.
+Letters: S side of the image in pixels; x, y object coordinates (the object reaches to about 1); r,
+a the same in polar form.
 """
 
 from __future__ import annotations
@@ -28,23 +31,23 @@ from dino_simpool.config import SyntheticConfig
 
 Field = np.ndarray
 Region = Callable[[Field, Field, Field, Field], Field]
-"""Which points belong to it: (x, y, r, a) -> bool, all of one shape."""
+"""Which points belong to a region: (x, y, r, a) -> bool, all of one shape."""
 Structure = Callable[[Field, Field, Field, Field, float], Field]
-"""The same with a phase (0 to 2 pi) by which the pattern is shifted."""
+"""The same with a phase (0 to 2 pi) that shifts the pattern."""
 
 FIRST_VAL_NUMBER = 1_000_000
-"""Images of val are numbered from here, so that no drawing is ever in train and val both."""
+"""Images of val are numbered from here, so train and val have no image in common."""
 AREA = (0.12, 0.24)
-"""Share of the image that an object is drawn to cover."""
+"""Range of the fraction of the image that an object covers."""
 ROTATION = 0.5
-"""Largest turn of an object to either side in radians."""
+"""Largest rotation of an object in either direction, in radians."""
 DARK, LIGHT = 0.2, 0.8
-"""Brightness of the two colours of an object, whichever comes first, and of the fragments."""
+"""Brightness of the two colors of an object, in either order, and of the fragments."""
 FRAGMENTS = 6
 """Pieces of clutter in each image."""
 GRID_STEP = 0.04
 FORMAT = 1
-"""Raised when the same settings would give other pixels."""
+"""Increased when the same settings would give other pixels."""
 
 
 def _star(x: Field, y: Field, r: Field, a: Field) -> Field:
@@ -61,8 +64,9 @@ def _zigzag(x: Field) -> Field:
 
 
 SHAPES: dict[str, tuple[Region, Structure]] = {
-    # name: (outline, structure, painted in the second colour where it holds: about half of the object, so that the two colours
-    # average to the ground and only the pattern tells the class; fine enough to be seen in every local crop)
+    # name: (outline, structure). The second color is painted where the structure is true. This is
+    # about half of the object, so the two colors average to the ground and only the pattern shows
+    # the class. It is fine enough to be seen in every local crop.
     "chessboard": (
         lambda x, y, r, a: np.maximum(np.abs(x), np.abs(y)) < 0.8,
         lambda x, y, r, a, p: np.sin(10 * x + p) * np.sin(10 * y + p) > 0,
@@ -86,51 +90,57 @@ SHAPES: dict[str, tuple[Region, Structure]] = {
     "spiral": (lambda x, y, r, a: r < 0.95, lambda x, y, r, a, p: np.sin(2 * a + 14 * r + p) > 0),
     "star": (_star, lambda x, y, r, a, p: np.sin(5 * a + p) > 0),
 }
-"""The classes, in the sorted order that class folders get."""
+"""The classes, sorted like class folders."""
 
 
 @functools.cache
 def _outline_points(class_id: int) -> np.ndarray:
-    """Points (n, 2) of a grid with steps of GRID_STEP that lie inside the outline of a class."""
+    """(n, 2): points of a grid with steps of GRID_STEP inside the outline of a class."""
     x, y = np.meshgrid(*[np.arange(-1.3, 1.3, GRID_STEP)] * 2)
     outline, _ = list(SHAPES.values())[class_id]
     inside = outline(x, y, np.hypot(x, y), np.arctan2(y, x))
     return np.stack([x[inside], y[inside]], axis=1)
 
 
-def _colour(rng: np.random.Generator, value: float) -> tuple[float, ...]:
-    """A colour of any hue, RGB in 0..255, about as bright as `value` (0..1)."""
+def _color(rng: np.random.Generator, value: float) -> tuple[float, ...]:
+    """A color of any hue, RGB in 0..255, with a brightness of about `value` (0..1)."""
     hue, saturation, shift = rng.uniform((0, 0, -0.1), (1, 0.3, 0.1))
     return tuple(255 * c for c in colorsys.hsv_to_rgb(hue, saturation, min(1.0, value + shift)))
 
 
 def _clutter(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Background (side, side, 3) in 0..255: uneven ground under strokes, arcs, corners and splinters, alike in all images."""
+    """Background (side, side, 3) in 0..255, of one kind for all images.
+
+    Uneven ground under strokes, arcs, corners and splinters.
+    """
     noise = rng.normal(0, 1, (10, 10))
     noise = np.clip(128 + 20 * (noise - noise.mean()) / noise.std(), 0, 255).astype(np.uint8)
     canvas = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
     draw = ImageDraw.Draw(canvas)
     for _ in range(FRAGMENTS):
-        colour = tuple(int(c) for c in _colour(rng, DARK if rng.uniform() < 0.5 else LIGHT))
+        color = tuple(int(c) for c in _color(rng, DARK if rng.uniform() < 0.5 else LIGHT))
         x, y, length, angle, slant = rng.uniform((0, 0, 0.05, 0, 0.3), (1, 1, 0.13, 2 * math.pi, 1)) * (side, side, side, 1, 1)
         width = max(1, round(side * rng.uniform(0.02, 0.05)))
         dx, dy = length * math.cos(angle), length * math.sin(angle)
         start, end, third = (x + dx, y + dy), (x - dx, y - dy), (x + slant * dy, y - slant * dx)
         match rng.integers(4):
             case 0:
-                draw.line([start, end], colour, width)
+                draw.line([start, end], color, width)
             case 1:
-                draw.line([start, (x, y), third], colour, width)
+                draw.line([start, (x, y), third], color, width)
             case 2:
-                draw.polygon([start, end, third], colour)
+                draw.polygon([start, end, third], color)
             case _:
                 turn = math.degrees(angle)
-                draw.arc([x - length, y - length, x + length, y + length], turn, turn + 150, colour, width)
+                draw.arc([x - length, y - length, x + length, y + length], turn, turn + 150, color, width)
     return np.array(canvas, np.float32)
 
 
 def _pose(rng: np.random.Generator, class_id: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Matrix (2, 2) from object coordinates to pixels and the place (2,) of the object's origin, all of it inside the image."""
+    """(2, 2) matrix from object coordinates to pixels, and (2,) position of the origin.
+
+    The whole object is inside the image.
+    """
     points = _outline_points(class_id)
     angle, shear, stretch = rng.uniform((-ROTATION, -0.15, -0.1), (ROTATION, 0.15, 0.1))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -139,16 +149,17 @@ def _pose(rng: np.random.Generator, class_id: int, side: int) -> tuple[np.ndarra
     matrix *= side * math.sqrt(rng.uniform(*AREA) / (len(points) * GRID_STEP**2))
     reach = points @ matrix.T
     low, high = reach.min(0), reach.max(0)
-    fit = min(1.0, 0.96 * side / (high - low).max())  # a long object that would stick out is drawn smaller
+    fit = min(1.0, 0.96 * side / (high - low).max())  # a long object that would not fit is drawn smaller
     matrix, low, high = fit * matrix, fit * low, fit * high
     slack = 0.96 * side - (high - low)
     return matrix, 0.02 * side - low + rng.uniform(0, 1, 2) * slack
 
 
 def draw_image(seed: int, class_id: int, number: int, *, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image `number` of class `class_id`: rgb (S, S, 3) uint8 and the object's mask (S, S) bool; same arguments, same image.
+    """Image `number` of class `class_id`: rgb (S, S, 3) uint8 and the object's mask (S, S) bool.
 
-    Raises ValueError for a class that does not exist, a negative seed or number, and a size under 16 pixels.
+    The same arguments give the same image. ValueError for a class that does not exist, a negative
+    seed or number, or a size below 16 pixels.
     """
     if not 0 <= class_id < len(SHAPES) or min(seed, number) < 0 or size < 16:
         raise ValueError(
@@ -156,7 +167,7 @@ def draw_image(seed: int, class_id: int, number: int, *, size: int) -> tuple[np.
             f"{len(SHAPES) - 1}, a seed and a number of 0 or more, and a size of 16 or more"
         )
     rng = np.random.default_rng((seed, class_id, number))
-    side = 2 * size  # drawn twice as large and averaged, so that edges are smooth
+    side = 2 * size  # drawn at twice the size and averaged, for smooth edges
     image = _clutter(rng, side)
     matrix, origin = _pose(rng, class_id, side)
     row, column = np.mgrid[:side, :side].astype(np.float32) + np.float32(0.5)
@@ -167,8 +178,8 @@ def draw_image(seed: int, class_id: int, number: int, *, size: int) -> tuple[np.
     outline, structure = list(SHAPES.values())[class_id]
     body = outline(x, y, r, a)
     first, second = (DARK, LIGHT) if rng.uniform() < 0.5 else (LIGHT, DARK)
-    image[body] = _colour(rng, first)
-    image[body & structure(x, y, r, a, rng.uniform(0, 2 * math.pi))] = _colour(rng, second)
+    image[body] = _color(rng, first)
+    image[body & structure(x, y, r, a, rng.uniform(0, 2 * math.pi))] = _color(rng, second)
     angle, slope, exposure = rng.uniform((0, 0, 0.8), (2 * math.pi, 0.2, 1.2))
     across = column[0] / side - 0.5
     image *= exposure * (1 + slope * (math.cos(angle) * across + math.sin(angle) * across[:, None]))[..., None]
@@ -184,11 +195,12 @@ def _halve(field: np.ndarray) -> np.ndarray:
 def write_dataset(
     folder: str | Path, *, seed: int = 0, classes: int = 10, train_per_class: int = 300, val_per_class: int = 60, size: int = 40
 ) -> None:
-    """Write the image tree {train,val}/<class>/<name>.png, masks/ of the same shape, and annotations.json with class and box.
+    """Write {train,val}/<class>/<name>.png, masks/ of the same form, and annotations.json.
 
-    A box is (x0, y0, x1, y1) in pixels, x1 and y1 exclusive. The tree appears under its name only when it is complete. A folder
-    that already holds the set with the same settings is left as it is, and that is said; any other that is not empty raises
-    ValueError, as do settings that are out of range.
+    The annotations are the class and box of each image. A box is (x0, y0, x1, y1) in pixels, x1 and
+    y1 exclusive. The folder gets its name only when it is complete. A folder that already holds the
+    set with the same settings is kept, with a message. Any other folder that is not empty raises
+    ValueError, and so do settings out of range.
     """
     folder = Path(folder)
     if not 1 <= classes <= len(SHAPES) or not 0 < train_per_class <= FIRST_VAL_NUMBER or val_per_class < 0:
@@ -238,7 +250,7 @@ def _write_class(tree: Path, split: str, class_id: int, numbers: range, *, seed:
 
 
 def _settings_of(folder: Path) -> object:
-    """The settings of the set in a folder, or None if no set is there."""
+    """The settings of the set in a folder, or None if there is no set."""
     try:
         return json.loads((folder / "annotations.json").read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -248,5 +260,5 @@ def _settings_of(folder: Path) -> object:
 def main(cfg: SyntheticConfig) -> None:
     """The command synthetic. ValueError if no folder is given, or it holds something else."""
     if not cfg.out:
-        raise ValueError("no folder is given: say `dino-simpool synthetic DIR`")
+        raise ValueError("no folder is given: use `dino-simpool synthetic DIR`")
     write_dataset(cfg.out, seed=cfg.seed, train_per_class=cfg.train_per_class, val_per_class=cfg.val_per_class, size=cfg.size)

@@ -171,10 +171,13 @@ def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
     keep_freed_memory()
     roots = [cfg.data.root] if isinstance(cfg.data.root, str) else list(cfg.data.root)
     decoding: dict[str, Any] = {"max_pixels": cfg.data.max_pixels, "exif_orientation": cfg.data.exif_orientation}
-    images = find_images(roots, subset_per_class=cfg.data.subset_per_class).decoded(**decoding)
+    images = find_images(roots, subset_per_class=cfg.data.subset_per_class).with_decoding(**decoding)
     knn_sets = None
     if cfg.run.knn_train and cfg.run.knn_val:
-        knn_sets = (class_folder(cfg.run.knn_train).decoded(**decoding), class_folder(cfg.run.knn_val).decoded(**decoding))
+        knn_sets = (
+            class_folder(cfg.run.knn_train).with_decoding(**decoding),
+            class_folder(cfg.run.knn_val).with_decoding(**decoding),
+        )
     _images_of_one_pass(cfg)
     learner = build_learner(cfg, images, device)
     sizes = {cfg.crops.global_size, cfg.model.image_size} | ({cfg.crops.local_size} if cfg.crops.num_local else set())

@@ -1,7 +1,8 @@
-"""Miniatures of the public data sets, in their real layout, file names and formats, with a few tiny images.
+"""Miniatures of the public data sets: their real layout, file names and formats, a few tiny images.
 
-Each `write_*` takes the folder that shall hold the data set's own folder and returns it. Images of one class or landmark have
-one colour, so that nearest neighbours can be foreseen; what the lists say is beside each builder.
+Each `write_*` takes the folder to create the data set's own folder in, and returns it. Images of
+one class or landmark have one color, so the nearest neighbors are known. The content of the lists
+is beside each builder.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from PIL import Image
 from scipy.io import savemat
 
 
-def write_image(path: Path, colour: str, *, seed: int = 0, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> None:
-    """Noise around the colour that belongs to a word, size (width, height)."""
+def write_image(path: Path, color: str, *, seed: int = 0, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> None:
+    """Noise around a color that depends on the word `color`.   size: (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    centre = np.random.default_rng(list(colour.encode())).integers(50, 206, 3)
+    center = np.random.default_rng(list(color.encode())).integers(50, 206, 3)
     noise = np.random.default_rng(seed).integers(-20, 21, (size[1], size[0], 3))
-    Image.fromarray((centre + noise).clip(0, 255).astype(np.uint8)).convert(mode).save(path)
+    Image.fromarray((center + noise).clip(0, 255).astype(np.uint8)).convert(mode).save(path)
 
 
 CUB = {
@@ -29,19 +30,22 @@ CUB = {
     "100.Brown_Pelican": 1,
     "101.White_Pelican": 3,
     "150.Sage_Thrasher": 2,
-    "200.Common_Yellowthroat": 1,  # alone in its class: it can find nobody
+    "200.Common_Yellowthroat": 1,  # alone in its class: it has no positive
 }
 """Images of each class; the last three classes are test."""
 
 
 def write_cub200(root: Path) -> Path:
-    """CUB-200-2011 with a grey image and the `._` files that macOS left in the archive. Test: 6 images, labels 0 0 0 1 1 2."""
+    """CUB-200-2011 with a gray image and `._` files of macOS.
+
+    Test: 6 images, labels 0 0 0 1 1 2.
+    """
     folder, lines = root / "CUB_200_2011", []
     for label, (name, count) in enumerate(CUB.items()):
         for i in range(count):
             file = f"{name}/{name.partition('.')[2]}_{i + 1:04d}_{700 + i}.jpg"
-            grey = name.startswith("150") and i == 1
-            write_image(folder / "images" / file, name, seed=len(lines), mode="L" if grey else "RGB")
+            gray = name.startswith("150") and i == 1
+            write_image(folder / "images" / file, name, seed=len(lines), mode="L" if gray else "RGB")
             lines.append((file, label))
         junk = f"._{name.partition('.')[2]}_0001_700.jpg"
         (folder / "images" / name / junk).write_bytes(b"\x00\x05\x16\x07")
@@ -58,7 +62,7 @@ def write_cub200(root: Path) -> Path:
 
 
 CARS = [1, 1, 98, 99, 99, 150, 196, 196, 99]
-"""The class of each image in the order of the file; the last six images are test."""
+"""The class of each image in the order of the file. The last six images are test."""
 
 
 def write_cars196(root: Path) -> Path:
@@ -142,7 +146,10 @@ LANDMARKS: dict[str, dict[str, Any]] = {
         ],
     },
 }
-"""What the ground truth holds. An image has the colour of the word before its number; queries are 60 x 45, others vary."""
+"""The content of the ground truth.
+
+Colors depend on the word before the number. Queries are 60 x 45.
+"""
 
 
 def write_landmarks(root: Path, name: str) -> Path:
@@ -154,7 +161,7 @@ def write_landmarks(root: Path, name: str) -> Path:
     entries = [
         {"bbx": entry["bbx"], "easy": np.array(entry["easy"], np.int64), "hard": entry["hard"], "junk": np.array(entry["junk"])}
         for entry in truth["gnd"]
-    ]  # np.array([]) is of floats, as an empty list becomes
+    ]  # np.array([]) has floats, like any empty list
     (root / name / f"gnd_{name}.pkl").write_bytes(pickle.dumps(truth | {"gnd": entries}, protocol=2))
     return root
 
@@ -175,7 +182,7 @@ def write_folder(root: Path) -> Path:
 
 
 def write_imagenet(root: Path) -> Path:
-    """Two of the thousand classes: 3 + 2 training and 1 + 1 validation images."""
+    """Two of the 1,000 classes: 3 + 2 training and 1 + 1 validation images."""
     for name, train, val in (("n01440764", 3, 1), ("n01443537", 2, 1)):
         for i in range(train):
             write_image(root / "train" / name / f"{name}_{10026 + i}.JPEG", name, seed=i)

@@ -1,7 +1,8 @@
-"""The command check-data on folders of files that are whole, unusual and broken."""
+"""The command check-data on folders of intact, unusual and broken files."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -19,14 +20,14 @@ from dino_simpool.config import MAX_PIXELS, CheckDataConfig
 from dino_simpool.data import find_images
 from dino_simpool.data.decode import Examined
 from dino_simpool.layouts import LAYOUTS, check_layout
-from dino_simpool.layouts.lists import COUNTS
 
 NUM_IMAGES = 50
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifty images in two folders: one CMYK, two grey, one turned, three broken, the others plain and tiny."""
+    """Fifty images in two folders: one CMYK, two gray, one rotated, three broken, the others
+    ordinary and tiny."""
     root = tmp_path_factory.mktemp("checked")
     for number in range(NUM_IMAGES):
         write_image(root / "ab"[number % 2] / f"{number:02}.jpg", seed=number)
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-BROKEN = ["a/02.jpg\tit is empty", "a/48.jpg\timage file is truncated", "b/49.jpg\tit is no image of a known format"]
+BROKEN = ["a/02.jpg\tit is empty", "a/48.jpg\timage file is truncated", "b/49.jpg\tit is not an image of a known format"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, list[str], str]:
@@ -61,7 +62,7 @@ def test_broken_files_are_found_and_unusual_ones_counted(
     status, lines, last = run(capsys, str(folder), "--workers", workers, "--out", str(bad))
     assert status == 1 and lines[0].startswith("check-data: 50 images in ")
     assert [" ".join(line.split()) for line in lines[1:-3]] == [
-        "width 24 to 100 pixels", "height 3 to 50 pixels", "tiny 44", "grey 2", "CMYK 1", "long 1",
+        "width 24 to 100 pixels", "height 3 to 50 pixels", "tiny 44", "gray 2", "CMYK 1", "long 1",
         "EXIF-rotated 1", "broken 3",
     ]  # fmt: skip
     assert all(line.startswith(expected) for line, expected in zip(lines[-3:], BROKEN, strict=True))
@@ -82,15 +83,16 @@ def test_several_sources_and_a_limit_of_the_size(folder: Path, capsys: pytest.Ca
     status, lines, last = run(capsys, f"{folder}/a", f"{folder}/b", *options)
     named = run(capsys, "--data", f"[{folder}/a, {folder}/b]", *options)
     assert (named[0], named[1][1:], named[2]) == (status, lines[1:], last)
-    assert status == 1 and f"{folder}/a/00.jpg\tit has more than max_pixels 2,000; raise that if the file is" in "\n".join(
-        lines
+    assert (
+        status == 1
+        and f"{folder}/a/00.jpg\tit has more than max_pixels 2,000; raise max_pixels if the file is" in "\n".join(lines)
     )
     assert last.endswith("error: 4 of 50 images cannot be read: repair or remove them")  # 64 x 48 is more, 40 x 50 is not
 
 
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (
-        (["--data", str(tmp_path / "none")], "none is no existing folder"),
+        (["--data", str(tmp_path / "none")], "none does not exist"),
         ([], "no images are given"),
         ([str(folder), "--out", str(tmp_path / "no" / "bad.txt")], "its folder does not exist: give another --out"),
     ):
@@ -115,20 +117,20 @@ def test_two_processes_share_the_work(folder: Path, tmp_path: Path) -> None:
 
 
 def dies(source: str | bytes, *, max_pixels: int) -> Examined:
-    """A decoder that takes its process down."""
+    """A decoder that kills its process."""
     os.kill(os.getpid(), signal.SIGKILL)
     return Examined(1, 1, ())
 
 
-def test_a_process_that_dies_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_data, "examine", dies)
-    with pytest.raises(ValueError, match=r"a process died over an image not far behind a/00\.jpg"):
+    with pytest.raises(ValueError, match=r"a process died at an image shortly after a/00\.jpg"):
         check(find_images(str(folder)), workers=1, max_pixels=MAX_PIXELS)
 
 
 def test_parts_of_a_summary_add_up() -> None:
     images: list[Examined | str] = [
-        Examined(3, 9, ("tiny",)), "it is empty", Examined(5, 2, ("grey", "tiny")), Examined(4, 4, ()), "gone",
+        Examined(3, 9, ("tiny",)), "it is empty", Examined(5, 2, ("gray", "tiny")), Examined(4, 4, ()), "gone",
     ]  # fmt: skip
     whole, parts = Summary(), [Summary(), Summary(), Summary()]
     for number, found in enumerate(images):
@@ -139,10 +141,10 @@ def test_parts_of_a_summary_add_up() -> None:
         merged.merge(part)
     assert merged == whole
     assert (whole.readable, whole.widths, whole.heights) == (3, {3, 5}, {2, 9})
-    assert whole.kinds == {"tiny": 2, "grey": 1} and whole.broken == {1: "it is empty", 4: "gone"}
+    assert whole.kinds == {"tiny": 2, "gray": 1} and whole.broken == {1: "it is empty", 4: "gone"}
 
 
-def test_many_broken_files_are_cut_short_and_any_name_is_shown() -> None:
+def test_a_long_list_is_cut_and_any_name_is_shown() -> None:
     rows = [(f"{number}.jpg", "it is empty") for number in range(22)]
     lines = describe(Summary(broken=dict.fromkeys(range(22), "it is empty")), rows, seconds=2.0).splitlines()
     assert lines[0] == "check-data: 22 images in 2.0 s, 11 images/s" and lines[1].split() == ["broken", "22"]
@@ -155,8 +157,8 @@ def test_many_broken_files_are_cut_short_and_any_name_is_shown() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_says_everything_that_is_missing(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Miniatures are smaller than the data sets; without one of their images they lack that too. Nothing is decoded."""
+def test_everything_that_a_layout_lacks_is_reported(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Miniatures lack images, because they are smaller than the data sets. Nothing is decoded."""
     root = BUILDERS[layout](tmp_path)
     for image in root.rglob("*"):
         if image.suffix.lower() in (".jpg", ".jpeg", ".png"):
@@ -175,7 +177,8 @@ def test_a_complete_layout_and_one_without_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = BUILDERS["cub200"](tmp_path)
-    monkeypatch.setitem(COUNTS, "cub200", {"queries": 6, "classes": 3})
+    miniature = dataclasses.replace(LAYOUTS["cub200"], counts={"queries": 6, "classes": 3})
+    monkeypatch.setitem(LAYOUTS, "cub200", miniature)
     assert cli.main(["check-data", str(root), "--layout", "cub200"]) == 0
     assert capsys.readouterr().out == f"check-data: cub200 in {root} is complete; no image was decoded\n"
     (gone,) = (root / "CUB_200_2011" / "images").rglob("Common_Yellowthroat_0001_700.jpg")
@@ -190,7 +193,7 @@ def test_a_complete_layout_and_one_without_a_file(
 
 def test_layout_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, status, said in (
-        ([], 1, "no data is given: say --data DIR, the folder that holds sop"),
+        ([], 1, "no data is given: give --data DIR, the folder that holds sop"),
         ([str(folder), "--out", "bad.txt"], 2, "lists no broken images: leave out `out`"),
         (["--data", f"[{folder}]"], 2, "give one folder as data"),
     ):

@@ -122,7 +122,7 @@ def test_the_commands_below_work_when_nothing_is_wrong(here: Path, capsys: pytes
 
 def test_missing_folder(here: Path, fails: Fails) -> None:
     said = fails(arguments(here, "--data.root", f"{here}/nowhere", out="new"))
-    assert said == f"{here}/nowhere is no existing folder: give a folder of images"
+    assert said == f"{here}/nowhere does not exist: give a folder of images"
 
 
 def test_folder_without_images(here: Path, fails: Fails) -> None:
@@ -162,7 +162,7 @@ def test_too_large_a_share_of_broken_images_is_named(here: Path, capsys: pytest.
     assert cli.main(arguments(here, "--data.workers", workers, out="new")) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
-        "dino-simpool train: error: 1 of 4 images cannot be read, such as a/0.png (it is no image of a known"
+        "dino-simpool train: error: 1 of 4 images cannot be read, such as a/0.png (it is not an image of a known"
     )
     assert f"{here}/new/bad_files.txt" in last and len(last) < len(str(broken)) + 300
     assert not (here / "new" / "last.pth").exists()
@@ -174,7 +174,7 @@ def test_a_broken_image_ends_an_evaluation_and_is_named(here: Path, capsys: pyte
     broken.write_text("not an image")
     assert cli.main(knn(here, "--workers", workers, "--k", "[1]")) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    reason = "it is no image of a known format"
+    reason = "it is not an image of a known format"
     assert last == f"dino-simpool knn: error: {broken} cannot be read as an image ({reason}): repair or remove it"
     assert not (here / "run" / "results" / "knn.json").exists()
 
@@ -321,7 +321,7 @@ def test_images_without_read_permission(open_to_all: Path, capsys: pytest.Captur
     with without_privileges(open_to_all):
         assert cli.main(arguments(open_to_all, out="new")) == 1
     said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and f"{open_to_all}/data/train/a" in said.err and "may not be read" in said.err
+    assert said.err.count("\n") == 1 and f"{open_to_all}/data/train/a" in said.err and "cannot be read" in said.err
 
 
 @pytest.mark.parametrize("out", ["recipe.yaml", "recipe.yaml/deeper"])
@@ -382,7 +382,7 @@ def test_a_dead_loader_process_is_told_in_one_line(
 ) -> None:
     """As when the system ends one for want of memory, in an evaluation and in a training."""
     for dataset, command in (("TransformedImages", knn(here, "--k", "[1]", "--workers", "1")),
-                             ("TrainingImages", arguments(here, "--data.workers", "1", out="new"))):  # fmt: skip
+                             ("AugmentedImages", arguments(here, "--data.workers", "1", out="new"))):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(f"dino_simpool.data.loaders.{dataset}.__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             assert cli.main(command) == 1

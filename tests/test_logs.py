@@ -16,7 +16,8 @@ from dino_simpool.logs import TIMING_FIELDS, RunLog, read_log, text_table
 
 
 def run(out, *, start: int = 0, stop: int, per_epoch: int = 4) -> None:
-    """What a trainer does: a line every second step and one per epoch, all before the checkpoint of that step."""
+    """Like a trainer: a line every second step and one per epoch, before the checkpoint of that
+    step."""
     log = RunLog(out, resume_step=start, resume_epoch=start // per_epoch, tensorboard=False)
     for step in range(start + 1, stop + 1):
         if step % 2 == 0:
@@ -49,7 +50,7 @@ def test_resumed_log_equals_the_uninterrupted_one(tmp_path, checkpoint, died_aft
     assert os.listdir(tmp_path / "halves") == ["log.jsonl"]  # nothing temporary is left
 
 
-def test_epoch_line_of_an_unfinished_epoch_goes(tmp_path):
+def test_epoch_line_of_an_unfinished_epoch_is_dropped(tmp_path):
     run(tmp_path, stop=4)
     RunLog(
         tmp_path, resume_step=4, resume_epoch=0, tensorboard=False
@@ -64,7 +65,7 @@ def test_torn_last_line_is_dropped(tmp_path, cut):
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     before = whole.splitlines(keepends=True)
-    kept = len(before) if cut == 1 else len(before) - 1  # only its newline missing: the line is complete
+    kept = len(before) if cut == 1 else len(before) - 1  # only its newline is missing: the line is complete
     assert len(read_log(path)) == kept
     run(tmp_path, start=4, stop=6)
     assert without_timing(path)[-1] == {"kind": "step", "step": 6, "loss": 1 / 6}
@@ -138,7 +139,7 @@ def test_a_disabled_log_writes_nothing(tmp_path):
 def test_tensorboard_shows_every_number_once_after_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start, steps in ((0, range(1, 7)), (4, range(5, 9))):  # two steps were done beyond the checkpoint
+    for start, steps in ((0, range(1, 7)), (4, range(5, 9))):  # two steps were done after the checkpoint
         log = RunLog(tmp_path, resume_step=start, resume_epoch=0)
         for step in steps:
             log.write({"kind": "step", "step": step, "loss": step + start, "bad": math.nan, "k-NN": {"10": {"top1": 50.0}}})
@@ -197,3 +198,26 @@ def test_text_table():
     assert text_table([("a",)]) == "a"
     with pytest.raises(ValueError):
         text_table([["a", "b"], ["a"]])
+
+
+IMAGES = """
+import sys, time
+from dino_simpool.logs import progress
+for name, total, wait in (("short", 10, 0), ("features", 10, 1), ("listing x", None, 1)):
+    with progress(total, 4, name) as bar:
+        bar.start_t -= 40 * wait
+        bar.last_print_t -= 40 * wait
+        bar.update(2)
+with progress(5, 0, "asked for", shown=True) as bar:
+    assert not bar.disable
+with progress(5, 0, "not wanted", shown=False) as bar:
+    assert bar.disable
+"""
+
+
+def test_bars_of_images_are_lines_in_a_file_only_if_the_work_takes_long():
+    shown = subprocess.run([sys.executable, "-c", IMAGES], capture_output=True, text=True, check=True)
+    assert shown.stdout == "" and "\r" not in shown.stderr and "short" not in shown.stderr
+    known, unknown = shown.stderr.splitlines()
+    assert known.startswith("features:  60% |") and "| 6/10 images, " in known and known.endswith(" left, 0 images/s")
+    assert unknown == "listing x: 6 images, 0 images/s"

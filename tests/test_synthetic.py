@@ -1,4 +1,4 @@
-"""The embedded data set: the same for the same seed, split cleanly, annotated correctly, not solved by pixels or colours."""
+"""The embedded data set: reproducible, cleanly split, correctly annotated, not solved by colors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ SETTINGS = {"seed": 3, "classes": 4, "train_per_class": 3, "val_per_class": 2, "
 
 
 def draw_split(first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images (M, S, S, 3) in 0..1, masks (M, S, S) and classes (M,) of `count` drawings of every class."""
+    """Images (M, S, S, 3) in 0..1, masks (M, S, S) and classes (M,): `count` drawings of every
+    class."""
     drawn = [(*synthetic.draw_image(0, c, first + i, size=SIZE), c) for c in range(len(NAMES)) for i in range(count)]
     images, masks, classes = zip(*drawn, strict=True)
     return np.stack(images) / 255, np.stack(masks), np.array(classes)
@@ -44,7 +45,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ridge_accuracy(bank: np.ndarray, bank_classes: np.ndarray, query: np.ndarray, classes: np.ndarray) -> float:
-    """Linear probe in closed form, with the regularisation that suits the queries best: more than a fair probe could reach."""
+    """Linear probe in closed form with the best regularization for the queries: an upper bound."""
     mean, scale = bank.mean(0), bank.std(0) + 1e-6
     bank, query = (bank - mean) / scale, (query - mean) / scale
     targets = np.eye(len(NAMES))[bank_classes] - 1 / len(NAMES)
@@ -57,8 +58,9 @@ def pixels(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1)
 
 
-def colour_histogram(images: np.ndarray) -> np.ndarray:
-    """Share of pixels in 4 x 4 x 4 joint bins and in 16 bins of each channel, square roots: (M, 112)."""
+def color_histogram(images: np.ndarray) -> np.ndarray:
+    """Square roots of the fractions of pixels in 4 x 4 x 4 joint bins and 16 bins per channel: (M,
+    112)."""
     cells = np.minimum((images * 4).astype(int), 3) @ (16, 4, 1)
     joint = np.stack([np.bincount(c.ravel(), minlength=64) for c in cells])
     fine = np.minimum((images * 16).astype(int), 15)
@@ -75,7 +77,7 @@ def test_same_arguments_give_the_same_image_and_each_argument_matters() -> None:
         assert not np.array_equal(rgb, synthetic.draw_image(*other, size=SIZE)[0])
 
 
-def test_drawing_leaves_the_global_random_state_alone() -> None:
+def test_drawing_does_not_change_the_global_random_state() -> None:
     np.random.seed(0)
     before = np.random.get_state()[1].copy()
     synthetic.draw_image(0, 0, 0, size=SIZE)
@@ -83,7 +85,7 @@ def test_drawing_leaves_the_global_random_state_alone() -> None:
 
 
 @pytest.mark.parametrize("class_id", range(len(NAMES)), ids=NAMES)
-def test_odd_and_small_sizes_and_an_object_wholly_inside(class_id: int) -> None:
+def test_odd_and_small_sizes_and_an_object_fully_inside(class_id: int) -> None:
     for size in (16, 33):
         rgb, mask = synthetic.draw_image(0, class_id, 0, size=size)
         assert rgb.shape == (size, size, 3) and mask.any()
@@ -113,26 +115,26 @@ def test_area_stays_in_its_range_and_belongs_to_no_class(train: tuple[np.ndarray
 def test_place_and_pose_vary(train: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     _, masks, classes = train
     grid = np.arange(SIZE) + 0.5
-    centre = np.stack([(masks.sum(1) * grid).sum(1), (masks.sum(2) * grid).sum(1)], 1) / masks.sum((1, 2))[:, None]
-    assert (centre.std(0) > 0.06 * SIZE).all() and np.abs(centre.mean(0) - SIZE / 2).max() < 0.04 * SIZE
+    center = np.stack([(masks.sum(1) * grid).sum(1), (masks.sum(2) * grid).sum(1)], 1) / masks.sum((1, 2))[:, None]
+    assert (center.std(0) > 0.06 * SIZE).all() and np.abs(center.mean(0) - SIZE / 2).max() < 0.04 * SIZE
     leaf = masks[classes == NAMES.index("leaf")].astype(float)
-    x, y = grid - centre[classes == NAMES.index("leaf"), :1], grid - centre[classes == NAMES.index("leaf"), 1:]
+    x, y = grid - center[classes == NAMES.index("leaf"), :1], grid - center[classes == NAMES.index("leaf"), 1:]
     slant = (leaf * x[:, None, :] * y[:, :, None]).mean((1, 2))
     assert (slant > 0).any() and (slant < 0).any()
 
 
-def test_raw_pixels_and_colours_do_not_give_the_class_to_a_linear_probe(
+def test_raw_pixels_and_colors_do_not_give_the_class_to_a_linear_probe(
     train: tuple[np.ndarray, np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> None:
-    for describe in (pixels, colour_histogram):
+    for describe in (pixels, color_histogram):
         assert ridge_accuracy(describe(train[0]), train[2], describe(val[0]), val[2]) < 0.5
 
 
-def test_the_probes_would_notice_a_colour_that_belongs_to_a_class(
+def test_the_probes_would_notice_a_color_that_belongs_to_a_class(
     train: tuple[np.ndarray, np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> None:
     tints = np.random.default_rng(0).uniform(0.3, 1, (len(NAMES), 3))
-    for describe in (pixels, colour_histogram):
+    for describe in (pixels, color_histogram):
         bank, query = (describe(images * tints[classes][:, None, None]) for images, _, classes in (train, val))
         assert ridge_accuracy(bank, train[2], query, val[2]) > 0.6
 
@@ -186,7 +188,7 @@ def test_a_longer_set_begins_with_the_shorter_one(tree: Path, tmp_path: Path) ->
         assert path.read_bytes() == (tmp_path / "longer" / path.relative_to(tree)).read_bytes()
 
 
-def test_the_same_set_is_reused_and_that_is_said(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_set_is_reused_with_a_message(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {p: p.stat().st_mtime_ns for p in tree.rglob("*")}
     synthetic.write_dataset(tree, **SETTINGS)
     assert "already holds this set" in capsys.readouterr().err

@@ -1,11 +1,12 @@
-"""Images in tar and zip archives: where each of them lies, and its bytes, read at random and without unpacking.
+"""Reads images in tar and zip archives at random, without unpacking.
 
-An archive stands for the files that unpacking it would make, as Python's tarfile and zipfile see them: a later member replaces
-an earlier one of the same name, hard links and links to files and folders are followed, hidden files (.x, ._x) are no images.
-Of a path inside, empty parts, "." and ".." are dropped. One leading folder that all images share is dropped too, if every image
-lies in a folder below it (`tar cf train.tar train` holds train/CLASS/IMAGE): archives of a folder and of its content are the
-same.
-A compressed tar has to be read from its start for each image, and is refused.
+An archive stands for the files that unpacking it would create, as Python's tarfile and zipfile see
+them. A later member replaces an earlier one of the same name. Hard links and links to files are
+followed; links to folders are refused. Hidden files (.x, ._x) are not images. Empty parts, "." and
+".." are dropped from paths inside. A leading folder that all images share is dropped too, if every
+image lies in a folder below it (`tar cf train.tar train` holds train/CLASS/IMAGE), so an archive of
+a folder equals an archive of its content.
+A compressed tar is refused, because each image would have to be read from the start of the file.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
 
 _FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 MOST_OPEN = 256 if _FILES == resource.RLIM_INFINITY else max(1, min(256, _FILES // 4))
-"""Archives that one process keeps open: a quarter of the files that it may open, since the loaders need some of them."""
+"""Archives that a process keeps open: a quarter of the files it may open. Loaders need some too."""
 _PLAIN = -1
-"""Method of a tar member: its bytes lie at the offset. Of zip members: zipfile.ZIP_STORED or ZIP_DEFLATED."""
+"""Method of tar members, whose bytes start at the offset. Zip has ZIP_STORED and ZIP_DEFLATED."""
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of name and extra field, which precede the data
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of the name and the extra field before the data
 
 
 class Place(NamedTuple):
-    """Where the bytes of an image lie in its archive."""
+    """Where the bytes of an image are in its archive."""
 
     offset: int
-    """Of the data (tar) or of the local header (zip)."""
+    """Start of the data (tar) or of the local header (zip)."""
     size: int
     """Bytes stored."""
     method: int
@@ -46,16 +47,19 @@ class Place(NamedTuple):
     unpacked: int
     """Bytes of the image file."""
     checksum: int
-    """CRC-32 of these; -1 in a tar, which has none."""
+    """CRC-32 of the image file; -1 in a tar, which has none."""
 
 
 class TooMany(Exception):
-    """More files than the caller wanted to see."""
+    """There are more files than the caller's limit."""
 
 
 class _Entry(NamedTuple):
-    """One member as the archive has it. link: path inside that it points to; hard: as another name of what is there by now;
-    refused: why its bytes cannot be read."""
+    """One member of an archive.
+
+    link: the path inside that it points to.   hard: the link is another name for an earlier member.
+    refused: why its bytes cannot be read.
+    """
 
     name: str
     place: Place
@@ -66,20 +70,21 @@ class _Entry(NamedTuple):
 
 
 def is_compressed(name: str) -> bool:
-    """Whether a file is called like a compressed tar."""
+    """Whether a file has the name of a compressed tar."""
     return name.lower().endswith(COMPRESSED_SUFFIXES)
 
 
 def compressed_error(path: str) -> ValueError:
-    """What to do with a compressed tar."""
-    return ValueError(f"{path} is compressed, so that no image can be read alone: make an uncompressed .tar or a .zip of it")
+    """The error for a compressed tar, with what to do."""
+    return ValueError(f"{path} is compressed, so single images cannot be read: make an uncompressed .tar or a .zip of it")
 
 
 def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Place], set[str]]:
-    """The images of an archive by their path inside, and the top-level folders that it makes.
+    """The images of an archive by their path inside, and the top-level folders that it creates.
 
-    limit: TooMany is raised beyond so many members. ValueError if the archive is compressed, truncated or damaged, or if an
-    image in it is sparse, encrypted, packed by an unknown method, or a link to something that is not in the archive.
+    limit: TooMany is raised if there are more members. ValueError if the archive is compressed,
+    truncated or damaged, if it holds a link to a folder with images, or if an image in it is
+    sparse, encrypted, packed by an unknown method, or a link to something outside the archive.
     """
     read = _zip_entries if path.lower().endswith(".zip") else _tar_entries
     files: dict[str, _Entry] = {}
@@ -92,32 +97,35 @@ def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Plac
             if entry.folder:
                 folders.add(name)
             elif name:
-                # A hard link keeps what its target is now, and may be to itself (`tar cf x.tar d d/a` packs d/a twice).
+                # A hard link keeps what its target is now, perhaps itself (`tar cf x.tar d d/a`).
                 files[name] = files.get(_inside(entry.link), entry) if entry.hard else entry
     except (tarfile.TarError, zipfile.BadZipFile, RuntimeError, struct.error, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as an archive ({error}): it is truncated or damaged, make it anew") from error
+        raise ValueError(
+            f"{path} cannot be read as an archive ({error}): it is truncated or damaged, create it again"
+        ) from error
     images = {}
     for name in files:
         folders.add(posixpath.dirname(name))
         if name.lower().endswith(IMAGE_SUFFIXES) and not _hidden(name):
             images[name] = _target(path, name, files)
+    _refuse_linked_folders(path, files, {f"{posixpath.dirname(name)}/" for name in images})
     inner = [name for name in files if name.lower().endswith(ARCHIVE_SUFFIXES)]
     if inner and not images:
-        raise ValueError(f"{path} holds archives such as {inner[0]} and no images: unpack it and give the folder of these")
-    images |= _in_linked_folders(images, files)
-    folders |= {posixpath.dirname(name) for name in images}
+        raise ValueError(
+            f"{path} holds archives such as {inner[0]} and no images: unpack it and give the folder that holds them"
+        )
     return _without_common_folder(images, {folder for folder in folders if folder and not _hidden(folder)})
 
 
 def _tar_entries(path: str) -> Iterator[_Entry]:
-    # Unbuffered: only headers are read, and the data between them is skipped.
+    # Unbuffered, because only headers are read and the data between them is skipped.
     with open(path, "rb", buffering=0) as file:
         total = os.fstat(file.fileno()).st_size
         if os.pread(file.fileno(), 8, 0).startswith(_COMPRESSED_MAGIC):
             raise compressed_error(path)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # or it would keep them all
+                archive.members.clear()  # type: ignore[attr-defined]  # otherwise it would keep them all
                 if member.isreg() and not member.issparse() and member.offset_data + member.size > total:
                     raise tarfile.ReadError(f"{member.name} goes beyond the end of the file")
                 place = Place(member.offset_data, member.size, _PLAIN, member.size, -1)
@@ -127,7 +135,7 @@ def _tar_entries(path: str) -> Iterator[_Entry]:
                 refused = "" if member.isreg() or link else "it is a device"
                 refused = "it is sparse" if member.issparse() else refused
                 yield _Entry(member.name, place, member.isdir(), link, member.islnk(), refused)
-            # tarfile takes a file that ends early, or goes on with something else, for a complete one.
+            # tarfile accepts a file that ends early or continues with something else.
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no end mark after {archive.offset} bytes")
 
@@ -151,7 +159,7 @@ def _zip_entries(path: str) -> Iterator[_Entry]:
 
 
 def _inside(name: str) -> str:
-    """A path below the archive, whatever it says: ./a, /a and ../a are a."""
+    """The path below the archive: ./a, /a and ../a all become a."""
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
@@ -160,17 +168,19 @@ def _hidden(name: str) -> bool:
 
 
 def _target(path: str, name: str, files: dict[str, _Entry]) -> Place:
-    """Where the bytes of an image are, links followed."""
+    """Where the bytes of an image are, after following links."""
     entry = files.get(_end_of_links(name, files))
     if entry is None:
-        raise ValueError(f"{path}/{name} is a link to {files[name].link}, no file of the archive: pack the image itself")
+        raise ValueError(
+            f"{path}/{name} is a link to {files[name].link}, which is not a file in the archive: pack the image itself"
+        )
     if entry.refused:
-        raise ValueError(f"{path}/{name} cannot be read, {entry.refused}: pack it anew as an ordinary file")
+        raise ValueError(f"{path}/{name} cannot be read, {entry.refused}: pack it again as an ordinary file")
     return entry.place
 
 
 def _end_of_links(name: str, files: dict[str, _Entry]) -> str:
-    """The path that a link leads to in the end, a file or a folder if it is there; "" if links lead in a circle."""
+    """The path at the end of a chain of links, which may be missing; "" if they form a circle."""
     seen: set[str] = set()
     while name not in seen and (entry := files.get(name)) is not None and entry.link:
         seen.add(name)
@@ -178,20 +188,22 @@ def _end_of_links(name: str, files: dict[str, _Entry]) -> str:
     return "" if name in seen else name
 
 
-def _in_linked_folders(images: dict[str, Place], files: dict[str, _Entry]) -> dict[str, Place]:
-    """The images below links to folders, by the paths that they have through the link."""
-    found: dict[str, Place] = {}
+def _refuse_linked_folders(path: str, files: dict[str, _Entry], folders: set[str]) -> None:
+    """Refuse links to one of the folders, or to a folder above one.
+
+    folders: those that hold images, with "/" at the end.   ValueError names the link.
+    """
     for name, entry in files.items():
-        folder = _end_of_links(name, files) if entry.link and not _hidden(name) else ""
-        # A link to a folder that it lies in would never end.
-        if folder and folder not in files and not name.startswith(f"{folder}/"):
-            below = ((image, image[len(folder) :]) for image in images if image.startswith(f"{folder}/"))
-            found |= {name + rest: images[image] for image, rest in below}
-    return found
+        end = _end_of_links(name, files) if entry.link and not _hidden(name) else ""
+        # A link to a folder that contains the link adds no images.
+        if end and end not in files and not name.startswith(f"{end}/") and any(each.startswith(f"{end}/") for each in folders):
+            raise ValueError(
+                f"{path}/{name} is a link to the folder {end}: pack the folder itself there, or give it as a separate source"
+            )
 
 
 def _without_common_folder(images: dict[str, Place], folders: set[str]) -> tuple[dict[str, Place], set[str]]:
-    """The same below the one leading folder of all images, if there is one; of the folders only the top-level ones."""
+    """Drop the leading folder that all images share, if any. Keep only the top-level folders."""
     leading = {name.partition("/")[0] for name in images}
     if len(leading) == 1 and all(name.count("/") >= 2 for name in images):
         [prefix] = leading
@@ -201,7 +213,7 @@ def _without_common_folder(images: dict[str, Place], folders: set[str]) -> tuple
 
 
 class _Descriptor:
-    """An open file that is closed when nobody uses it any more: a thread may still read what another one forgets."""
+    """An open file. It closes when the last user, perhaps another thread, drops it."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -212,9 +224,10 @@ class _Descriptor:
 
 
 class ArchiveReader:
-    """The bytes of archive members. A process opens an archive when it first reads from it, and then keeps it open.
+    """Reads archive members. A process opens an archive at its first read, and then keeps it open.
 
-    Reads name their offset, so threads and forked processes share what is open. A copy sent to a process has nothing open.
+    Each read gives its own offset, so threads and forked processes can share open files. A copy
+    sent to another process has no open files.
     """
 
     def __init__(self) -> None:
@@ -224,19 +237,22 @@ class ArchiveReader:
         return ArchiveReader, ()
 
     def read(self, path: str, stamp: tuple[int, int], place: Place, *, most: int) -> bytes:
-        """The bytes of one image. stamp: mtime in ns and size of the archive when it was listed. most: bytes that it may have.
+        """The bytes of one image.
 
-        ValueError if the archive is not the listed one any more, or is damaged there, or if the image has more bytes; OSError
-        if it cannot be read.
+        stamp: mtime in nanoseconds and size of the archive when it was listed.   most: the largest
+        allowed number of bytes.   ValueError if the archive has changed since, is damaged there, or
+        the image is larger; OSError if it cannot be read.
         """
         if place.unpacked > most:
-            raise ValueError(f"it has {place.unpacked:,} bytes, more than an image of max_pixels; raise that if it is one")
-        descriptor = self._file(path, stamp)  # held until the end: it closes itself when nobody holds it
+            raise ValueError(
+                f"it has {place.unpacked:,} bytes, more than an image of max_pixels; raise max_pixels if it is valid"
+            )
+        descriptor = self._file(path, stamp)  # held until the end, because it closes when it is no longer used
         file, offset = descriptor.number, place.offset
         if place.method != _PLAIN:
             header = os.pread(file, _LOCAL_HEADER.size, offset)
             if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
-                raise ValueError("no file starts where the zip archive says so")
+                raise ValueError("no file starts where the zip archive says")
             _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
             offset += _LOCAL_HEADER.size + name_length + extra_length
         data = os.pread(file, place.size, offset)
@@ -248,7 +264,7 @@ class ArchiveReader:
             except zlib.error as error:
                 raise ValueError(f"its compressed data is damaged, {error}") from error
         if place.checksum >= 0 and (len(data), zlib.crc32(data)) != (place.unpacked, place.checksum):
-            raise ValueError("its bytes are damaged: they have not the checksum that the zip archive says")
+            raise ValueError("its bytes are damaged: they do not match the checksum in the zip archive")
         return data
 
     def _file(self, path: str, stamp: tuple[int, int]) -> _Descriptor:
@@ -257,8 +273,9 @@ class ArchiveReader:
             file = _Descriptor(path)
             now = os.fstat(file.number)
             if (now.st_mtime_ns, now.st_size) != stamp:
-                raise ValueError("the archive was changed since its files were listed; start again")
-            # Replaced, never changed: other threads look into it and add to it. What two add at once, one of them opens again.
+                raise ValueError("the archive has changed since its files were listed; start again")
+            # The dict is replaced, not changed, because other threads use it. If two add at once,
+            # one of the files is opened again.
             kept = self._open
             self._open = {**(kept if len(kept) < MOST_OPEN else {}), path: file}
         return file

@@ -1,9 +1,11 @@
-"""The index of a source from the cache, if the source is what it was; otherwise listed anew, by one process of the node.
+"""The index of a source: from the cache if the source is unchanged, else listed again.
 
-A folder's mtime and ctime change with its entries, so an index is up to date if those of all folders are what they were: one
-question a folder, none a file. An image that is edited or replaced under its name is not a change of the index. Archives and
-lists are compared by mtime and size (of what a list names, nothing is looked at again). The cache is one file a source in
-$DINO_SIMPOOL_CACHE, or ~/.cache/dino_simpool; it may be removed at any time. Small sources are listed anew each time.
+The mtime and ctime of a folder change with its entries, so an index is up to date if those of all
+folders are unchanged. That takes one request per folder and none per file. Editing or replacing an
+image under its name does not change the index. Archives and lists are compared by mtime and size;
+the files that a list names are not checked again. Only one process of a node lists a source. The
+cache has one file per source, in $DINO_SIMPOOL_CACHE or ~/.cache/dino_simpool, and can be removed
+at any time. Small sources are listed at each start.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from dino_simpool.data.scan import RECENT_NS, is_list, is_recent, scan, stamps
 from dino_simpool.logs import say
 
 SMALL = 5000
-"""Files and folders of a source up to which nothing is cached: they are listed in less than a second."""
+"""Sources with at most this many files and folders are not cached; listing takes under a second."""
 
 
 def load_index(root: str) -> tuple[str, Index]:
-    """The index of a folder, an archive or a text file of paths, and the base folder (or archive) of its paths.
+    """The base folder (or archive) of a source, and its index.
 
-    What it took is said in one line, unless the source is small. Raises what `scan.scan` does.
+    root: a folder, an archive or a text file of paths. The time is reported in one line, unless the
+    source is small. Raises the same errors as `scan.scan`.
     """
     started = time.perf_counter()
     base = os.path.dirname(root) if is_list(root) else root
@@ -48,16 +51,17 @@ def load_index(root: str) -> tuple[str, Index]:
 
 
 def cache_file(root: str) -> Path:
-    """Where the index of a source is kept."""
+    """The cache file of a source."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(os.environ.get("DINO_SIMPOOL_CACHE") or os.path.join(home, "dino_simpool")).absolute()
-    real = os.path.abspath(root) if is_list(root) else os.path.realpath(root)  # a list is read from where it is called
+    # The paths in a list are relative to the place where it was given, not to its real path.
+    real = os.path.abspath(root) if is_list(root) else os.path.realpath(root)
     key = "\0".join([FORMAT, real, *IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES])
     return folder / f"{os.path.basename(real)}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.safetensors"
 
 
 def _cached(file: Path, base: str) -> tuple[Index | None, str]:
-    """What the cache holds, or None if that is nothing, not readable or not up to date; and why, if there is something."""
+    """The cached index, or None if it is missing, unreadable or stale; and the reason."""
     try:
         index = open_index(str(file))
     except FileNotFoundError:
@@ -72,18 +76,18 @@ def _cached(file: Path, base: str) -> tuple[Index | None, str]:
 
 
 def _shared(file: Path, root: str, base: str) -> tuple[Index, str]:
-    """The index, listed by this process or by another one that did so first; and how it was got, in words."""
+    """The index, listed by this process or another one, and where it came from, in words."""
     try:
         with _locked(file, root):
-            index, why = _cached(file, base)  # by another process, while this one waited
+            index, why = _cached(file, base)  # another process may have listed it while this one waited
             if index is not None:
                 return index, "from the cache"
             if why:
-                say(f"index of {root}: {why}, listing all files anew")
+                say(f"index of {root}: {why}, listing all files again")
             return _built(file, root)
     except _NoCache as error:
-        say(f"index of {root}: cannot be kept in {file.parent} ({error}), each start lists all files; set DINO_SIMPOOL_CACHE")
-        return scan(root, bar=distributed.is_main()), "listed anew"
+        say(f"index of {root}: cannot be cached in {file.parent} ({error}), each start lists all files; set DINO_SIMPOOL_CACHE")
+        return scan(root, bar=distributed.is_main()), "listed now"
 
 
 class _NoCache(Exception):
@@ -91,13 +95,13 @@ class _NoCache(Exception):
 
 
 def _built(file: Path, root: str) -> tuple[Index, str]:
-    """List the source, and keep the index."""
+    """List the source, and cache the index."""
     index = scan(root, bar=True)
-    if is_recent(index):  # a change now might not show in the times that were noted
+    if is_recent(index):  # another change now might not change the recorded times
         time.sleep(RECENT_NS / 1e9)
         index = scan(root, bar=True)
         if is_recent(index):
-            return index, "listed anew (not kept: files are just being added or removed)"
+            return index, "listed now (not cached: files are being added or removed)"
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         index.save(str(temporary))
@@ -105,15 +109,18 @@ def _built(file: Path, root: str) -> tuple[Index, str]:
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        return index, f"listed anew (not kept in {file.parent}: {error})"
-    return open_index(str(file)), "listed anew"
+        return index, f"listed now (not cached in {file.parent}: {error})"
+    return open_index(str(file)), "listed now"
 
 
 @contextlib.contextmanager
 def _locked(file: Path, root: str) -> Iterator[None]:
-    """Only one process of the node at a time. _NoCache if the folder cannot be written."""
+    """Hold a lock that one process of the node can have at a time.
+
+    _NoCache if the folder cannot be written.
+    """
     try:
-        import fcntl  # not on Windows
+        import fcntl  # not available on Windows
 
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -1,8 +1,9 @@
-"""The list of all images of a source, made to be written once and then shared: a few arrays, mapped from a file.
+"""The list of all images of a source: arrays that are written once and then mapped from a file.
 
-A Python list of 1.28 million paths takes 150 MB in each loader process, since reading it writes reference counts and so copies
-its pages. Here the paths are one buffer of bytes with an array of where each one starts, 50 MB that all processes of a node
-share. The file is in the safetensors format.
+A Python list of 1.28 million paths takes 150 MB in each loader process, because reading it writes
+reference counts and so copies its pages. Here the paths are one buffer of bytes with an array of
+start positions: 50 MB that all processes of a node share. The file has the safetensors format. Its
+loader for torch maps the arrays; its loader for numpy would copy them in each process.
 
 M images, F files and folders whose change makes the index stale, C top-level folders.
 """
@@ -10,29 +11,28 @@ M images, F files and folders whose change makes the index stale, C top-level fo
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dino_simpool.data.archives import Place
 
 FORMAT = "2"
-"""Written into each file; another number makes it stale."""
+"""Stored in each file. Files with another number are stale."""
 MEMBER = 1 + len(Place._fields)
-"""Numbers for an image in an archive: the row of the archive, and its place there."""
+"""Numbers for each image in an archive: the row of the archive in `watched`, then its Place."""
 
 
 class Strings:
-    """An immutable sequence of M str in two arrays.
+    """An immutable sequence of M strings in two arrays.
 
-    data: (bytes,) uint8, each string in UTF-8 with "\\n" after it.   starts: (M + 1,) int64, where each one begins.
+    data: (bytes,) uint8, each string in UTF-8 followed by "\\n".   starts: (M + 1,) int64, where
+    each string begins.
     """
 
     def __init__(self, data: np.ndarray, starts: np.ndarray) -> None:
@@ -40,24 +40,24 @@ class Strings:
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> Strings:
-        """The same strings, packed."""
+        """Pack strings."""
         return cls.packed([text.encode("utf-8", "surrogateescape") for text in strings])
 
     @classmethod
     def packed(cls, encoded: Sequence[bytes]) -> Strings:
-        """Strings that are encoded already."""
+        """Pack strings that are already encoded."""
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return cls._joined([b"\n".join(encoded), b"\n" * bool(encoded)], [lengths + 1])
 
     @classmethod
     def chain(cls, parts: Sequence[tuple[Strings, slice]]) -> Strings:
-        """Ranges of rows of some sequences, one after another."""
+        """Concatenate ranges of rows of several sequences."""
         data = [strings.data[strings.starts[rows.start] : strings.starts[rows.stop]].data for strings, rows in parts]
         return cls._joined(data, [np.diff(strings.starts[rows.start : rows.stop + 1]) for strings, rows in parts])
 
     @classmethod
     def _joined(cls, data: Sequence[bytes | memoryview], lengths: Sequence[np.ndarray]) -> Strings:
-        """data: the strings, each with its newline.   lengths: of each, newline included."""
+        """data: the strings, each with its newline.   lengths: of each string, with its newline."""
         starts = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
         return cls(np.frombuffer(b"".join(data), np.uint8), starts)
 
@@ -72,7 +72,7 @@ class Strings:
         return (self[i] for i in range(len(self)))
 
     def below(self, folder: str) -> Strings:
-        """os.path.join(folder, path) of each path; `folder` itself of an empty one."""
+        """os.path.join(folder, path) for each path; an empty path becomes `folder` itself."""
         data = self.data.tobytes()
         if not folder or not data:
             return self
@@ -81,36 +81,40 @@ class Strings:
         )
         if not plain:
             return Strings.of(os.path.join(folder, path) if path else folder for path in self)
-        prefix = os.path.join(folder, "").encode("utf-8", "surrogateescape")  # all at once: ten times as fast for millions
+        prefix = os.path.join(folder, "").encode("utf-8", "surrogateescape")  # all at once is ten times as fast for millions
         return self._joined([prefix, data[:-1].replace(b"\n", b"\n" + prefix), b"\n"], [np.diff(self.starts) + len(prefix)])
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The images of one source in their order, below its base folder. A sequence of their paths."""
+    """The images of one source, below its base folder. It is a sequence of their paths."""
 
     names: Strings
-    """(M) paths of the images; for one in an archive ARCHIVE/PATH_INSIDE, or PATH_INSIDE if the source is that archive."""
+    """(M) paths of the images. In archives: ARCHIVE/PATH_INSIDE, or PATH_INSIDE if it is the
+    source."""
     groups: Strings = field(default_factory=lambda: Strings.of([""]))
-    """(C) top-level folders in the order of their images, those without images too; "" stands for images that are in none."""
+    """(C) top-level folders in the order of their images, also those without images. "" is the
+    group of images in no folder."""
     counts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-    """(C,) int64, images of each."""
+    """(C,) int64, the number of images in each group."""
     watched: Strings = field(default_factory=lambda: Strings.of([]))
-    """(F) paths that make the index stale when they change: archives and lists, then folders. "" is the base folder itself."""
+    """(F) paths whose change makes the index stale: archives and lists, then folders. "" is the
+    base folder itself."""
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    """(F, 2) int64: mtime in nanoseconds, and the size in bytes (of folders the ctime in nanoseconds)."""
+    """(F, 2) int64: mtime in nanoseconds, and size in bytes (of folders: ctime in nanoseconds)."""
     members: np.ndarray = field(default_factory=lambda: np.zeros((0, MEMBER), np.int64))
-    """(M, MEMBER) int64: row of the archive in `watched` (-1: a file of its own), and its Place. No rows without archives."""
+    """(M, MEMBER) int64: row of the archive in `watched`, or -1, and Place. No rows without
+    archives."""
     left_out: Strings = field(default_factory=lambda: Strings.of([]))
     """Compressed archives, which cannot be read."""
     file: str = ""
-    """That the arrays are mapped from; empty if they are in memory."""
+    """The file that the arrays are mapped from; empty if they are in memory."""
     sha256: str = ""
-    """The digest, if it is known already."""
+    """The digest, if it is already known."""
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> Index:
-        """An index of files whose paths are known."""
+        """The index of a list of files."""
         names = Strings.of(paths)
         return cls(names, counts=np.array([len(names)], np.int64))
 
@@ -127,11 +131,11 @@ class Index:
         return {"file": self.file, "sha256": self.sha256} if self.file else self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Another process maps the same file, rather than being sent its content.
+        # Another process maps the same file; its content is not sent.
         self.__dict__.update(open_index(state["file"], state["sha256"]).__dict__ if state["file"] else state)
 
     def member(self, index: int) -> tuple[str, tuple[int, int], Place] | None:
-        """Path and stamp of the archive of an image and its place there, or None if it is a file of its own."""
+        """Path and stamp of the archive of an image, and its Place; None for an ordinary file."""
         if not len(self.members):
             return None
         archive, *place = self.members[index].tolist()
@@ -143,7 +147,10 @@ class Index:
         return self.sha256 or hashlib.sha256(self.names.data[:-1].data).hexdigest()
 
     def first_of_each_group(self, count: int) -> Index:
-        """The first `count` images of each top-level folder; each has 0 or at least that many."""
+        """The first `count` images of each group.
+
+        Each group must have none or at least that many.
+        """
         starts = (self.counts.cumsum() - self.counts).tolist()
         rows = [slice(start, start + count) for start, images in zip(starts, self.counts.tolist(), strict=True) if images]
         members = np.concatenate([self.members[r] for r in rows]) if len(self.members) else self.members
@@ -167,33 +174,32 @@ _ARRAYS = ("counts", "stamps", "members")
 def open_index(path: str, sha256: str | None = None) -> Index:
     """Map a file that `Index.save` wrote. sha256: the digest that it must have.
 
-    ValueError if it is damaged, or not of this format or digest; OSError if it cannot be opened.
+    ValueError if it is damaged, has another format or another digest; OSError if it cannot be
+    opened.
     """
     try:
-        with open(path, "rb") as file:
-            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-        header = json.loads(mapped[8:start].tobytes())
-        about = header.pop("__metadata__")
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']}, not {FORMAT}")
-        arrays = {}
-        for name, entry in header.items():
-            low, high = (start + offset for offset in entry["data_offsets"])
-            dtype = {"U8": np.uint8, "I64": np.int64}[entry["dtype"]]
-            arrays[name] = mapped[low:high].view(dtype).reshape(entry["shape"])
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+            if about["format"] != FORMAT:
+                raise ValueError(f"format {about['format']}, not {FORMAT}")
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        for array in arrays.values():
+            array.flags.writeable = False
         names, groups, watched, left_out = (Strings(arrays[f"{name}.data"], arrays[f"{name}.starts"]) for name in _STRINGS)
         counts, stamps, members = (arrays[name] for name in _ARRAYS)
         index = Index(names, groups, counts, watched, stamps, members, left_out, path, about["sha256"])
-    except (KeyError, TypeError, IndexError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is no index of this version ({error}): remove it") from error
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is not an index of this version ({error}): remove it") from error
     if sha256 not in (None, index.sha256):
-        raise ValueError(f"{path} was replaced by an index of other images meanwhile: start again")
+        raise ValueError(f"{path} was replaced by an index of other images in the meantime: start again")
     return index
 
 
 def join(parts: Sequence[tuple[str, Index]]) -> Index:
-    """The images of several sources, given as (base folder, index), one after another, below the current folder."""
+    """Concatenate the images of several sources, relative to the current folder.
+
+    parts: (base folder, index) of each.
+    """
     names, watched, members, shift = [], [], [], 0
     for base, index in parts:
         names.append((index.names.below(base), slice(0, len(index))))
@@ -205,7 +211,9 @@ def join(parts: Sequence[tuple[str, Index]]) -> Index:
     if not any(len(index.members) for _, index in parts):
         members = [np.zeros((0, MEMBER), np.int64)]
     return Index(
-        Strings.chain(names), counts=np.array([sum(len(index) for _, index in parts)], np.int64),
-        watched=Strings.chain(watched), stamps=np.concatenate([index.stamps for _, index in parts]),
+        Strings.chain(names),
+        counts=np.array([sum(len(index) for _, index in parts)], np.int64),
+        watched=Strings.chain(watched),
+        stamps=np.concatenate([index.stamps for _, index in parts]),
         members=np.concatenate(members),
-    )  # fmt: skip
+    )

@@ -1,6 +1,7 @@
-"""Which image takes the place of one that cannot be read: a function of the position alone, so that nothing else changes.
+"""Replaces broken images in training.
 
-The place keeps what was drawn for it (its crops, colours, ...), and every other image keeps all of its own.
+The replacement is a function of the position alone. The position keeps its random numbers (crops,
+colors, ...), and so does every other image.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from dino_simpool.data.decode import BrokenImage
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 100
-"""Images that are tried in the place of a broken one. If none of so many can be read, the files are not the problem."""
+"""Images to try in place of a broken one. If all fail, the files are not the problem."""
 
 
 def read_or_replace(read: Callable[[int], T], index: int, *, total: int, seed: int, epoch: int) -> tuple[T, str]:
-    """What `read` makes of an image, and ""; or of another image in its place, and why this one cannot be read.
+    """(read(index), ""), or (read of another image, what is wrong with this one) if it is broken.
 
-    read: by image number, 0 to total - 1.   BrokenImage if MAX_ATTEMPTS others cannot be read either.
-    A replacement that is broken, too, is passed over in silence: it has its own turn.
+    read: takes an image number, 0 to total - 1.   BrokenImage if MAX_ATTEMPTS others are broken
+    too. A broken replacement is skipped silently, because it has its own turn.
     """
     try:
         return read(index), ""
@@ -35,11 +36,14 @@ def read_or_replace(read: Callable[[int], T], index: int, *, total: int, seed: i
             return read(replacement(index, total=total, seed=seed, epoch=epoch, attempt=attempt)), broken.reason
         except BrokenImage:
             continue
-    raise BrokenImage(broken.name, f"{broken.reason}; nor can any of {MAX_ATTEMPTS} others drawn in its place") from broken
+    raise BrokenImage(broken.name, f"{broken.reason}; {MAX_ATTEMPTS} others drawn in its place are broken too") from broken
 
 
 def replacement(index: int, *, total: int, seed: int, epoch: int, attempt: int) -> int:
-    """The number of another image, drawn evenly from the total - 1 others: a pure function of its arguments (Philox 4x64)."""
-    # The second word of the key keeps these numbers apart from those of the augmentation, which has 0 there.
+    """The number of another image, uniform over the total - 1 others.
+
+    A pure function of its arguments (Philox 4x64).
+    """
+    # The second word of the key is 0 for the augmentation: its numbers are independent of these.
     key, counter = np.array([seed % 2**64, 1], np.uint64), np.array([0, attempt, index, epoch], np.uint64)
     return (index + 1 + int(np.random.Philox(key=key, counter=counter).random_raw()) % (total - 1)) % total

@@ -1,16 +1,16 @@
-"""Listing a source: a folder with all that is below it, an archive, or a text file of paths.
+"""Lists the images of a source: a folder, an archive, or a text file of paths.
 
-Folders are read by many threads, level by level, since a network file system answers each question late but many at once.
-The order is that of torchvision's ImageFolder: top-level folders sorted, in them the folders sorted, in a folder the files. An
-archive in a folder counts as unpacked there, so its images are sorted among the others. One beside a folder of its own name
-(train.tar and train/) is the packed copy of that folder, and left out.
+Folders are read by many threads, level by level, because a network file system is slow to answer
+but answers many requests at once. The order is that of torchvision's ImageFolder: top-level folders
+are sorted, then the folders below them, then the files in each folder. An archive in a folder
+counts as unpacked there, so its images are sorted among the others. An archive next to a folder of
+the same name (train.tar and train/) is a packed copy of that folder, and is skipped.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,15 +33,16 @@ from dino_simpool.data.archives import (
     list_archive,
 )
 from dino_simpool.data.index import MEMBER, Index, Strings
+from dino_simpool.logs import progress
 
 T = TypeVar("T")
 THREADS = 16
 RECENT_NS = 2 * 10**9
-"""Coarsest clock of a file system (FAT). What changed twice within it may show the time of the first change."""
+"""Coarsest file system clock (FAT). Two changes within this time may show the same time."""
 
 
 class _Folder(NamedTuple):
-    """A folder below the root, its real path, and those of the folders that it lies in: a link to one would never end."""
+    """A folder below the root, its real path, and those above it, where a link would never end."""
 
     path: str
     real: str
@@ -49,7 +50,7 @@ class _Folder(NamedTuple):
 
 
 class _Content(NamedTuple):
-    """What is in a folder, but for hidden files and folders: file names, sorted."""
+    """What is in a folder, without hidden files and folders; names are sorted."""
 
     stamp: tuple[int, int]
     images: list[str]
@@ -63,9 +64,9 @@ class _Listing:
     """What was found, by folder below the root."""
 
     images: dict[str, bytes] = field(default_factory=dict)
-    """Names of the image files, in UTF-8 with "/" between them: a list would take four times the memory."""
+    """Names of the image files in UTF-8, joined by "/". A list would take four times the memory."""
     members: dict[str, list[tuple[str, str, int, Place]]] = field(default_factory=dict)
-    """Images in archives by the folder that unpacking would put them in: name, path to show, row of the archive, place."""
+    """Images in archives, by unpacked folder: name, path to show, row of the archive, place."""
     top: set[str] = field(default_factory=set)
     """Top-level folders."""
     archives: list[str] = field(default_factory=list)
@@ -76,53 +77,55 @@ class _Listing:
 
 
 def scan(root: str, *, limit: int | None = None, bar: bool = False) -> Index:
-    """List the images of a source; it may have none.
+    """List the images of a source. There may be none.
 
-    limit: TooMany is raised beyond so many files and folders.   bar: show the progress.   Raises FileNotFoundError if the
-    source or a listed file is missing, PermissionError for a folder that may not be read, ValueError for a damaged or
-    compressed archive and for what is no list.
+    limit: TooMany is raised if there are more files and folders.   bar: show progress.
+    FileNotFoundError if the source or a listed file is missing, PermissionError for an unreadable
+    folder, ValueError for a damaged or compressed archive or a file that is not a list.
     """
     try:
-        with _threads() as pool, _progress(root, bar) as shown:
+        with _threads() as pool, progress(None, 0, f"listing {root}", shown=bar) as shown:
             if os.path.isfile(root):
                 return _scan_archive(root, limit, shown) if is_archive(root) else _scan_list(root, limit, shown)
             if not os.path.isdir(root):
-                raise FileNotFoundError(f"{root} is no existing folder: give a folder of images")
+                raise FileNotFoundError(f"{root} does not exist: give a folder of images")
             listing = _Listing()
             _walk(root, listing, pool, limit, shown)
             _open_archives(root, listing, pool, limit, shown)
     except PermissionError as error:
-        raise PermissionError(f"{error.filename} may not be read: change its permissions or give another folder") from error
+        raise PermissionError(f"{error.filename} cannot be read: change its permissions or give another folder") from error
     return _index(listing)
 
 
 def is_archive(root: str) -> bool:
-    """Whether a file is called like an archive that can be read."""
+    """Whether a file has the name of an archive that can be read."""
     return root.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 def is_list(root: str) -> bool:
-    """Whether a source is a text file of paths, and neither a folder nor an archive."""
+    """Whether a source is a text file of paths, not a folder or an archive."""
     return os.path.isfile(root) and not is_archive(root)
 
 
 def stamp(path: str) -> tuple[int, int]:
-    """What changes with a file or a folder: its mtime in nanoseconds, and the size of a file in bytes or the ctime of a folder.
+    """The mtime in nanoseconds, and the size in bytes of a file or the ctime of a folder.
 
-    tar, rsync and cp set the mtime of a folder back to what it was elsewhere when they have filled it, but not its ctime.
+    tar, rsync and cp restore the original mtime of a folder after filling it, but not its ctime.
     """
     found = os.stat(path)
     return found.st_mtime_ns, found.st_ctime_ns if S_ISDIR(found.st_mode) else found.st_size
 
 
 def stamps(paths: Sequence[str]) -> np.ndarray:
-    """(F, 2) int64: `stamp` of each path; zeros for one that cannot be seen."""
+    """(F, 2) int64: the `stamp` of each path, zeros for one that cannot be read."""
     return np.array(_in_threads(_stamp_or_nothing, paths), np.int64).reshape(-1, 2)
 
 
 def is_recent(index: Index) -> bool:
-    """Whether something changed so shortly ago that another change now might leave its time as it is."""
-    return bool((np.abs(time.time_ns() - index.stamps) < RECENT_NS).any())  # no file is so large that its size is a time
+    """Whether something changed so recently that another change now might not change its time."""
+    return bool(
+        (np.abs(time.time_ns() - index.stamps) < RECENT_NS).any()
+    )  # no file is large enough for its size to look like a time
 
 
 def _stamp_or_nothing(path: str) -> tuple[int, int]:
@@ -134,7 +137,7 @@ def _stamp_or_nothing(path: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads that after an error do not go on with what is left to do."""
+    """A pool of threads that drops the remaining work after an error."""
     pool = ThreadPoolExecutor(THREADS)
     try:
         yield pool
@@ -143,22 +146,14 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def _in_threads(function: Callable[[str], T], paths: Sequence[str], size: int = 64) -> list[T]:
-    """The function of each path, by many threads, each of which takes `size` paths at a time."""
+    """Apply the function to each path with many threads, each taking `size` paths at a time."""
     with _threads() as pool:
         parts = pool.map(lambda start: [function(path) for path in paths[start : start + size]], range(0, len(paths), size))
         return [each for part in parts for each in part]
 
 
-def _progress(root: str, shown: bool) -> tqdm[Any]:
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        desc=f"listing {root}", unit=" files", disable=not shown, delay=interval, mininterval=interval, maxinterval=interval,
-        leave=False,
-    )  # fmt: skip
-
-
 def _walk(root: str, listing: _Listing, pool: ThreadPoolExecutor, limit: int | None, bar: tqdm[Any]) -> None:
-    """Put all folders with their images into the listing, and name the archives."""
+    """Add all folders with their images to the listing, and the names of the archives."""
     real = os.path.realpath(root)
     level, seen = [_Folder("", real, frozenset([real]))], 0
     while level:
@@ -182,7 +177,7 @@ def _walk(root: str, listing: _Listing, pool: ThreadPoolExecutor, limit: int | N
 
 def _read_folder(root: str, folder: _Folder, limit: int | None) -> _Content:
     where = os.path.join(root, folder.path) if folder.path else root
-    before = stamp(where)  # a change while the folder is read must show later
+    before = stamp(where)  # a change while the folder is read must be noticed later
     images, folders, archives, compressed = [], [], [], []
     with os.scandir(where) as entries:
         for entry in entries:
@@ -194,7 +189,7 @@ def _read_folder(root: str, folder: _Folder, limit: int | None) -> _Content:
                 if real not in folder.ancestors:
                     folders.append(_Folder(path, real, folder.ancestors | {real}))
             elif not (entry.is_symlink() or entry.is_file()):
-                continue  # a pipe would never end
+                continue  # reading a pipe would never end
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                 images.append(entry.name)
                 if limit is not None and len(images) > limit:
@@ -208,7 +203,7 @@ def _read_folder(root: str, folder: _Folder, limit: int | None) -> _Content:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is a folder or a link to one; a link to itself is none."""
+    """Whether an entry is a folder or a link to one. A link to itself is not."""
     try:
         return entry.is_dir()
     except OSError:
@@ -216,13 +211,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _open_archives(root: str, listing: _Listing, pool: ThreadPoolExecutor, limit: int | None, bar: tqdm[Any]) -> None:
-    """Put the images of the archives into the listing."""
+    """Add the images in the archives to the listing."""
     listing.archives.sort()
 
     def read(archive: str) -> tuple[tuple[int, int], dict[str, Place], set[str]]:
         path = os.path.join(root, archive)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} is a link to nothing: remove it, or put the archive where it leads")
+            raise FileNotFoundError(f"{path} is a broken link: remove it, or put the archive where it points")
         return stamp(path), *list_archive(path, limit=limit)
 
     seen = 0
@@ -246,7 +241,7 @@ def _add_members(listing: _Listing, row: int, archive: str, here: str, images: d
 
 
 def _scan_archive(path: str, limit: int | None, bar: tqdm[Any]) -> Index:
-    """The images of one archive: as of the folder that unpacking it would make."""
+    """The images of one archive, as in the folder that unpacking it would create."""
     before = stamp(path)
     images, folders = list_archive(path, limit=limit)
     listing = _Listing(top=folders, archives=[""], archive_stamps=[before])
@@ -256,34 +251,32 @@ def _scan_archive(path: str, limit: int | None, bar: tqdm[Any]) -> Index:
 
 
 def _scan_list(file: str, limit: int | None, bar: tqdm[Any]) -> Index:
-    """The paths that a text file names, each of which must exist, below the folder of the file."""
+    """The paths in a text file, relative to the folder of the file. Each must exist."""
     if file.lower().endswith(IMAGE_SUFFIXES):
-        raise ValueError(f"{file} is one image: give the folder that holds it, or a text file with one path a line")
+        raise ValueError(f"{file} is a single image: give its folder, or a text file with one path per line")
     if is_compressed(file):
         raise compressed_error(file)
     before = stamp(file)
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: give a folder, or a text file with one path a line") from error
+        raise ValueError(f"{file} is not UTF-8 text: give a folder, or a text file with one path per line") from error
     paths = [line for line in lines if line and not line.startswith("#")]
     if not paths:
-        raise ValueError(f"{file} names no images: write one path a line, relative to the file or absolute")
+        raise ValueError(f"{file} lists no images: write one path per line, relative to the file or absolute")
     if limit is not None and len(paths) > limit:
         raise TooMany
     folder = os.path.dirname(file)
     for path, exists in zip(paths, _in_threads(lambda path: os.path.isfile(os.path.join(folder, path)), paths), strict=True):
         if not exists:
-            raise FileNotFoundError(
-                f"{path}, listed in {file}, does not exist from {folder or '.'}: correct or remove the line"
-            )
+            raise FileNotFoundError(f"{path}, listed in {file}, does not exist in {folder or '.'}: correct or remove the line")
     bar.update(len(paths))
     names, watched = Strings.of(paths), Strings.of([os.path.basename(file)])
     return Index(names, counts=np.array([len(names)], np.int64), watched=watched, stamps=np.array([before], np.int64))
 
 
 def _index(listing: _Listing) -> Index:
-    """Sort what was found, and pack it."""
+    """Sort and pack what was found."""
     counts = dict.fromkeys(listing.top, 0)
     names: list[bytes] = []
     members: list[tuple[int, ...]] = []
@@ -303,8 +296,11 @@ def _index(listing: _Listing) -> Index:
         counts[top] = counts.get(top, 0) + found
     groups = sorted(counts)
     return Index(
-        Strings.packed(names), Strings.of(groups), np.array([counts[group] for group in groups], np.int64),
-        Strings.of(listing.archives + listing.folders),
-        np.array(listing.archive_stamps + listing.folder_stamps, np.int64).reshape(-1, 2),
-        np.array(members, np.int64).reshape(-1, MEMBER), Strings.of(sorted(listing.compressed)),
-    )  # fmt: skip
+        names=Strings.packed(names),
+        groups=Strings.of(groups),
+        counts=np.array([counts[group] for group in groups], np.int64),
+        watched=Strings.of(listing.archives + listing.folders),
+        stamps=np.array(listing.archive_stamps + listing.folder_stamps, np.int64).reshape(-1, 2),
+        members=np.array(members, np.int64).reshape(-1, MEMBER),
+        left_out=Strings.of(sorted(listing.compressed)),
+    )

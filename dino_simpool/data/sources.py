@@ -1,4 +1,4 @@
-"""Which images there are, and one of them by its number: folders, archives, class folders, text files of paths."""
+"""Sets of images, read by number: from folders, archives, class folders, or text files of paths."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from dino_simpool.data.scan import is_list, stamps
 from dino_simpool.logs import say
 
 _BYTES_PER_PIXEL = 8
-"""Of an image file at most: four channels of 16 bits, not compressed."""
+"""The most that an image file needs: four uncompressed channels of 16 bits."""
 _ENDINGS = " ".join(IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """The files of a data set, with labels if they came from class folders."""
+    """The images of a data set, with class names and labels if they are in class folders."""
 
     root: str
-    """Folder or archive that relative paths start from; empty if they start from the current folder."""
+    """Folder or archive that paths are relative to; empty for the current folder."""
     paths: Index | Sequence[str] | np.ndarray
-    """(M,) str, kept as an Index: see index.py. `name` gives one of them."""
+    """(M,) str, stored as an Index (index.py). `name` returns one of them."""
     labels: np.ndarray | None = None
-    """(M,) int64, positions in `classes`, or None."""
+    """(M,) int64, positions in `classes`, or None if they are not stored: see `labels_of`."""
     classes: tuple[str, ...] = ()
-    """Names of the class folders, sorted."""
+    """Names of the class folders, sorted; empty without classes."""
     boxes: np.ndarray | None = None
-    """(M, 4) float left, top, right, bottom in pixels: the part of each image that is read, or None for whole images."""
+    """(M, 4) float left, top, right, bottom in pixels: the part to read. None: whole images."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are refused."""
     exif_orientation: bool = False
-    """Turn images as their EXIF tag says."""
+    """Rotate images according to their EXIF tag."""
     _archives: ArchiveReader = field(default_factory=ArchiveReader, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class ImageSet:
 
     @property
     def index(self) -> Index:
-        """The paths, and where those in archives lie."""
+        """The paths, and the places of images in archives."""
         assert isinstance(self.paths, Index)
         return self.paths
 
@@ -67,59 +67,67 @@ class ImageSet:
         return len(self.paths)
 
     def path(self, index: int) -> str:
-        """The path of one image, as messages call it: a file, or ARCHIVE/PATH_INSIDE, which cannot be opened."""
+        """The path of one image for messages: a file, or ARCHIVE/PATH_INSIDE."""
         return os.path.join(self.root, self.name(index))
 
     def name(self, index: int) -> str:
-        """The path of one image below the root: what results call it."""
+        """The path of one image relative to the root, for results."""
         return self.index[index]
 
+    def labels_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray | None:
+        """(n,) int64: the classes of n images, as positions in `classes`; None without classes."""
+        if self.labels is not None:
+            return self.labels[indices]
+        if not self.classes:
+            return None
+        counts = self.index.counts
+        return np.searchsorted(counts[counts > 0].cumsum(), indices, side="right")
+
     def read_bytes(self, index: int) -> bytes:
-        """The content of one image file, in an archive or not. BrokenImage names a file that cannot be read."""
+        """The content of one image file, in an archive or not. BrokenImage if it cannot be read."""
         try:
             member = self.index.member(index)
             if member is None:
                 with open(self.path(index), "rb") as file:
                     return file.read()
             archive, stamp, place = member
-            most = 2**20 + _BYTES_PER_PIXEL * self.max_pixels  # with room for headers and colour profiles
+            most = 2**20 + _BYTES_PER_PIXEL * self.max_pixels  # with room for headers and color profiles
             return self._archives.read(_below(self.root, archive), stamp, place, most=most)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                raise  # of this process, and not of the image
+                raise  # a fault of this process, not of the image
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise BrokenImage(self.path(index), reason) from error
 
     def encoded(self, index: int) -> EncodedImage:
-        """One image as it is stored, ready to be decoded. BrokenImage as for `read_bytes`."""
+        """One image as stored, ready to be decoded. BrokenImage as for `read_bytes`."""
         return EncodedImage(
             self.read_bytes(index), name=self.path(index), max_pixels=self.max_pixels, exif_orientation=self.exif_orientation
         )
 
     def read(self, index: int) -> Image.Image:
-        """One image as RGB, cut to its box if there are boxes. BrokenImage names a file that cannot be read."""
+        """One image as RGB, cropped to its box, if any. BrokenImage if it cannot be read."""
         image = self.encoded(index).rgb()
         if self.boxes is None:
             return image
         left, top, right, bottom = box = tuple(round(side) for side in self.boxes[index].tolist())
         if not (left < image.width and top < image.height and (right - left) * (bottom - top) <= self.max_pixels):
-            raise BrokenImage(self.path(index), f"its box {box} is not one of {image.width} x {image.height} pixels")
+            raise BrokenImage(self.path(index), f"its box {box} does not fit into {image.width} x {image.height} pixels")
         return image.crop(box)
 
-    def decoded(self, *, max_pixels: int, exif_orientation: bool) -> ImageSet:
-        """The same images, read with these settings of `read_rgb`."""
+    def with_decoding(self, *, max_pixels: int, exif_orientation: bool) -> ImageSet:
+        """The same images, with these settings of `read_rgb`."""
         return dataclasses.replace(self, max_pixels=max_pixels, exif_orientation=exif_orientation)
 
-    def labels_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray | None:
-        """Class numbers of images."""
-        return None if self.labels is None else self.labels[indices]
-
     def digest(self) -> str:
-        """SHA-256 of the names in their order: the same for a folder that was moved as a whole, or packed into one archive."""
+        """SHA-256 of the names in order.
+
+        It stays the same if the folder is moved, or packed into one archive.
+        """
         return self.index.digest()
 
     def sizes_digest(self) -> str:
-        """SHA-256 of the sizes of the files in bytes, which few files keep that are replaced under their names."""
+        """SHA-256 of the file sizes in bytes. They usually change when files are replaced."""
         members = self.index.members
         sizes = members[:, 1 + Place._fields.index("unpacked")].copy() if len(members) else np.full(len(self), -1, np.int64)
         files = np.flatnonzero(sizes < 0)
@@ -128,36 +136,44 @@ class ImageSet:
 
 
 def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = None) -> ImageSet:
-    """All images of some folders, archives and text files of paths, in a fixed order, without labels.
+    """All images of one or more folders, archives and text files of paths, in a fixed order.
 
-    A folder is searched at any depth, and so are the .tar and .zip archives in it, as if they were unpacked where they lie
-    (scan.py, archives.py). A text file has one path a line, relative to the file itself; empty lines and lines that start with
-    # are skipped. With `subset_per_class` the first so many images of each top-level folder are taken. Raises FileNotFoundError
-    for a missing folder or file, PermissionError for one that may not be read, ValueError for a source without images and for
-    an archive that is damaged or compressed. How large sources are listed: cache.py.
+    Folders are searched at any depth. The .tar and .zip archives in them count as unpacked there
+    (scan.py, archives.py). A text file has one path per line, relative to the file; empty lines and
+    lines that start with # are skipped. `subset_per_class` takes the first N images of each
+    top-level folder. If all images of a single source lie in top-level folders, these are the
+    `classes`, and `labels_of` computes labels on request; `labels` are not stored.
+    FileNotFoundError for a missing folder or file, PermissionError for an unreadable one,
+    ValueError for a source without images or an archive that is damaged or compressed. cache.py
+    describes how large sources are listed.
     """
     roots = [roots] if isinstance(roots, str) else list(roots)
     if not roots or "" in roots:
         raise ValueError(
-            "no images are given: set data.root to a folder of images, an archive, or a text file with one path a line"
+            "no images are given: set data.root to a folder of images, an archive, or a text file with one path per line"
         )
     parts = [_source(root, subset_per_class) for root in roots]
-    return ImageSet(*parts[0]) if len(parts) == 1 else ImageSet("", join(parts))
+    if len(parts) > 1:
+        return ImageSet("", join(parts))
+    [(base, index)] = parts
+    folders = tuple(name for name, count in _groups(index) if count)
+    return ImageSet(base, index, classes=() if "" in folders else folders)
 
 
 def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
-    """Labelled images of the form root/class/image: classes are the sorted folder names, images sorted within each.
+    """Labeled images of the form root/class/image, in sorted order.
 
-    root: a folder, or an archive of one. If there is no such folder, root.tar or root.zip stands for it. Archives in a folder
-    count as unpacked there: in a folder of shards the classes are the first folders inside of them. With `subset_per_class` the
-    first so many images of each class are taken. Raises FileNotFoundError for a missing folder; ValueError if there are no
-    class folders, one has no images, or images lie outside of them.
+    root: a folder, or an archive of one. If the folder does not exist, root.tar or root.zip is
+    used. Archives in a folder count as unpacked there: in a folder of shards, the classes are the
+    top-level folders inside the shards. The classes are the folder names. `subset_per_class` takes
+    the first N images of each class. FileNotFoundError for a missing folder; ValueError if there
+    are no class folders, one has no images, or images lie outside of them.
     """
     root = folder_or_archive(root)
     if is_compressed(root):
         raise compressed_error(root)
     if is_list(root):
-        raise FileNotFoundError(f"{root} is no existing folder: give a folder of images, or a .tar or .zip archive of one")
+        raise FileNotFoundError(f"{root} is not a folder: give a folder of images, or a .tar or .zip archive of one")
     _, index = _load(root)
     empty = [name for name, count in _groups(index) if name and not count]
     if empty or not len(index):
@@ -183,37 +199,39 @@ def folder_or_archive(root: str) -> str:
 
 
 def _source(root: str, subset_per_class: int | None) -> tuple[str, Index]:
-    """The base folder of one source, and its images."""
+    """The base folder of one source, and the index of its images."""
     if subset_per_class is not None and is_list(root):
-        raise ValueError(f"{root} is a text file, without classes for subset_per_class: list only the wanted paths instead")
+        raise ValueError(f"{root} is a text file, without classes for subset_per_class: list only the paths you want")
     base, index = _load(root)
     if not len(index):
-        endings = f"at any depth, files ending in {_ENDINGS}"
-        raise ValueError(f"no images in {root}: give a folder that holds, {endings}; or a text file with one path a line")
+        raise ValueError(
+            f"no images in {root}: give a folder with files at any depth ending in {_ENDINGS}, "
+            "or a text file with one path per line"
+        )
     return base, index if subset_per_class is None else _subset(root, _only_classes(root, index), subset_per_class)
 
 
 def _load(root: str) -> tuple[str, Index]:
-    """load_index, and what there is to say about compressed archives beside the images."""
+    """load_index, with a message about compressed archives."""
     base, index = load_index(root)
     if len(index.left_out):
         if not len(index):
             raise compressed_error(os.path.join(root, index.left_out[0]))
-        say(f"{root}: {len(index.left_out)} compressed archive(s) left out, such as {index.left_out[0]}; unpack to use them")
+        say(f"{root}: {len(index.left_out)} compressed archive(s) skipped, such as {index.left_out[0]}; unpack to use them")
     return base, index
 
 
 def _groups(index: Index) -> list[tuple[str, int]]:
-    """(top-level folder, number of images) in the order of the images."""
+    """(top-level folder, number of images), in the order of the images."""
     return list(zip(index.groups, index.counts.tolist(), strict=True))
 
 
 def _only_classes(root: str, index: Index) -> Index:
-    """The same, after making sure that all images lie in class folders."""
+    """The same index, after checking that all images lie in class folders."""
     loose = dict(_groups(index)).get("", 0)
     if loose:
-        what = "put each archive into a folder of its class" if index.member(0) else "move or remove them"
-        raise ValueError(f"{index[0]} and {loose - 1} other images in {root} lie in no class folder: {what}")
+        what = "put each archive into a folder for its class" if index.member(0) else "move or remove them"
+        raise ValueError(f"{index[0]} and {loose - 1} other images in {root} are not in a class folder: {what}")
     return index
 
 

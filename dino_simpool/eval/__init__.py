@@ -90,7 +90,7 @@ def class_folders(cfg: ClassificationConfig) -> tuple[ImageSet, ImageSet]:
 
 def decoded(images: ImageSet, cfg: Decoding) -> ImageSet:
     """The same images, decoded as cfg says. Every image set of an evaluator goes through here."""
-    return images.decoded(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
+    return images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
 
 
 def classes_of(images: ImageSet, train: ImageSet) -> Tensor:

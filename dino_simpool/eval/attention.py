@@ -40,8 +40,8 @@ from dino_simpool.config import AttentionConfig
 from dino_simpool.data import IMAGE_SUFFIXES, LONGEST, ImageSet, evenly, find_images
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.eval import decoded, run
-from dino_simpool.features.encode import progress_bar
 from dino_simpool.features.maps import attention_maps, entropy, mass_mask, part_boxes, seen_size
+from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.pictures import Tile, contact_sheet, fitted, heat, mask_overlay, overlay, save_png, to_bytes, unnormalize
 from dino_simpool.results import result_name, results_folder
@@ -112,7 +112,7 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
         per_head=cfg.heads == "each",
     )
     written: dict[int, tuple[dict[str, Any], list[Tile]]] = {}
-    with progress_bar(len(chosen), "attention") as bar:
+    with progress(len(chosen), 0, "attention") as bar:
         for maps, (pixels, sizes), indices in batches:
             shown = unnormalize(pixels, transform.mean, transform.std)
             for picture, own, original, index in zip(shown, maps, sizes.tolist(), indices.tolist(), strict=True):

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 
 from dino_simpool import distributed
 from dino_simpool.config import LinearConfig
-from dino_simpool.data import EvalTransform, ImageSet, MultiCropDataset, default_workers, epoch_order
+from dino_simpool.data import AugmentedImages, EvalTransform, ImageSet, default_workers, epoch_order
 from dino_simpool.data.augment import CROP_NUMBERS, crop_box, to_tensor, uniforms
 from dino_simpool.data.decode import EncodedImage
 from dino_simpool.eval import class_folders, classes_of, run
@@ -167,7 +167,7 @@ def _paper(
     workers = default_workers() if cfg.workers is None else cfg.workers
     items = iter(
         DataLoader(
-            MultiCropDataset(train, augmentation, cfg.seed),
+            AugmentedImages(train, augmentation, cfg.seed),
             num_workers=workers,
             pin_memory=device.type == "cuda",
             batch_sampler=_keys(len(train), cfg, batch_size=batch_size),
@@ -181,7 +181,7 @@ def _paper(
             for size, parts in _batches(len(train), epoch, seed=cfg.seed, batch_size=batch_size, forward_size=cfg.batch_size):
                 features, labels = torch.empty(0, encoder.embed_dim, device=device), torch.empty(0, dtype=torch.int64)
                 for _ in parts:
-                    (images,), index = next(items)
+                    (images,), index, _ = next(items)
                     features = torch.cat([features, encode(encoder, images, device=device, precision=cfg.precision)])
                     labels = torch.cat([labels, train_y[index]])
                 loss += heads.step(features, labels.to(device), batch_size=size, decay=decay).item() * size / len(train)

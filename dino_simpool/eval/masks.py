@@ -45,7 +45,9 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
         raise ValueError("no data is given: say --data DIR, a folder with val/ and masks/val/")
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     images = class_folder(str(Path(cfg.data) / cfg.val))
-    images = images.decoded(max_pixels=cfg.max_pixels, exif_orientation=False)  # masks are of the pixels as they are stored
+    images = images.with_decoding(
+        max_pixels=cfg.max_pixels, exif_orientation=False
+    )  # masks are of the pixels as they are stored
     chosen = evenly(len(images), cfg.max_images)
     positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     rows = []

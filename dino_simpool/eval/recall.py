@@ -37,7 +37,7 @@ from dino_simpool.features.chunks import chunks
 from dino_simpool.features.encode import extract_features, preprocessing
 from dino_simpool.features.neighbors import check_ks, neighbors
 from dino_simpool.features.ranking import NOTHING, Labeled, best_positive, count_nearer
-from dino_simpool.layouts.lists import differing_counts, part_counts
+from dino_simpool.layouts import differing_counts, part_counts
 from dino_simpool.layouts.metric_learning import fine_grained
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder

@@ -45,8 +45,8 @@ from dino_simpool.features.chunks import chunks
 from dino_simpool.features.encode import extract_features
 from dino_simpool.features.neighbors import UNIT
 from dino_simpool.features.whitening import Whitening, unit, whitening_set
+from dino_simpool.layouts import differing_counts, part_counts
 from dino_simpool.layouts.landmarks import landmarks
-from dino_simpool.layouts.lists import differing_counts, part_counts
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
 

@@ -10,7 +10,6 @@ M images of the set, D width of a feature.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,11 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dino_simpool import distributed
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dino_simpool.data import ImageSet, index_loader
+from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 
 
@@ -118,7 +117,7 @@ def extract_features(
         encoder, images, indices.numpy(), transform=transform, batch_size=batch_size, workers=workers, device=device,
         precision=precision, skip_broken=broken is not None,
     )  # fmt: skip
-    with evaluation_mode(encoder), progress_bar(total, description) as bar:
+    with evaluation_mode(encoder), progress(total, 0, description) as bar:
         for features, numbers in batches:
             skipped |= {~number for number in numbers.tolist() if number < 0}
             rows[done : done + len(features)] = features
@@ -135,19 +134,6 @@ def extract_features(
             "check the weights and that image, and use precision fp32"
         )
     return features
-
-
-def progress_bar(total: int, description: str, *, initial: int = 0) -> tqdm[Any]:
-    """A progress bar over the images of all processes, on the main process; in a file, a line every
-    half minute.
-
-    initial: images that were done before and do not count for the speed.
-    """
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=total, initial=initial, desc=description, unit=" images", disable=not distributed.is_main(), delay=interval,
-        mininterval=interval, maxinterval=interval, leave=False,
-    )  # fmt: skip
 
 
 def preprocessing(config: ModelConfig | None, *, image_size: int | None = None, resize: int | None = None) -> dict[str, Any]:

@@ -48,9 +48,10 @@ from dino_simpool.config import ExtractConfig
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import encode, evaluation_mode, feature_batches, preprocessing, progress_bar, try_sizes
+from dino_simpool.features.encode import encode, evaluation_mode, feature_batches, preprocessing, try_sizes
 from dino_simpool.features.rows import RowFile
 from dino_simpool.files import file_sha256, write_atomically, write_json
+from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.pooling.simpool import SimPool
 from dino_simpool.results import versions
@@ -84,7 +85,7 @@ def main(cfg: ExtractConfig) -> None:
     if cfg.labels and len(sources) > 1:
         raise ValueError(f"labels need one folder of class folders, given {len(sources)} sources: leave labels out")
     images = class_folder(sources[0]) if cfg.labels else find_images(sources)
-    images = images.decoded(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
+    images = images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
     sources = [images.root] if cfg.labels else sources
     encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
     view = {"view": cfg.view, **preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)}
@@ -297,7 +298,7 @@ def _fill(
     rows: RowFile, batches: np.ndarray, features: Iterator[tuple[Tensor, Tensor]], images: ImageSet, *, done: int
 ) -> None:
     """Write the features of these batches. `done`: number of images that were written before."""
-    with rows, progress_bar(len(images), "extract", initial=done) as bar:
+    with rows, progress(len(images), done, "extract") as bar:
         for number, (values, indices) in zip(batches.tolist(), features, strict=True):
             damaged = torch.nonzero(~values.flatten(1).sum(1).isfinite())
             if len(damaged):

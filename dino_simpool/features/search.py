@@ -46,7 +46,7 @@ def main(cfg: SearchConfig) -> None:
     meta, features, index = open_index(cfg.index)
     settings = meta["settings"]
     images, queries = (
-        each.decoded(max_pixels=meta["source"]["max_pixels"], exif_orientation=settings["images"]["exif_orientation"])
+        each.with_decoding(max_pixels=meta["source"]["max_pixels"], exif_orientation=settings["images"]["exif_orientation"])
         for each in (images_of(cfg, meta), query_images(cfg.query))
     )
     encoder = encoder_of(cfg, meta).to(device)

@@ -1,58 +1,59 @@
-"""Data sets as they lie on the disk after their official download: metric learning, landmarks and ImageNet.
+"""Public data sets as downloaded: metric learning, landmarks, ImageNet.
 
-    cub200    CUB_200_2011/               images.txt, images/<101.Name>/*.jpg               test: classes 101 to 200
-    cars196   cars196/                    cars_annos.mat, car_ims/*.jpg                     test: classes 99 to 196
-    sop       Stanford_Online_Products/   Ebay_test.txt, <category>_final/*.JPG             test: Ebay_test.txt
-    inshop    Inshop_Clothes/             Eval/list_eval_partition.txt, Img/img/...         query and gallery
-    folder    CLASS/IMAGE                 all of it is test
-    roxford5k, rparis6k   <name>/         gnd_<name>.pkl or .json, jpg/*.jpg                database and queries
-    imagenet  {train,val}/CLASS/IMAGE
+    cub200    CUB_200_2011/              images.txt, images/<101.Name>/*.jpg
+    cars196   cars196/                   cars_annos.mat, car_ims/*.jpg
+    sop       Stanford_Online_Products/  Ebay_test.txt, <category>_final/*.JPG
+    inshop    Inshop_Clothes/            Eval/list_eval_partition.txt, Img/img/...
+    folder                               CLASS/IMAGE
+    roxford5k, rparis6k   <name>/        gnd_<name>.pkl or .json, jpg/*.jpg
+    imagenet                             {train,val}/CLASS/IMAGE
 
-The root is the folder that holds the named one, or the named one itself. The splits are those of metric learning, with other
-classes in training than in test: of CUB and Cars that is not the official split, which divides the images of each class.
-Images are what the lists name, in their order; other files are not used, and `check_layout` only counts them. Everything is
-about the test part.
+The root is the folder that contains the named one, or the named one itself. The test part is
+classes 101 to 200 of CUB, 99 to 196 of Cars, Ebay_test.txt of SOP, and all images of a folder;
+In-Shop has queries and a gallery, and the landmarks have queries and a database. These are the
+splits of metric learning, where training and test have different classes. For CUB and Cars this is
+not the official split, which divides the images of each class. The images are those that the lists
+name, in that order; other files are not used, and `check_layout` only counts them. Only the test
+part is read.
 
-What is missing or damaged stops a reader. Counts that differ from the official ones only make `check_layout` and the
-evaluators speak, so that a part of a data set can be used.
+Missing or damaged files stop a reader. Counts that differ from the official ones are only reported,
+by `check_layout` and the evaluators, so a part of a data set can be used.
+
+A layout is one `Layout` (layout.py), next to its reader: classes.py, metric_learning.py,
+landmarks.py. lists.py reads files that list images, ground_truth.py the files of landmarks.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from dino_simpool.layouts.classes import IMAGENET
+from dino_simpool.layouts.landmarks import LANDMARKS
+from dino_simpool.layouts.layout import Layout, Problems, part_counts
+from dino_simpool.layouts.metric_learning import FINE_GRAINED
 
-from dino_simpool.layouts.classes import _imagenet
-from dino_simpool.layouts.landmarks import _LANDMARKS, landmarks
-from dino_simpool.layouts.lists import COUNTS, Problems, differing_counts, home, part_counts
-from dino_simpool.layouts.metric_learning import _FINE_GRAINED, fine_grained
+__all__ = ["LAYOUTS", "check_layout", "differing_counts", "part_counts"]
 
-__all__ = [
-    "COUNTS",
-    "LAYOUTS",
-    "Problems",
-    "check_layout",
-    "differing_counts",
-    "fine_grained",
-    "home",
-    "landmarks",
-    "part_counts",
-]
-
-LAYOUTS = (*COUNTS, "folder")
+LAYOUTS: dict[str, Layout] = FINE_GRAINED | LANDMARKS | {IMAGENET.name: IMAGENET}
 
 
 def check_layout(layout: str, root: str) -> Problems:
-    """Everything that is missing, damaged or of another size than the official, a line each; empty if all is well.
+    """Everything that is missing, damaged or not of the official size, one line each.
 
-    layout: one of LAYOUTS. No image is opened. What stops a reader comes first, differing counts last. Images that no list
-    names are in the `notes`.
+    layout: one of LAYOUTS. No image is opened. Problems that stop a reader come first, differing
+    counts last. Images that no list names are in the `notes`.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"there is no layout {layout}: known are {', '.join(LAYOUTS)}")
     problems = Problems()
-    if layout == "imagenet":
-        counts = _imagenet(Path(root), problems)
-    else:
-        counts = part_counts((_FINE_GRAINED | _LANDMARKS)[layout](home(layout, root), problems))
-    problems += differing_counts(layout, counts) if counts else []
+    parts = LAYOUTS[layout].read(LAYOUTS[layout].home(root), problems)
+    if parts:
+        problems += differing_counts(layout, part_counts(parts))
     return problems
+
+
+def differing_counts(layout: str, counts: dict[str, int]) -> list[str]:
+    """One line for each count (from `part_counts`) that differs from the official one."""
+    return [
+        f"{layout}: {name}: {counts[name]:,} found, {number:,} expected"
+        for name, number in LAYOUTS[layout].counts.items()
+        if name in counts and counts[name] != number
+    ]

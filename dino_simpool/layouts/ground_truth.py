@@ -1,10 +1,11 @@
-"""The ground truth of ROxford and RParis: gnd_<name>.pkl as published, or the same as gnd_<name>.json.
+"""The ground truth of ROxford and RParis: gnd_<name>.pkl as published, or gnd_<name>.json.
 
-A pickle is a program: loading a stranger's file with the standard module runs whatever it says. `load_plain_pickle` only builds
-containers, strings, numbers and numpy arrays, with functions of its own; any other name in the file is refused before it is
-looked up. The content
-(filipradenovic/revisitop): imlist and qimlist, names of the images without .jpg; gnd, a dict for each query with its box bbx
-in pixels and the numbers, in imlist, of the easy, hard and junk images of the same landmark.
+A pickle is a program: loading an untrusted file with the standard module runs whatever it says.
+`load_plain_pickle` builds only containers, strings, numbers and numpy arrays, with its own
+functions. Any other name in the file is refused before it is looked up. The content
+(filipradenovic/revisitop): imlist and qimlist, names of the images without .jpg; gnd, for each
+query a dict with its box bbx in pixels and the numbers in imlist of the easy, hard and junk images
+of the same landmark.
 """
 
 from __future__ import annotations
@@ -22,32 +23,37 @@ import numpy as np
 
 KINDS = ("easy", "hard", "junk")
 MOST_BYTES = 2**24
-"""Of a pickle. The published files have less than 2**20; each byte may become an object of 64."""
+"""The largest pickle. Published files have less than 2**20 bytes. A byte may become 64 in
+memory."""
 MOST_PIXELS = 2**16
-"""Of a side of an image: a box beyond is none. (JPEG has 16 bits for it.)"""
+"""The longest side of an image; larger boxes are invalid. (JPEG has 16 bits for it.)"""
 
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
-    """Which database images show what a query shows."""
+    """Which database images show the same landmark as each query."""
 
     database: list[str]
     """Names of the database images, without suffix."""
     queries: list[str]
     """Names of the query images, without suffix."""
     boxes: np.ndarray
-    """(queries, 4) float64 left, top, right, bottom of the landmark in the query image, in pixels."""
+    """(queries, 4) float64 left, top, right, bottom of the landmark in the query, in pixels."""
     relevant: list[dict[str, np.ndarray]]
-    """For each query the numbers of its easy, hard and junk images in `database`, int64; all others are negatives."""
+    """For each query, its easy, hard and junk images: int64 numbers in `database`. Others are
+    negatives."""
 
 
 def read_ground_truth(folder: Path, name: str) -> GroundTruth:
-    """The ground truth in gnd_<name>.json if there is one, else in gnd_<name>.pkl. ValueError if it is missing or damaged."""
+    """The ground truth in gnd_<name>.json if it exists, else in gnd_<name>.pkl.
+
+    ValueError if it is missing or damaged.
+    """
     path = folder / f"gnd_{name}.json"
     if not path.is_file():
         path = path.with_suffix(".pkl")
     if not path.is_file():
-        raise ValueError(f"{path} is missing (gnd_{name}.json would do as well): get it with the data set")
+        raise ValueError(f"{path} is missing (gnd_{name}.json works too): get it with the data set")
     with path.open("rb") as file:
         try:
             content = json.load(file) if path.suffix == ".json" else load_plain_pickle(file)
@@ -59,17 +65,17 @@ def read_ground_truth(folder: Path, name: str) -> GroundTruth:
     try:
         return _checked(content)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{path} is not the ground truth of {name}: {reason}; wanted are imlist, qimlist and gnd as in revisitop"
+            f"{path} is not the ground truth of {name}: {reason}; it needs imlist, qimlist and gnd as in revisitop"
         ) from error
 
 
 def load_plain_pickle(file: BinaryIO) -> Any:
-    """What a pickle holds, if that is containers, strings, numbers and numpy arrays only.
+    """The content of a pickle, if it has only containers, strings, numbers and numpy arrays.
 
-    UnpicklingError names the first other thing, which was not even imported, or says that the file is too large. Strings of
-    Python 2 are taken as Latin-1.
+    UnpicklingError names the first other thing, which is not even imported, or says that the file
+    is too large. Python 2 strings are decoded as Latin-1.
     """
     data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
@@ -77,30 +83,37 @@ def load_plain_pickle(file: BinaryIO) -> Any:
     return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 
-# What a pickle may call. None of it is numpy's own, which take the bytes of a file for addresses of objects, and crash.
+# What a pickle may call. Nothing here is numpy's own: its functions take bytes of a file for
+# addresses of objects, and crash.
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How protocols 0 to 2 write bytes: as text, and with the name of _codecs.encode, which could do much more."""
+    """How protocols 0 to 2 store bytes: as text. (_codecs.encode itself could do much more.)"""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding} are not known")
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding} are not supported")
     return text.encode("latin1")
 
 
 def _dtype(kind: str, align: object = False, copy: object = True) -> np.dtype[Any]:
-    """A dtype of numbers, text or objects, of its own (not the one that numpy shares), since its byte order may follow."""
+    """A dtype of numbers, text or objects.
+
+    A copy and not the one that numpy shares, since its byte order may be set next.
+    """
     if not isinstance(kind, str) or not _PLAIN_DTYPE.fullmatch(kind):
         raise pickle.UnpicklingError(f"the dtype {kind!r} is not one of numbers, text or objects")
     return np.dtype(kind, copy=True)
 
 
 def _reconstruct(_kind: object, _shape: object, _typecode: object) -> np.ndarray:
-    """An empty array, to be filled by what follows (`_build`)."""
+    """An empty array, filled later by `_build`."""
     return np.empty(0, np.uint8)
 
 
 def _content(data: Any, dtype: Any, shape: Any) -> Any:
-    """The bytes, or of objects the list, that fill an array. UnpicklingError if they do not."""
+    """The bytes that fill an array, or the list for an array of objects.
+
+    UnpicklingError if they do not fit.
+    """
     if not isinstance(dtype, np.dtype) or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
         raise pickle.UnpicklingError("an array in it has no plain dtype and shape")
     data = data.encode("latin1") if isinstance(data, str) else data
@@ -123,15 +136,15 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 
 def _bytes(*arguments: Any) -> bytes:
-    """bytes(...), but for bytes(number), which takes so much memory."""
+    """bytes(...), except bytes(number), which could take any amount of memory."""
     if any(isinstance(each, int) for each in arguments):
-        raise pickle.UnpicklingError("it asks for empty bytes by their number")
+        raise pickle.UnpicklingError("it asks for a number of empty bytes")
     return bytes(*arguments)
 
 
 _PLAIN_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16|[SU][0-9]{1,6}|O8?)")
 _CALLABLE: dict[str, Any] = {
-    "numpy.ndarray": "numpy.ndarray",  # is only named, as an argument, and cannot be called
+    "numpy.ndarray": "numpy.ndarray",  # only named as an argument, and cannot be called
     "numpy.dtype": _dtype,
     "numpy._core.multiarray._reconstruct": _reconstruct,
     "numpy._core.multiarray.scalar": _scalar,
@@ -144,18 +157,18 @@ _CALLABLE: dict[str, Any] = {
 }
 
 
-# The operations of a pickle that are replaced. (typeshed does not know the stack.)
+# Replaced operations of a pickle. (typeshed does not know the stack.)
 
 
 def _build(machine: Any) -> None:
-    """Fill what was made before, in place: an array with its content, or a dtype with its byte order."""
+    """Fill an object in place: an array with its content, or a dtype with its byte order."""
     state, target = machine.stack.pop(), machine.stack[-1]
     if isinstance(target, np.ndarray) and target.size == 0 and isinstance(state, tuple) and len(state) == 5:
         _, shape, dtype, fortran, data = state
         state = (1, shape, dtype, bool(fortran), _content(data, dtype, shape))
-        target.__setstate__(state)  # type: ignore[arg-type]  # numpy's stub wants its own bool, which it refuses
+        target.__setstate__(state)  # type: ignore[arg-type]  # the stub asks for numpy's bool, which numpy refuses
     elif isinstance(target, np.dtype) and isinstance(state, tuple) and state[2:5] == (None, None, None):
-        if state[1] in ("<", ">") and np.dtype(f"{state[1]}i2") != np.dtype("i2"):  # the order that is not this machine's
+        if state[1] in ("<", ">") and np.dtype(f"{state[1]}i2") != np.dtype("i2"):  # not this machine's order
             size = (target.itemsize, target.alignment) if target.kind == "U" else (-1, -1)
             target.__setstate__((3, state[1], None, None, None, *size, target.flags))  # type: ignore[attr-defined]
     else:
@@ -163,7 +176,7 @@ def _build(machine: Any) -> None:
 
 
 def _bytearray(machine: Any) -> None:
-    """A bytearray of what there is to read, made after it was read."""
+    """A bytearray made from the bytes that are there, after reading them."""
     machine.append(bytearray(machine.read(int.from_bytes(machine.read(8), "little"))))
 
 
@@ -172,10 +185,10 @@ def _refuse(machine: Any) -> None:
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Looks up nothing but what sets and the arrays and scalars of numpy, old and new, are made of, and makes no other objects.
+    """Looks up only what sets, numpy arrays and scalars (old and new) need. Makes no other objects.
 
-    It is the one of the standard module that is written in Python, where operations can be replaced. (The other one also
-    reserves as much memory as a short file asks for.)
+    It is the standard module's Python version, whose operations can be replaced. (The C version
+    also allocates as much memory as a short file asks for.)
     """
 
     dispatch: ClassVar[dict[int, Any]] = {
@@ -198,7 +211,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
 
 def _checked(content: Any) -> GroundTruth:
-    """The content as arrays. ValueError, TypeError or KeyError if it is something else."""
+    """The content as arrays. ValueError, TypeError or KeyError if it is anything else."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")
     database, queries = (_names(content[key], key) for key in ("imlist", "qimlist"))
@@ -218,20 +231,20 @@ def _checked(content: Any) -> GroundTruth:
 
 
 def _names(values: Any, what: str) -> list[str]:
-    """Names as text; Python 2 wrote bytes."""
+    """Names as text. Python 2 wrote bytes."""
     names = [value.decode("latin1") if isinstance(value, bytes) else value for value in values]
     if wrong := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"{what} holds a {type(wrong[0]).__name__} where a name should be")
+        raise ValueError(f"{what} holds a {type(wrong[0]).__name__} in place of a name")
     return [str(name) for name in names]
 
 
 def _numbers(values: Any, what: str, count: int) -> np.ndarray:
-    """Image numbers as int64: an empty list would be an array of floats."""
+    """Image numbers as int64. (An empty list would become an array of floats.)"""
     array = np.asarray(values)
     if array.size == 0:
         return np.empty(0, np.int64)
     if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise ValueError(f"{what} is not a list of whole numbers")
+        raise ValueError(f"{what} is not a list of integers")
     if array.min() < 0 or array.max() >= count:
         raise ValueError(f"{what} goes from {array.min()} to {array.max()}, but there are images 0 to {count - 1}")
     return array.astype(np.int64)

@@ -93,7 +93,7 @@ def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: 
 def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
     """HTML of training images with the boxes of their crops and their views of the first epoch."""
     roots = (cfg.data.root,) if isinstance(cfg.data.root, str) else cfg.data.root
-    images = find_images([root for root in roots if root], subset_per_class=cfg.data.subset_per_class).decoded(
+    images = find_images([root for root in roots if root], subset_per_class=cfg.data.subset_per_class).with_decoding(
         max_pixels=cfg.data.max_pixels, exif_orientation=cfg.data.exif_orientation
     )
     augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dino_simpool import layouts
+from dino_simpool.layouts import LAYOUTS
 
 SELF, SUPERVISED = "self-supervised", "supervised"
 RESNET18, RESNET50, CONVNEXT, VIT = "ResNet-18", "ResNet-50", "ConvNeXt-S", "ViT-S"
@@ -99,7 +99,7 @@ RELEASE: dict[tuple[Key, bool], Figure] = {
 models was meant."""
 
 COUNTS: dict[str, dict[str, int]] = {
-    "ImageNet-1k" if name == "imagenet" else name: sizes for name, sizes in layouts.COUNTS.items()
+    "ImageNet-1k" if name == "imagenet" else name: dict(layout.counts) for name, layout in LAYOUTS.items()
 }
 """Official sizes of the data sets, by their names in the tables."""
 

@@ -115,7 +115,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     broken = io.BytesIO()
     picture(20, 20).save(broken, "PNG")
     (tmp_path / "x.png").write_bytes(broken.getvalue()[:50])
-    for source, message in ((tmp_path, "x.png cannot be read as an image"), (tmp_path / "none", "is no existing folder")):
+    for source, message in ((tmp_path, "x.png cannot be read as an image"), (tmp_path / "none", "does not exist")):
         assert cli.main(["bench", "data", str(source), "--out", str(tmp_path / "out"), "--device", "cpu"]) != 0
         said = capsys.readouterr().err.strip().splitlines()
         assert message in said[-1] and "Traceback" not in "".join(said)

@@ -1,4 +1,5 @@
-"""The multi-crop recipe: each operation against torchvision and golden arrays, each distribution against the published one."""
+"""The multi-crop recipe: each operation against torchvision and golden arrays, each distribution
+against the published one."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def recipe(crops: CropsConfig) -> MultiCrop:
 
 
 def picture(height: int, width: int, *, seed: int = 0) -> Image.Image:
-    """Smooth colours with noise on top, so that resizing, hue and blur all have something to get wrong."""
+    """Smooth colors with noise on top, so errors of resizing, hue and blur show."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(height, width)
     smooth = np.stack([np.sin(3 * x + y), np.cos(2 * y - x), np.sin(5 * x * y)], -1) * 100 + 128
@@ -40,7 +41,7 @@ def picture(height: int, width: int, *, seed: int = 0) -> Image.Image:
 
 
 def one_view(**changes) -> ViewDraw:
-    """A draw of one view that leaves a 24 x 24 image as it is, but for the changes."""
+    """A draw of one view that leaves a 24 x 24 image unchanged, apart from `changes`."""
     nothing = {"box": [0, 0, 24, 24], "flip": False, "jitter": False, "factors": [1.0, 1.0, 1.0, 0.0], "order": [0, 1, 2, 3],
                "grayscale": False, "sigma": 0.0, "solarize": False}  # fmt: skip
     return ViewDraw(**{name: np.array([value]) for name, value in (nothing | changes).items()})
@@ -53,7 +54,7 @@ def stored(image: Image.Image, kind: str = "PNG", **options) -> EncodedImage:
 
 
 def assert_near(ours: np.ndarray, theirs: np.ndarray | Image.Image, levels: float, *, mean: float = math.inf) -> None:
-    """At most so many of 255 levels apart, and so many in the mean."""
+    """At most this many of 255 levels apart, and this many on average."""
     distance = np.abs(np.asarray(ours).astype(float) - np.asarray(theirs).astype(float))
     assert distance.max() <= levels and distance.mean() <= mean, (distance.max(), distance.mean())
 
@@ -62,7 +63,8 @@ def assert_near(ours: np.ndarray, theirs: np.ndarray | Image.Image, levels: floa
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox 4x64 with 10 rounds, as in Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011)."""
+    """Philox 4x64 with 10 rounds, as in Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3
+    (SC 2011)."""
     mask = 2**64 - 1
     for _ in range(10):
         first, second = 0xD2E7470EE14C6C93 * counter[0], 0xCA5A826395121157 * counter[2]
@@ -99,7 +101,7 @@ def test_columns_views_images_and_epochs_are_uncorrelated():
     epochs = np.stack([uniforms(0, e, 0, rows=1, columns=5).ravel() for e in range(NUM_DRAWS)])
     seeds = np.stack([uniforms(s, 0, 0, rows=1, columns=5).ravel() for s in range(NUM_DRAWS)])
     table = np.concatenate([images, np.roll(images[:, :5], 1, 0), epochs, seeds], 1)
-    table = table[1:]  # image 0, epoch 0 and seed 0 are one and the same draw
+    table = table[1:]  # image 0, epoch 0 and seed 0 are the same draw
     correlation = np.corrcoef(table, rowvar=False) - np.eye(table.shape[1])
     assert np.abs(correlation).max() < 5.5 / math.sqrt(len(table))
 
@@ -108,7 +110,10 @@ def test_columns_views_images_and_epochs_are_uncorrelated():
 
 
 def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest distance of two empirical distribution functions, scaled so that 1.95 is exceeded once in 1,000."""
+    """The largest distance of two empirical distribution functions.
+
+    Scaled: 1.95 is exceeded once in 1,000.
+    """
     points = np.sort(np.concatenate([a, b]))
     ranks = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
     return float(np.abs(ranks[0] - ranks[1]).max() * math.sqrt(len(a) * len(b) / (len(a) + len(b))))
@@ -169,7 +174,7 @@ def test_boxes_of_small_and_long_images_are_distributed_as_published(height, wid
 @pytest.mark.parametrize("size, box", [
     ((30, 30), [0, 0, 30, 30]), ((10, 100), [0, 43, 10, 13]), ((100, 10), [43, 0, 13, 10]), ((1, 1), [0, 0, 1, 1]),
 ])  # fmt: skip
-def test_after_ten_failures_the_largest_centre_crop_is_taken(size, box):
+def test_after_ten_failures_the_largest_center_crop_is_taken(size, box):
     # Twice the image's area never fits.
     numbers = uniforms(0, 0, 0, rows=1, columns=CROP_NUMBERS)[0].tolist()
     assert crop_box(*size, scale=(2.0, 2.0), numbers=numbers) == tuple(box)
@@ -218,7 +223,7 @@ def test_probabilities_follow_the_options():
 
 THEIRS = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue)
 LEVELS = (1, 1, 2, 12)
-"""How far each operation of the jitter may be from Pillow's."""
+"""The largest difference of each jitter operation from Pillow's."""
 
 
 def test_golden_operations():
@@ -257,7 +262,7 @@ def test_jitter_of_flat_images_is_near_torchvision():
 
 
 def test_crop_equals_torchvision():
-    """Also where Pillow goes down first and then across, which shows at the edges of an image like this."""
+    """Also where Pillow runs the vertical pass first, which shows at the edges of such an image."""
     image, random = picture(90, 120), np.random.default_rng(0)
     down_first = 0
     for size in (20, 32, 96):
@@ -315,7 +320,7 @@ def test_blur_is_that_of_pillow(sigma):
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 1.0, 1.5, 2.0, 5.0])
-def test_the_blur_has_the_variance_that_is_asked_for(sigma):
+def test_the_blur_has_the_requested_variance(sigma):
     kernel = blur_kernel(sigma)
     place = np.arange(len(kernel)) - len(kernel) // 2
     assert kernel.sum() == pytest.approx(1) and np.allclose(kernel, kernel[::-1]) and (kernel >= 0).all()
@@ -371,13 +376,13 @@ def test_no_local_views(on_device):
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_the_image_is_left_alone_and_global_random_states_too(on_device):
+def test_the_image_and_global_random_states_stay_unchanged(on_device):
     image, crop = np.asarray(picture(40, 40)), dataclasses.replace(recipe(SMALL), on_device=on_device)
     before, states = image.copy(), (torch.get_rng_state(), np.random.get_state()[1].copy())
     for index in range(20):
         crop.views(image, crop.draw(40, 40, seed=0, epoch=0, index=index))
     whole = one_view(box=[0, 0, 40, 40], flip=True, jitter=True, solarize=True)
-    pixels.apply_colors(pixels.resized_crop(image, (0, 0, 40, 40), 40), whole, 0)  # nothing to resize, and still a copy
+    pixels.apply_colors(pixels.resized_crop(image, (0, 0, 40, 40), 40), whole, 0)  # nothing to resize, but still a copy
     np.testing.assert_array_equal(image, before)
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
 
@@ -404,7 +409,8 @@ def test_jpeg_files_are_decoded_to_the_pixels_of_pillow(mode, size, options):
 
 
 def test_files_that_only_pillow_reads():
-    """A PNG, a CMYK JPEG, a JPEG too large, one to be turned: the header is not taken for a plain JPEG."""
+    """A PNG, a CMYK JPEG, a JPEG that is too large, and one to be rotated: none counts as a plain
+    JPEG."""
     image = picture(20, 30)
     assert stored(image).jpeg_size is None and stored(image.convert("CMYK"), "JPEG").jpeg_size is None
     plain = stored(image, "JPEG")
@@ -418,15 +424,15 @@ def test_files_that_only_pillow_reads():
     assert dataclasses.replace(turned, exif_orientation=False).pixels().shape == (20, 30, 3)
 
 
-def test_a_jpeg_with_a_wrong_byte_is_what_pillow_makes_of_it_and_a_cut_one_is_broken():
+def test_a_jpeg_with_a_wrong_byte_is_decoded_by_pillow_and_a_truncated_one_is_broken():
     file = stored(picture(64, 64), "JPEG").file
-    stray = file[:-2] + b"\x00" + file[-2:]  # a byte too many before the end, which cameras write
+    stray = file[:-2] + b"\x00" + file[-2:]  # one byte too many before the end, as cameras write
     np.testing.assert_array_equal(EncodedImage(stray).pixels(), np.asarray(Image.open(io.BytesIO(stray)).convert("RGB")))
     with pytest.raises(BrokenImage, match="cut"):
         EncodedImage(file[: len(file) // 2], name="cut").pixels()
 
 
-def test_a_jpeg_is_decoded_smaller_only_if_every_crop_allows_it():
+def test_a_jpeg_is_shrunk_only_if_every_crop_allows_it():
     crop = recipe(SMALL)  # views of 32 and 20 pixels, margin 2
     sides = [[64, 64], [64, 64], *[[40, 40]] * 6]
 
@@ -452,8 +458,9 @@ def test_shrunk_boxes_stay_inside_and_keep_their_place():
                     assert np.abs(ends - (box[0], box[1], box[0] + box[2], box[1] + box[3])).max() <= shrink / 2
 
 
-def test_views_of_a_jpeg_decoded_smaller_are_those_of_the_whole():
-    """The stated tolerance: 1 level in the mean of each view, with the edges of the crop where the small image has pixels."""
+def test_views_of_a_shrunk_jpeg_are_those_of_the_whole():
+    """The stated tolerance: 1 level on average in each view, with crop edges on pixels of the small
+    image."""
     crop, seen = dataclasses.replace(recipe(SMALL), on_device=True), set()
     for (height, width), index in itertools.product(((1000, 1320), (500, 660), (240, 330)), range(8)):
         large = picture(height // 8, width // 8).resize((width, height), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""The batched twin of the colour operations: each against a plain loop in float64, and the whole against the CPU path."""
+"""The batched color operations: each against a plain loop in float64, and all against the CPU path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRAY = np.array([0.299, 0.587, 0.114])
 
 
 def by_loop(image: np.ndarray, draw: ViewDraw) -> np.ndarray:
-    """The operations on one view (S, S, 3), pixel by pixel where it is not a mixture, in float64 without rounding."""
+    """The operations on one view (S, S, 3) in float64 without rounding, mostly pixel by pixel."""
     x = image.astype(np.float64)
     if draw.flip[0]:
         x = x[:, ::-1]
@@ -107,7 +107,7 @@ def test_what_is_drawn_is_the_same_for_both_places():
 
 
 def test_both_places_make_nearly_the_same_views():
-    """They differ by what the CPU rounds after each operation: 2 levels mostly, more where an 8-bit hue was turned."""
+    """The CPU rounds after each operation: 2 levels mostly, more where an 8-bit hue was rotated."""
     cpu = recipe(dataclasses.replace(SMALL, global_size=64, local_size=40))
     device = dataclasses.replace(cpu, on_device=True)
     spread = 255 * torch.tensor(cpu.std).view(3, 1, 1)
@@ -132,8 +132,8 @@ def test_finished_views_have_the_wanted_type_and_layout(dtype):
         assert view.dtype == dtype and view.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_compiled_operations_are_asked_for_once_and_are_the_same(monkeypatch):
-    """Asking torch.compile anew for each batch takes the time of a small batch on a GPU."""
+def test_operations_are_compiled_once_and_give_the_same(monkeypatch):
+    """Calling torch.compile for each batch takes as long as a small batch on a GPU."""
     asked = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append((function, options)) or function)
     batch.compiled_colors.cache_clear()
@@ -146,8 +146,8 @@ def test_compiled_operations_are_asked_for_once_and_are_the_same(monkeypatch):
     batch.compiled_colors.cache_clear()
 
 
-def test_normalisation_follows_its_arguments():
-    """What is kept of one call is not taken for another: other numbers, widths and a second use of the first."""
+def test_normalization_follows_its_arguments():
+    """The cache does not mix up calls: other numbers, other widths, and the first ones again."""
     views = torch.arange(2 * 3 * 4 * 3, dtype=torch.uint8).reshape(2, 3, 4, 3)
     cases = [((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.1, 0.2, 0.3), (0.2, 0.3, 0.4)), ((0.5, 0.4, 0.3), (1.0, 1.0, 1.0))]
     for mean, std in cases + cases[:1]:
@@ -184,5 +184,5 @@ def test_the_widest_blur_sets_the_width_of_the_parameters():
     assert dataclasses.replace(recipe(SMALL), blur_sigma=(0.0, 0.0)).blur_radius == 0
 
 
-def test_pixels_and_batch_count_the_operations_alike():
+def test_pixels_and_batch_number_the_operations_alike():
     assert [function.__name__ for function in pixels.ADJUST] == [f"adjust_{name}" for name in batch.JITTER]

@@ -24,7 +24,7 @@ from dino_simpool.eval.knn import Pixels, knn_accuracy
 from dino_simpool.train import train
 
 NUM_IMAGES = 40
-BROKEN = {"a/07.png": "it is no image of a known format", "b/08.png": "it is empty"}
+BROKEN = {"a/07.png": "it is not an image of a known format", "b/08.png": "it is empty"}
 """Five per cent, with what is wrong; their turns are in the first and the third step."""
 FOUND = dict(zip((7, 28), BROKEN.values(), strict=True))
 LISTED = "".join(f"{name}\t{reason}\n" for name, reason in BROKEN.items())

@@ -1,12 +1,14 @@
-"""Sources, decoding and loaders, on files made here."""
+"""Sources, decoding and loaders, on files that are created here."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import pickle
+import shutil
 import signal
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from torchvision import datasets, transforms
 
 from dino_simpool import data, distributed
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
-from dino_simpool.data import EvalTransform, TrainBatches, class_folder, evenly, find_images, index_loader, train_loader
+from dino_simpool.data import EvalTransform, class_folder, evenly, find_images, index_loader, loaders, train_loader
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.decode import read_rgb
 
@@ -45,7 +47,7 @@ def paths(images: data.ImageSet, root: Path) -> list[str]:
     return [os.path.relpath(images.path(i), root) for i in range(len(images))]
 
 
-# -- where images come from
+# -- sources
 
 
 def test_flat_folder(tmp_path):
@@ -122,7 +124,7 @@ def test_class_folder_equals_imagefolder(tmp_path):
     root = write_tree(tmp_path, *names)
     (root / ".hidden").mkdir()
     ours = class_folder(str(root))
-    (root / ".hidden").rmdir()  # ImageFolder would take it for a class
+    (root / ".hidden").rmdir()  # ImageFolder would treat it as a class
     theirs = datasets.ImageFolder(str(root))
     assert ours.classes == tuple(theirs.classes) and ours.labels.dtype == np.int64
     assert [(ours.path(i), ours.labels[i]) for i in range(len(ours))] == theirs.samples
@@ -154,9 +156,58 @@ def test_evenly(total, count, expected):
     assert evenly(total, count).tolist() == expected
 
 
+def labels_and_classes(images: data.ImageSet) -> tuple[list[int], tuple[str, ...]]:
+    found = images.labels_of(range(len(images)))
+    assert found.dtype == np.int64
+    return found.tolist(), images.classes
+
+
+NESTED = ("b/2.jpg", "b/10.jpg", "a/z.jpg", "a/deep/er/q.jpg", "a/deep/p.jpg", "a-b/x.jpg", "B/y.png")
+
+
+@pytest.mark.parametrize("source", ["folder", "tar", "shards"])
+def test_labels_of_one_source_are_those_of_imagefolder(tmp_path, source):
+    root = write_tree(tmp_path / "train", *NESTED)
+    theirs = datasets.ImageFolder(str(root))
+    (root / "empty").mkdir()  # a folder without images is not a class
+    if source == "shards":
+        with tarfile.open(root / "1.tar", "w") as archive:
+            archive.add(root / "b", arcname="b")
+        shutil.rmtree(root / "b")
+    path = shutil.make_archive(str(root), "tar", root) if source == "tar" else str(root)
+    images = find_images(path)
+    assert labels_and_classes(images) == (theirs.targets, tuple(theirs.classes)) and images.labels is None
+    assert images.labels_of(np.array([6, 0, 6])).tolist() == [theirs.targets[i] for i in (6, 0, 6)]
+    assert images.labels_of([]).shape == (0,)
+    again = pickle.loads(pickle.dumps(images)).with_decoding(max_pixels=9, exif_orientation=True)
+    assert labels_and_classes(again) == labels_and_classes(images)
+
+
+def test_labels_of_a_subset(tmp_path):
+    root = write_tree(tmp_path, "b/3.jpg", "b/1.jpg", "b/2.jpg", "a/10.jpg", "a/deep/9.jpg", "c/1.jpg", "c/2.jpg")
+    assert labels_and_classes(find_images(str(root), subset_per_class=2)) == ([0, 0, 1, 1, 2, 2], ("a", "b", "c"))
+
+
+def test_labels_of_class_folders_and_lists_of_the_layouts(tmp_path):
+    images = class_folder(str(write_tree(tmp_path, "b/1.jpg", "a/1.jpg", "b/2.jpg")))
+    assert labels_and_classes(images) == ([0, 1, 1], ("a", "b")) and images.labels_of([2, 0]).tolist() == [1, 0]
+    images = data.ImageSet("", ["x", "y", "z"], np.array([1, 0, 1]), ("p", "q"))
+    assert images.labels_of(np.array([2, 1])).tolist() == [1, 0]
+
+
+def test_sets_without_classes_have_no_labels(tmp_path):
+    write_tree(tmp_path, "one/a/x.jpg", "two/b/x.jpg", "loose/a/x.jpg", "loose/y.jpg")
+    (tmp_path / "list.txt").write_text("one/a/x.jpg\n")
+    one, two, loose, listing = (str(tmp_path / name) for name in ("one", "two", "loose", "list.txt"))
+    for sources in ([one, two], [loose], [listing], [one, listing]):
+        images = find_images(sources)
+        assert images.classes == () and images.labels_of([0]) is None
+    assert find_images(one).classes == ("a",)
+
+
 def message(error: pytest.ExceptionInfo) -> str:
     text = str(error.value)
-    assert "\n" not in text and ":" in text  # one line: what was given and is allowed, then what to do
+    assert "\n" not in text and ":" in text  # one line: what is wrong, then what to do
     return text
 
 
@@ -169,17 +220,17 @@ def test_bad_sources_are_named_in_one_line(tmp_path):
         (root / name).write_text(text)
     (root / "binary.txt").write_bytes(bytes(range(256)))
     cases = [
-        (FileNotFoundError, find_images, "missing", "missing is no existing folder"),
+        (FileNotFoundError, find_images, "missing", "missing does not exist"),
         (ValueError, find_images, "empty", "no images in .*empty.*jpg jpeg|no images in .*empty.*\\.jpg"),
-        (ValueError, find_images, "one.jpg", "is one image"),
+        (ValueError, find_images, "one.jpg", "is a single image"),
         (FileNotFoundError, find_images, "gone.txt", "^no such.jpg, listed in .*gone.txt"),
-        (ValueError, find_images, "blank.txt", "names no images"),
-        (ValueError, find_images, "binary.txt", "is not text"),
-        (FileNotFoundError, class_folder, "missing", "missing is no existing folder"),
-        (FileNotFoundError, class_folder, "one.jpg", "one.jpg is no existing folder"),
+        (ValueError, find_images, "blank.txt", "lists no images"),
+        (ValueError, find_images, "binary.txt", "is not UTF-8 text"),
+        (FileNotFoundError, class_folder, "missing", "missing does not exist"),
+        (FileNotFoundError, class_folder, "one.jpg", "one.jpg is not a folder"),
         (ValueError, class_folder, "empty", "no class folders in .*empty"),
-        (ValueError, class_folder, "classes/a", "no class folders|lie in no class folder"),
-        (ValueError, class_folder, "loose", "x.jpg and 0 other images in .*loose lie in no class folder"),
+        (ValueError, class_folder, "classes/a", "no class folders|are not in a class folder"),
+        (ValueError, class_folder, "loose", "x.jpg and 0 other images in .*loose are not in a class folder"),
         (ValueError, class_folder, "half", "class folder a has no images"),
     ]
     for kind, function, name, pattern in cases:
@@ -189,7 +240,7 @@ def test_bad_sources_are_named_in_one_line(tmp_path):
     for given in ("", [], ["", str(root)]):
         with pytest.raises(ValueError, match=r"data\.root"):
             find_images(given)
-    for name, pattern in (("gone.txt", "text file, without classes"), ("loose", "lie in no class folder")):
+    for name, pattern in (("gone.txt", "text file, without classes"), ("loose", "are not in a class folder")):
         with pytest.raises(ValueError, match=pattern):
             find_images([str(root / name)], subset_per_class=1)
 
@@ -199,7 +250,7 @@ def test_folder_without_permission(tmp_path):
     root = write_tree(tmp_path, "a/x.jpg")
     (root / "a").chmod(0)
     try:
-        with pytest.raises(PermissionError, match="a may not be read") as error:
+        with pytest.raises(PermissionError, match="a cannot be read") as error:
             find_images([str(root)])
         message(error)
     finally:
@@ -210,7 +261,8 @@ def test_folder_without_permission(tmp_path):
 
 
 def png(path: Path, samples: np.ndarray) -> None:
-    """A PNG file of (H, W, C) samples of 8 or 16 bits, C = 1 to 4 (Pillow writes no 16-bit colour)."""
+    """A PNG file of (H, W, C) samples of 8 or 16 bits, C = 1 to 4 (Pillow cannot write 16-bit
+    color)."""
     height, width, channels = samples.shape
     bits = 8 * samples.itemsize
     rows = samples.astype(f">u{samples.itemsize}").reshape(height, -1)
@@ -243,12 +295,12 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_grey_and_bilevel(tmp_path):
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(grey).save(tmp_path / "l.png")
-    np.testing.assert_array_equal(pixels(tmp_path / "l.png"), grey[..., None].repeat(3, -1))
-    Image.fromarray(grey > 99).save(tmp_path / "1.png")
-    np.testing.assert_array_equal(pixels(tmp_path / "1.png")[..., 0], np.where(grey > 99, 255, 0))
+def test_gray_and_bilevel(tmp_path):
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(gray).save(tmp_path / "l.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "l.png"), gray[..., None].repeat(3, -1))
+    Image.fromarray(gray > 99).save(tmp_path / "1.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "1.png")[..., 0], np.where(gray > 99, 255, 0))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -271,13 +323,13 @@ def test_16_bit_tiff_is_scaled_and_not_clipped(tmp_path, channels, order):
 
 def test_8_bit_values_widened_to_16_bits_come_back(tmp_path):
     narrow = np.arange(256).reshape(16, 16, 1)
-    png(tmp_path / "grey.png", (narrow * 257).astype(np.uint16))
+    png(tmp_path / "gray.png", (narrow * 257).astype(np.uint16))
     png(tmp_path / "rgb.png", (narrow * 257).repeat(3, -1).astype(np.uint16))
-    for name in ("grey.png", "rgb.png"):
+    for name in ("gray.png", "rgb.png"):
         np.testing.assert_array_equal(pixels(tmp_path / name), narrow.repeat(3, -1))
 
 
-def test_transparent_pixels_are_laid_on_white(tmp_path):
+def test_transparent_pixels_are_composed_on_white(tmp_path):
     samples = np.zeros((2, 3, 4), np.uint8)
     samples[..., 0], samples[0, :, 3] = 200, (0, 255, 102)  # red; the second row and one pixel are fully transparent
     png(tmp_path / "rgba.png", samples)
@@ -288,7 +340,7 @@ def test_transparent_pixels_are_laid_on_white(tmp_path):
     assert np.abs(pixels(tmp_path / "la.png")[0].astype(int) - [[255] * 3, [200] * 3, [233] * 3]).max() <= 1
 
 
-def test_opaque_rgba_is_its_colour(tmp_path):
+def test_opaque_rgba_is_its_color(tmp_path):
     color = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     png(tmp_path / "x.png", np.concatenate([color, np.full((8, 8, 1), 255, np.uint8)], -1))
     np.testing.assert_array_equal(pixels(tmp_path / "x.png"), color)
@@ -306,7 +358,7 @@ def test_palette_with_and_without_transparency(tmp_path):
         assert pixels(tmp_path / name).tolist() == [[[255, 0, 0], [255, 255, 255], [0, 0, 255]]]
 
 
-def test_transparent_colour_of_an_rgb_file(tmp_path):
+def test_transparent_color_of_an_rgb_file(tmp_path):
     image = Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8))
     image.save(tmp_path / "x.png", transparency=(1, 2, 3))
     assert pixels(tmp_path / "x.png").tolist() == [[[255, 255, 255], [9, 9, 9]]]
@@ -321,7 +373,7 @@ def test_broken_files_are_named_in_one_line(tmp_path):
         cases[f"cut {name}"], cases[f"bent {name}"] = content[: len(content) // 2], content[:20] + b"\xff" * 500 + content[520:]
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        if name != "bent whole.jpg":  # bent, a JPEG may still decode
+        if name != "bent whole.jpg":  # a bent JPEG may still decode
             with pytest.raises(ValueError, match=f"{name} cannot be read") as error:
                 read_rgb(str(tmp_path / name))
             message(error)
@@ -354,7 +406,7 @@ def test_the_published_resize_is_256_for_224():
 
 
 def test_resize_below_the_crop_is_refused():
-    with pytest.raises(ValueError, match="resize is 31: a centre crop of 32"):
+    with pytest.raises(ValueError, match="resize is 31: a center crop of 32"):
         EvalTransform(32, resize=31, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
@@ -394,7 +446,7 @@ def test_index_loader_of_nothing(images):
 def batches(**changes) -> list[list[tuple[int, int]]]:
     settings = {"num_images": 37, "seed": 3, "batch_size": 8, "accumulate": 1, "start_step": 0, "total_steps": 10, "rank": 0,
                 "world_size": 1}  # fmt: skip
-    return list(TrainBatches(**settings | changes))
+    return list(loaders.TrainBatches(**settings | changes))
 
 
 def test_an_epoch_is_a_permutation_without_its_remainder():
@@ -425,7 +477,7 @@ def test_a_step_has_the_same_images_however_it_is_split():
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 9, 10])
-def test_batches_go_on_from_any_step(start):
+def test_batches_can_start_at_any_step(start):
     assert batches(start_step=start, accumulate=2, batch_size=4) == batches(accumulate=2, batch_size=4)[2 * start :]
 
 
@@ -448,11 +500,11 @@ def test_train_loader_yields_views_and_indices(images):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_no_bit(images, workers):
+def test_workers_do_not_change_a_bit(images, workers):
     assert_equal_items(collect(load(images, workers=workers)), collect(load(images)))
 
 
-def test_resumed_loader_goes_on_with_the_same_bits(images):
+def test_a_resumed_loader_gives_the_same_bits(images):
     assert_equal_items(collect(load(images, start_step=5, workers=2)), collect(load(images))[10:])
 
 
@@ -510,7 +562,8 @@ def test_workers_outlive_signals_meant_for_the_training_process(images, tmp_path
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="sender of a signal unknown")
 def test_workers_end_when_the_training_process_says_so(images):
-    # At exit after an error the traceback keeps the iterator alive; multiprocessing then terminates workers and waits for them.
+    # After an error the traceback keeps the iterator alive. multiprocessing terminates the workers
+    # and waits for them.
     items = iter(load(images, total_steps=6, workers=1))
     next(items)
     (worker,) = items._workers
@@ -522,7 +575,7 @@ def test_workers_end_when_the_training_process_says_so(images):
 
 
 class SignalAtOnce:
-    """Sends its own process what a scheduler sends to all processes of a job, and a terminal to all of a group."""
+    """Sends its own process the signals that schedulers and terminals send to all processes."""
 
     def __call__(self, image: Image.Image, *, seed: int, epoch: int, index: int) -> list[torch.Tensor]:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
@@ -553,7 +606,3 @@ def test_default_workers_of_a_slurm_task(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")  # one task in which torchrun started eight processes
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
     assert data.default_workers() == 12
-
-
-def test_steps_per_epoch_drops_the_remainder():
-    assert [data.steps_per_epoch(n, 8) for n in (7, 8, 37)] == [0, 1, 4]

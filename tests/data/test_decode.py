@@ -1,4 +1,5 @@
-"""Awkward and broken image files, each made here: what becomes of them, and what takes the place of the broken ones."""
+"""Unusual and broken image files, created here: how they are decoded, and what replaces broken
+ones."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def noise(height: int, width: int, *, seed: int = 0) -> np.ndarray:
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """Colours that a JPEG file keeps."""
+    """Colors that a JPEG file keeps."""
     rows, columns = np.mgrid[0:height, 0:width]
     return np.stack([40 + 4 * rows, 200 - 3 * columns, 60 + 2 * (rows + columns)], -1).astype(np.uint8)
 
@@ -62,7 +63,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: np.rot90(a, 1),
 }
-"""What makes an image upright, from the EXIF standard: where the first row and column of the file belong."""
+"""How to turn an image upright, from the EXIF standard: where the first row and column belong."""
 
 
 @pytest.mark.parametrize("value", [0, *UPRIGHT, 9])
@@ -83,7 +84,7 @@ def test_an_orientation_anywhere_before_the_pixels_counts() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     turned = stored(Image.fromarray(noise(5, 7)), "JPEG", exif=exif)
-    thumbnail = b"\xff\xed" + struct.pack(">H", 60_002) + bytes(60_000)  # as Photoshop writes it, and it comes first
+    thumbnail = b"\xff\xed" + struct.pack(">H", 60_002) + bytes(60_000)  # as Photoshop writes it, before the EXIF data
     description = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     xmp = b"\xff\xe1" + struct.pack(">H", len(description) + 2) + description
     plain = stored(Image.fromarray(noise(5, 7)), "JPEG")
@@ -93,7 +94,7 @@ def test_an_orientation_anywhere_before_the_pixels_counts() -> None:
         np.testing.assert_array_equal(image.pixels(), np.rot90(pixels(plain), -1))
 
 
-def test_orientation_goes_with_grey_palette_and_transparency() -> None:
+def test_orientation_goes_with_gray_palette_and_transparency() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     for mode in ("L", "P", "RGBA", "I;16", "1"):
@@ -116,25 +117,26 @@ def test_damaged_exif_data_leaves_the_image_readable() -> None:
             np.testing.assert_array_equal(pixels(file, exif_orientation=option), pixels(whole))
 
 
-def test_an_image_set_reads_as_it_is_told(tmp_path: Path) -> None:
+def test_an_image_set_reads_with_its_settings(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 8
     Image.fromarray(noise(5, 7)).save(tmp_path / "x.png", exif=exif)
     images = find_images(str(tmp_path))
-    turned = images.decoded(max_pixels=35, exif_orientation=True)
+    turned = images.with_decoding(max_pixels=35, exif_orientation=True)
     assert images.read(0).size == (7, 5) and turned.read(0).size == (5, 7)
     boxed = dataclasses.replace(turned, boxes=np.array([[1.0, 2.0, 4.0, 7.0]]))
-    np.testing.assert_array_equal(np.asarray(boxed.read(0)), np.rot90(noise(5, 7))[2:7, 1:4])  # of the image that is read
+    np.testing.assert_array_equal(np.asarray(boxed.read(0)), np.rot90(noise(5, 7))[2:7, 1:4])  # in the rotated image
     with pytest.raises(BrokenImage, match=r"x\.png cannot be read .*more than max_pixels 34"):
-        images.decoded(max_pixels=34, exif_orientation=False).read(0)
+        images.with_decoding(max_pixels=34, exif_orientation=False).read(0)
 
 
 # -- sizes
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 5000), (5000, 1), (3, 2000), (40_000, 2), (1, 65_000)])
-def test_images_of_one_pixel_and_long_ones_go_all_the_way(size: tuple[int, int]) -> None:
-    """One colour in, the same colour out, in every crop and in evaluation; the largest array stays small."""
+def test_images_of_one_pixel_and_long_ones_are_processed(size: tuple[int, int]) -> None:
+    """One color in, the same color out, in every crop and in evaluation; the largest array stays
+    small."""
     file = EncodedImage(stored(Image.new("RGB", size, (255, 0, 102)), "PNG"))
     assert file.rgb().size == size
     parts = CROP(file, seed=0, epoch=0, index=0)
@@ -146,17 +148,17 @@ def test_images_of_one_pixel_and_long_ones_go_all_the_way(size: tuple[int, int])
 
 
 @pytest.mark.parametrize("size", [(300, 1), (1, 301), (1000, 2), (3, 1001)])
-def test_evaluation_of_a_long_image_is_that_of_all_of_it(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+def test_evaluation_of_a_long_image_equals_that_of_the_whole(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
     image = Image.fromarray(noise(*size))
     cut = EVALUATE(image)
     monkeypatch.setattr("dino_simpool.data.loaders.LONGEST", 10**6)
     whole = EVALUATE(image)
     assert not torch.equal(whole[:, :1, :1].expand_as(whole), whole)
-    torch.testing.assert_close(cut, whole, rtol=0, atol=0 if min(size) == 1 else 0.03)  # 0.03: two grey levels
+    torch.testing.assert_close(cut, whole, rtol=0, atol=0 if min(size) == 1 else 0.03)  # 0.03: two gray levels
 
 
 def claims(width: int, height: int) -> bytes:
-    """A PNG file of a few bytes whose header says that it is large."""
+    """A PNG file of a few bytes whose header claims a large size."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT5\xaf\x06\x1e"
@@ -181,7 +183,7 @@ def test_max_pixels_is_the_largest_that_is_read() -> None:
 
 
 def test_pillows_own_limit_gives_way_to_a_larger_one_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With both limits made small: Pillow refuses what has more than twice its own, and crops of such a size, too."""
+    """With both limits made small. Pillow refuses more than twice its own limit, for crops too."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     monkeypatch.setattr(decode, "MAX_PIXELS", 200)
     file = stored(Image.fromarray(noise(30, 10)), "PNG")
@@ -191,7 +193,7 @@ def test_pillows_own_limit_gives_way_to_a_larger_one_only(monkeypatch: pytest.Mo
         assert Image.MAX_IMAGE_PIXELS == 100
     image = read_rgb(file, max_pixels=300)
     np.testing.assert_array_equal(np.asarray(image.crop((0, 0, 10, 29))), noise(30, 10)[:29])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # somebody wants none
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # the user wants none
     assert read_rgb(file, max_pixels=300).size == (10, 30) and Image.MAX_IMAGE_PIXELS is None
 
 
@@ -206,13 +208,16 @@ def test_a_progressive_jpeg_has_the_same_pixels() -> None:
 
 
 def test_cmyk_and_ycck_as_adobe_writes_them() -> None:
-    """Both hold inverted samples. YCCK is made from CMYK by hand: Pillow does not write it."""
+    """Both hold inverted samples.
+
+    YCCK is made from CMYK by hand, because Pillow cannot write it.
+    """
     inks = np.concatenate([smooth(16, 16), np.full((16, 16, 1), 30, np.uint8)], -1)
     expected = (255 - inks[..., :3].astype(float)) * (255 - 30) / 255
     cmyk = stored(Image.fromarray(inks, "CMYK"), "JPEG", quality=100)
     assert np.abs(pixels(cmyk) - expected).max() <= 4
-    # In a YCCK file Y, Cb and Cr are those of the inks as if they were R, G and B, and K is inverted; the encoder inverts all
-    # four, and its Adobe marker must say 2 (YCCK) instead of 0 (CMYK).
+    # In a YCCK file Y, Cb and Cr are those of the inks as if they were R, G and B, and K is
+    # inverted. The encoder inverts all four, and its Adobe marker must be 2 (YCCK) instead of 0 (CMYK).
     luma = 255 - np.asarray(Image.fromarray(smooth(16, 16)).convert("YCbCr"))
     file = stored(Image.fromarray(np.concatenate([luma, inks[..., 3:]], -1), "CMYK"), "JPEG", quality=100)
     marker = file.index(b"Adobe") + 11
@@ -231,14 +236,14 @@ def test_the_first_of_several_frames(kind: str) -> None:
     assert "several frames" not in examine(stored(first, "JPEG" if kind == "MPO" else kind)).kinds
 
 
-def test_the_ending_of_a_name_is_not_believed(tmp_path: Path) -> None:
+def test_the_file_extension_is_ignored(tmp_path: Path) -> None:
     for kind, name in (("PNG", "x.jpg"), ("BMP", "x.png"), ("GIF", "x.tif")):
         image = Image.new("RGB", (4, 3), (9, 99, 199))
         (tmp_path / name).write_bytes(stored(image, kind))
         np.testing.assert_array_equal(pixels(str(tmp_path / name)), np.asarray(image))
 
 
-def test_bytes_are_read_as_the_file_is(tmp_path: Path) -> None:
+def test_bytes_are_read_like_the_file(tmp_path: Path) -> None:
     write_image(tmp_path / "x.jpg")
     content = (tmp_path / "x.jpg").read_bytes()
     np.testing.assert_array_equal(pixels(content), pixels(str(tmp_path / "x.jpg")))
@@ -247,7 +252,7 @@ def test_bytes_are_read_as_the_file_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", ["png", "tif <", "tif >"])
 def test_16_bit_samples_keep_their_high_byte(tmp_path: Path, kind: str, channels: int) -> None:
-    """To the bit, and not rounded: 0x12FF is 0x12."""
+    """Exactly, and not rounded: 0x12FF is 0x12."""
     samples = np.array([[0x0000, 0x00FF, 0x0100, 0x12FF], [0xF00F, 0x80FF, 0xFF00, 0xFFFF]], np.uint16)
     samples = samples[..., None].repeat(channels, -1)
     if kind == "png":
@@ -261,17 +266,17 @@ def test_16_bit_samples_keep_their_high_byte(tmp_path: Path, kind: str, channels
 def test_examine_names_what_is_unusual(tmp_path: Path) -> None:
     ordinary = Image.fromarray(noise(32, 40))
     samples = np.full((32, 40, 3), 40_000, np.uint16)
-    png(tmp_path / "grey.png", np.ascontiguousarray(samples[..., :1]))
+    png(tmp_path / "gray.png", np.ascontiguousarray(samples[..., :1]))
     png(tmp_path / "rgb.png", samples)
     cases = [
         (stored(ordinary, "JPEG"), ()),
         (stored(ordinary, "PNG"), ()),
-        (stored(ordinary.convert("L"), "JPEG"), ("grey",)),
-        (stored(ordinary.convert("1"), "PNG"), ("grey",)),
-        (stored(ordinary.convert("LA"), "PNG"), ("grey", "transparent")),
+        (stored(ordinary.convert("L"), "JPEG"), ("gray",)),
+        (stored(ordinary.convert("1"), "PNG"), ("gray",)),
+        (stored(ordinary.convert("LA"), "PNG"), ("gray", "transparent")),
         (stored(ordinary.convert("P"), "PNG"), ("palette",)),
         (stored(ordinary.convert("RGBA"), "PNG"), ("transparent",)),
-        ((tmp_path / "grey.png").read_bytes(), ("grey", "16-bit")),
+        ((tmp_path / "gray.png").read_bytes(), ("gray", "16-bit")),
         ((tmp_path / "rgb.png").read_bytes(), ("16-bit",)),
         (stored(Image.new("RGB", (31, 31)), "PNG"), ("tiny",)),
         (stored(Image.new("RGB", (32, 320)), "PNG"), ()),
@@ -313,7 +318,11 @@ def test_a_truncated_file_is_broken(kind: str, share: float) -> None:
 
 @pytest.mark.parametrize(
     "content, reason",
-    [(b"", "it is empty"), (TEXT, "it is no image of a known format"), (b"\xff\xd8\xff", "it is no image of a known format")],
+    [
+        (b"", "it is empty"),
+        (TEXT, "it is not an image of a known format"),
+        (b"\xff\xd8\xff", "it is not an image of a known format"),
+    ],
 )
 def test_what_is_no_image(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "x.jpg"
@@ -326,7 +335,7 @@ def test_what_is_no_image(tmp_path: Path, content: bytes, reason: str) -> None:
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
-    """A folder named as an image is not taken for one when images are looked for, and cannot be read as one."""
+    """A folder with the name of an image is not listed as one, and cannot be read as one."""
     write_image(tmp_path / "x.jpg" / "y.jpg")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     images = find_images(str(tmp_path))
@@ -356,11 +365,14 @@ def test_a_loader_process_raises_the_same_error(tmp_path: Path, workers: int) ->
     assert str(caught.value).strip().endswith(f"{path} cannot be read as an image (it is empty): repair or remove it")
 
 
-# -- what takes the place of a broken image
+# -- replacements of broken images
 
 
 def test_a_replacement_is_any_other_image_and_always_the_same() -> None:
-    """Evenly drawn: 3-sigma bounds on each of 6 others, over epochs; other attempts, seeds and images draw on their own."""
+    """Uniform: 3-sigma bounds on each of 6 others, over epochs.
+
+    Attempts, seeds and images are independent.
+    """
     drawn = [replacement(2, total=7, seed=3, epoch=epoch, attempt=0) for epoch in range(3000)]
     counts = Counter(drawn)
     assert set(counts) == {0, 1, 3, 4, 5, 6} and all(abs(n - 500) < 3 * (3000 * 5 / 36) ** 0.5 for n in counts.values())
@@ -388,7 +400,7 @@ def test_read_or_replace_tries_one_after_the_other() -> None:
         first = next(index for index in order if index not in broken)
         assert read_or_replace(read_unless(broken), 0, total=9, seed=0, epoch=5) == (first, "reason 0")
         broken.add(first)
-    with pytest.raises(BrokenImage, match=r"0\.jpg cannot be read as an image \(reason 0; nor can any of 100 others"):
+    with pytest.raises(BrokenImage, match=r"0\.jpg cannot be read as an image \(reason 0; 100 others"):
         read_or_replace(read_unless(broken), 0, total=9, seed=0, epoch=5)
     with pytest.raises(BrokenImage, match=r"^0\.jpg cannot be read as an image \(reason 0\): repair or remove it$"):
         read_or_replace(read_unless({0}), 0, total=1, seed=0, epoch=0)
@@ -396,7 +408,7 @@ def test_read_or_replace_tries_one_after_the_other() -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, ImageSet, set[int]]:
-    """Forty images, the same with some of them broken, and which."""
+    """Forty images, the same with some of them broken, and the numbers of these."""
     root = tmp_path_factory.mktemp("pair")
     for number in range(40):
         for name in ("whole", "spoilt"):
@@ -412,8 +424,8 @@ def load(images: ImageSet, **changes: int) -> DataLoader:
     return train_loader(images, CROP, workers=changes.pop("workers", 0), device=CPU, **settings | changes)
 
 
-def test_intact_images_have_the_crops_they_always_had(pair: tuple[ImageSet, ImageSet, set[int]]) -> None:
-    """And a broken one those of another image, drawn as for the broken one."""
+def test_intact_images_keep_their_crops(pair: tuple[ImageSet, ImageSet, set[int]]) -> None:
+    """A broken one has crops of another image, with the random numbers of the broken one."""
     whole, spoilt, broken = pair
     for step, (ours, theirs) in enumerate(zip(load(spoilt), load(whole), strict=True)):
         views, indices, problems = ours
@@ -447,12 +459,12 @@ def test_replacements_depend_on_no_worker_process_or_start(pair: tuple[ImageSet,
 
 def test_evaluation_replaces_nothing(pair: tuple[ImageSet, ImageSet, set[int]]) -> None:
     _, spoilt, _ = pair
-    with pytest.raises(BrokenImage, match=r"07\.jpg cannot be read as an image \(it is no image of a known format\)"):
+    with pytest.raises(BrokenImage, match=r"07\.jpg cannot be read as an image \(it is not an image of a known format\)"):
         collect(index_loader(spoilt, EVALUATE, [5, 6, 7], batch_size=3, workers=0, device=CPU))
 
 
-def test_a_folder_that_went_away_stops_the_loader(pair: tuple[ImageSet, ImageSet, set[int]], tmp_path: Path) -> None:
+def test_a_removed_folder_stops_the_loader(pair: tuple[ImageSet, ImageSet, set[int]], tmp_path: Path) -> None:
     whole, _, _ = pair
     gone = dataclasses.replace(whole, root=os.path.join(tmp_path, "unmounted"))
-    with pytest.raises(BrokenImage, match=r"No such file or directory; nor can any of 100 others"):
+    with pytest.raises(BrokenImage, match=r"No such file or directory; 100 others"):
         next(iter(load(gone)))

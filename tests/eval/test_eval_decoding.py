@@ -53,7 +53,7 @@ def test_images_above_the_limit_end_the_work(
     options = [name, "--checkpoint", checkpoint, "--data", str(data), "--device", "cpu", "--workers", "0"]
     options += ["--layout", layout] if layout else []
     assert cli.main([*options, "--out", str(tmp_path / "small"), "--max_pixels", "100"]) == 1
-    assert "it has more than max_pixels 100; raise that" in capsys.readouterr().err.splitlines()[-1]
+    assert "it has more than max_pixels 100; raise max_pixels" in capsys.readouterr().err.splitlines()[-1]
     assert cli.main([*options, "--out", str(tmp_path / "out"), "--max_pixels", str(10 * LIMIT)]) == 0
 
 

@@ -1,4 +1,4 @@
-"""Data sets in their official layouts: what is read, what is missed, and pickles that want more than to hold data."""
+"""Data sets in their official layouts: what is read, what is missing, and malicious pickles."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ from miniatures import BUILDERS, LANDMARKS, write_image
 from PIL import Image
 
 from dino_simpool.data.sources import ImageSet
-from dino_simpool.layouts import LAYOUTS, check_layout, ground_truth
+from dino_simpool.layouts import LAYOUTS, check_layout, differing_counts, ground_truth, part_counts
 from dino_simpool.layouts.ground_truth import load_plain_pickle, read_ground_truth
 from dino_simpool.layouts.landmarks import landmarks, lenient
-from dino_simpool.layouts.lists import COUNTS, differing_counts, part_counts
 from dino_simpool.layouts.metric_learning import fine_grained
 
 QUERIES: dict[str, tuple[list[int], tuple[str, ...], str]] = {
@@ -51,7 +50,7 @@ def test_the_test_split_of_metric_learning(layout: str, tmp_path: Path) -> None:
     assert images.labels is not None
     assert (images.labels.tolist(), images.classes) == (labels, classes)
     assert images.labels.dtype == np.int64 and path in images.paths
-    assert all(images.read(i).mode == "RGB" for i in range(len(images)))  # one of CUB's is grey
+    assert all(images.read(i).mode == "RGB" for i in range(len(images)))  # one of CUB's is gray
     if layout != "inshop":
         assert gallery is None
         return
@@ -91,7 +90,7 @@ def test_landmarks(name: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_miniature_lacks_nothing_but_images(layout: str, tmp_path: Path) -> None:
     problems = check_layout(layout, str(BUILDERS[layout](tmp_path)))
-    assert len(problems) == len(COUNTS.get(layout, {}))
+    assert len(problems) == len(LAYOUTS[layout].counts)
     assert all(line.startswith(f"{layout}: ") and line.endswith(" expected") for line in problems)
     if layout == "imagenet":
         assert problems[0] == "imagenet: train: 5 found, 1,281,167 expected"
@@ -171,7 +170,7 @@ DAMAGES: list[tuple[str, Any, str]] = [
     (
         "folder",
         lambda root: write_image(root / "loose.png", "loose"),
-        "loose.png and 0 other images in .* lie in no class folder",
+        "loose.png and 0 other images in .* are not in a class folder",
     ),
     (
         "roxford5k",
@@ -192,14 +191,14 @@ DAMAGES: list[tuple[str, Any, str]] = [
     (
         "imagenet",
         lambda root: write_image(root / "val/ILSVRC2012_val_00000001.JPEG", "x"),
-        "1 images lie in no class folder, the first ILSVRC2012_val_00000001.JPEG",
+        "1 images are not in a class folder, the first ILSVRC2012_val_00000001.JPEG",
     ),
     ("imagenet", lambda root: (root / "train/n02000000").mkdir(), "train/n02000000: the class folder has no images"),
 ]
 
 
 @pytest.mark.parametrize(("layout", "damage", "message"), DAMAGES, ids=[message for _, _, message in DAMAGES])
-def test_what_is_wrong_is_said(layout: str, damage: Any, message: str, tmp_path: Path) -> None:
+def test_what_is_wrong_is_reported(layout: str, damage: Any, message: str, tmp_path: Path) -> None:
     root = str(BUILDERS[layout](tmp_path))
     before = check_layout(layout, root)
     damage(tmp_path)
@@ -287,7 +286,7 @@ def test_a_truncated_landmark_image_is_read_with_a_warning(tmp_path: Path) -> No
     strict = ImageSet(str(tmp_path), np.array(["a.jpg"]))
     with pytest.raises(ValueError, match="cannot be read"):
         strict.read(0)
-    with pytest.warns(UserWarning, match="a.jpg cannot be read.*what there is of it is used"):
+    with pytest.warns(UserWarning, match="a.jpg cannot be read.*the readable part is used"):
         image = np.asarray(lenient(strict).read(0), np.int64)
     assert image.shape == (64, 64, 3) and np.array_equal(image[:8], whole[:8])
     assert np.abs(image[-8:] - whole[-8:]).max() > 20
@@ -302,7 +301,8 @@ def test_a_truncated_landmark_image_is_read_with_a_warning(tmp_path: Path) -> No
 
 
 def is_plain(content: Any) -> bool:
-    """Whether it is of containers, text, bytes, numbers, arrays and dtypes only, and of what a pickle may name."""
+    """Whether it has only containers, text, bytes, numbers, arrays and dtypes, and names allowed in
+    pickles."""
     if type(content) is np.ndarray and content.dtype.hasobject:
         return all(map(is_plain, content.ravel().tolist()))
     if type(content) is dict:
@@ -314,17 +314,17 @@ def is_plain(content: Any) -> bool:
 
 
 def interpreter() -> list[Any]:
-    """What a pickle might change without a word: the modules, and the functions that it may call."""
+    """What a pickle might change silently: the modules, and the functions that it may call."""
     allowed = dict(ground_truth._CALLABLE)
     functions = [each for each in allowed.values() if inspect.isfunction(each)]
     return [set(sys.modules), allowed, [(each.__code__, each.__defaults__, dict(vars(each))) for each in functions]]
 
 
 def effects(pickles: list[bytes], load: Callable[[io.BytesIO], Any] = load_plain_pickle) -> set[str]:
-    """What loading pickles does besides to return plain data or to raise: no harmless one does anything.
+    """Side effects of loading pickles, besides returning plain data or raising.
 
-    Files that it opens, modules, names, processes, code: whatever Python tells audit hooks. These can never be removed, so that
-    it is loaded in a process of its own. EOFError if that crashes.
+    Files that it opens, modules, names, processes, code: whatever Python tells audit hooks. These
+    can never be removed, so that it is loaded in a process of its own. EOFError if that crashes.
     """
 
     def watch() -> None:
@@ -343,7 +343,7 @@ def effects(pickles: list[bytes], load: Callable[[io.BytesIO], Any] = load_plain
             if not is_plain(content):
                 found.add(f"makes a {type(content).__name__}")
             with contextlib.suppress(Exception):
-                repr(content)  # reads all of it; text may have letters that there are not
+                repr(content)  # reads all of it; text may have invalid letters
         if interpreter() != before:
             found.add("changes the interpreter")
         sender.send(found)
@@ -380,7 +380,10 @@ def test_plain_pickles_of_any_protocol(protocol: int, tmp_path: Path) -> None:
 
 
 def test_a_pickle_of_an_old_numpy_and_of_python_2(tmp_path: Path) -> None:
-    """numpy 1 calls its module numpy.core; Python 2 wrote the bytes of arrays and all text as plain strings."""
+    """numpy 1 calls its module numpy.core.
+
+    Python 2 wrote array bytes and all text as plain strings.
+    """
     old = pickle.dumps({"a": np.arange(3)}, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     assert b"numpy.core.multiarray" in old
     python2 = (
@@ -396,7 +399,8 @@ def test_a_pickle_of_an_old_numpy_and_of_python_2(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_arrays_of_other_orders(protocol: int, tmp_path: Path) -> None:
-    """Of bytes, of axes, of objects with containers, none, and shared ones: as the standard module reads them."""
+    """Byte order, axis order, objects with containers, None, shared objects: like the standard
+    module."""
     shared = np.arange(3)
     content = [np.array([1, 2], ">i4"), np.asfortranarray(np.arange(6).reshape(2, 3)), np.array("ü"), np.array(5.0, ">f8")]
     content += [
@@ -415,7 +419,7 @@ def test_arrays_of_other_orders(protocol: int, tmp_path: Path) -> None:
         assert array.dtype == expected.dtype and array.shape == expected.shape and np.array_equal(array, expected)
 
 
-O, BYTES = b"cnumpy\ndtype\n(S'O'\ntR", b"C\x08" + b"\1" * 8  # as if eight bytes of the file were the address of an object
+O, BYTES = b"cnumpy\ndtype\n(S'O'\ntR", b"C\x08" + b"\1" * 8  # eight bytes of the file as the address of an object
 INT_STATE = b"(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb"  # flags of 0: no object is in it
 FORGED = {
     "ndarray": b"\x80\x03cnumpy\nndarray\n(K\x01\x85" + O + BYTES + b"tR.",
@@ -456,7 +460,8 @@ def test_a_pickle_of_many_megabytes_is_refused_unread() -> None:
 
 
 def test_damaged_pickles_raise_and_do_nothing_else() -> None:
-    """4,000 of a real one, a byte or some bytes of it changed, cut or moved: what comes out is plain or an exception."""
+    """4,000 variants of a real one with bytes changed, cut or moved: the result is plain or an
+    exception."""
     rng = np.random.default_rng(0)
     truth = LANDMARKS["rparis6k"] | {"arrays": [np.arange(5), np.array(["a", "bc"]), np.array([[1], {2}], object)]}
     damaged = []
@@ -475,7 +480,7 @@ def test_damaged_pickles_raise_and_do_nothing_else() -> None:
 
 
 class Malicious:
-    """Its pickle calls a function of one's choice."""
+    """Its pickle calls any given function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -509,7 +514,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_is_executed(
     with pytest.raises(ValueError, match=f"gnd_roxford5k.pkl: it wants to use {refused}, which plain data does not need"):
         read_ground_truth(folder, "roxford5k")
     assert effects([data]) == set() and not target.exists() and os.listdir(tmp_path) == ["roxford5k"]
-    if function in (os.system, eval, exec):  # with the standard module it does what it says
+    if function in (os.system, eval, exec):  # with the standard module it is executed
         told = effects([data], pickle.load)
         assert {"pickle.find_class", "os.system" if function is os.system else "open"} <= told and target.exists()
 
@@ -517,12 +522,12 @@ def test_a_malicious_pickle_is_refused_and_nothing_is_executed(
 @pytest.mark.parametrize(
     "data",
     [
-        b"cdino_simpool.data.ground_truth\nread_ground_truth\n.",  # our own functions are no plain data either
+        b"cdino_simpool.layouts.ground_truth\nread_ground_truth\n.",  # our own functions are not plain data either
         b"c__main__\nx\n.",
         b"cnumpy._core.multiarray\nfromfile\n.",
         b"c_codecs\ndecode\n.",
         b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.",
-        b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.tofile\x93.",  # attributes of what is allowed
+        b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.tofile\x93.",  # attributes of allowed names
         b"\x80\x02]U\x01aQ.",  # a persistent id
         b"\x80\x02\x82\x01.",  # an extension code
         b"",
@@ -535,26 +540,26 @@ def test_other_pickles_are_one_clear_line(data: bytes, tmp_path: Path) -> None:
         read_ground_truth(tmp_path, "rparis6k")
     assert "\n" not in str(error.value) and effects([data]) == set()
     if b"rot13" in data:
-        assert "bytes in the encoding rot13 are not known" in str(error.value)
+        assert "bytes in the encoding rot13 are not supported" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda truth: truth.pop("qimlist"), "there is no 'qimlist'"),
+        (lambda truth: truth.pop("qimlist"), "it has no 'qimlist'"),
         (lambda truth: truth["gnd"].pop(), "3 queries, but 2 entries in gnd"),
-        (lambda truth: truth["gnd"][1].pop("bbx"), "there is no 'bbx'"),
-        (lambda truth: truth["gnd"][1].pop("junk"), "there is no 'junk'"),
+        (lambda truth: truth["gnd"][1].pop("bbx"), "it has no 'bbx'"),
+        (lambda truth: truth["gnd"][1].pop("junk"), "it has no 'junk'"),
         (lambda truth: truth["gnd"][0].update(bbx=[5, 5, 4, 9]), "the box of query all_souls_000013 is"),
         (lambda truth: truth["gnd"][0].update(bbx=[1, 2, 3]), "the box of query"),
         (lambda truth: truth["gnd"][0].update(bbx=[10.1, 10.1, 10.4, 30]), "the box of query.*in pixels"),
         (lambda truth: truth["gnd"][0].update(bbx=[0, 0, 1e7, 1e7]), "the box of query.*in pixels"),
         (lambda truth: truth["gnd"][0].update(bbx=[0, 0, 10**400, 1]), "int too large"),
         (lambda truth: truth["gnd"][0].update(bbx=[0, float("nan"), 3, 1]), "the box of query"),
-        (lambda truth: truth["imlist"].__setitem__(0, ["a"]), "imlist holds a list where a name should be"),
+        (lambda truth: truth["imlist"].__setitem__(0, ["a"]), "imlist holds a list in place of a name"),
         (lambda truth: truth["gnd"][0].update(easy=[12]), "easy of query all_souls_000013 goes from 12 to 12.*images 0 to 11"),
         (lambda truth: truth["gnd"][0].update(hard=[-1]), "hard of query all_souls_000013 goes from -1"),
-        (lambda truth: truth["gnd"][0].update(hard=[0.5]), "not a list of whole numbers"),
+        (lambda truth: truth["gnd"][0].update(hard=[0.5]), "not a list of integers"),
         (lambda truth: truth.update(imlist=[], gnd=truth["gnd"]), "0 database images"),
     ],
 )

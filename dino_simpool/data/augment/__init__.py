@@ -1,15 +1,18 @@
-"""Multi-crop augmentation: two global and some local views of one image, drawn first and made afterwards.
+"""Multi-crop augmentation: two global views and several local views of one image.
 
-The published recipe of DINO and SimPool (facebookresearch/dino and billpsomas/simpool, main_dino.py), view by view in this
-order: random resized crop (bicubic), horizontal flip, colour jitter in random order, grey, Gaussian blur, solarise, normalise.
-Two places can do it, with the same drawn numbers:
+The published recipe of DINO and SimPool (facebookresearch/dino and billpsomas/simpool,
+main_dino.py). Each view in this order: random resized crop (bicubic), horizontal flip, color jitter
+in random order, grayscale, Gaussian blur, solarize, normalize. All random numbers are drawn first.
+The pixels are computed in one of two places, from the same random numbers:
 
-    CPU      loaders decode and make finished views; only the normalisation is left to the device of the training
-    device   loaders decode, crop and resize; the rest happens there, on whole batches (for GPUs)
+    CPU      loaders make complete views, and the training device only normalizes them
+    device   loaders decode, crop and resize, and the device does the rest on batches (for GPUs)
 
-Both hand over 8-bit views, a quarter of the bytes. An image is decoded once for all of its views.
+Both transfer 8-bit views, a quarter of the bytes. An image is decoded once for all its views.
 
-    draw.py   the random numbers        pixels.py   one image on the CPU        batch.py   many views on the device
+    draw.py     the random numbers
+    pixels.py   the operations on one image on the CPU
+    batch.py    the operations on many views on the device
 
 Letters: V views (global 1, global 2, then local ones), B images, S side of a view in pixels.
 """
@@ -33,15 +36,15 @@ from dino_simpool.data.decode import EncodedImage
 __all__ = ["CROP_NUMBERS", "MultiCrop", "ViewDraw", "crop_box", "to_tensor", "uniforms"]
 
 SHRINKS = (8, 4, 2)
-"""Factors by which a JPEG decoder can compute an image smaller than it is."""
+"""Factors by which a JPEG decoder can shrink an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiCrop:
     """The multi-crop recipe: an image file in, V views out, global views first.
 
-    Fields are those of config.CropsConfig (same meaning, same order of triples: global 1, global 2, local), the
-    normalisation of config.ModelConfig, and where the colours are made.
+    The fields are those of config.CropsConfig (same meaning, triples in the order global 1, global
+    2, local), mean and std of config.ModelConfig, and where the color operations are done.
     """
 
     global_size: int
@@ -64,8 +67,9 @@ class MultiCrop:
     def __call__(self, file: EncodedImage, *, seed: int, epoch: int, index: int) -> list[Tensor]:
         """V views (S, S, 3) uint8 of an image file, for `finish`.
 
-        seed, epoch and index (of the image in its set) alone decide the randomness. With `on_device` the views have no flip and
-        no colours yet, and a tensor of their parameters comes last. BrokenImage if the file cannot be decoded.
+        The randomness depends only on seed, epoch and index (of the image in its set). With
+        `on_device` the views are not flipped and have their original colors, and a tensor of their
+        parameters comes last. BrokenImage if the file cannot be decoded.
         """
         if file.jpeg_size is None:
             pixels = file.pixels()
@@ -75,7 +79,7 @@ class MultiCrop:
         return self.views(file.pixels(shrink=shrink), draw, shrink=shrink)
 
     def views(self, pixels: np.ndarray, draw: ViewDraw, *, shrink: int = 1) -> list[Tensor]:
-        """The same of decoded pixels (H, W, 3) uint8, which are smaller by `shrink` than the image of the draw."""
+        """`__call__` for decoded pixels (H, W, 3) uint8, shrunk by `shrink`."""
         boxes = [shrunk(box, shrink) for box in draw.box.tolist()]
         crops = [resized_crop(pixels, box, kind.size) for box, kind in zip(boxes, self.kinds, strict=True)]
         if self.on_device:
@@ -83,9 +87,10 @@ class MultiCrop:
         return [torch.from_numpy(apply_colors(crop, draw, view)) for view, crop in enumerate(crops)]
 
     def finish(self, parts: Sequence[Tensor], *, dtype: torch.dtype = torch.float32, compiled: bool = False) -> list[Tensor]:
-        """Collated parts of `__call__` -> V tensors (B, 3, S, S) as the encoder wants them, channels last, on their device.
+        """Collated outputs of `__call__` -> V tensors (B, 3, S, S) for the encoder, channels last.
 
-        compiled: let torch.compile make few kernels of the operations; the first calls take a minute.
+        They stay on their device.   compiled: fuse the operations with torch.compile; the first
+        calls take a minute.
         """
         views = len(self.kinds)
         apply = batch.compiled_colors() if compiled else batch.apply_colors
@@ -101,11 +106,11 @@ class MultiCrop:
         return done
 
     def draw(self, height: int, width: int, *, seed: int, epoch: int, index: int) -> ViewDraw:
-        """All random numbers for the views of an image of height x width pixels."""
+        """All random numbers for the views of an image with height x width pixels."""
         return draw_views(self.kinds, height, width, seed=seed, epoch=epoch, index=index)
 
     def shrink(self, draw: ViewDraw) -> int:
-        """By how much a JPEG may be decoded smaller: each crop must stay `shrink_margin` times the side of its view."""
+        """The factor to shrink a JPEG by: crops keep `shrink_margin` times their view's side."""
         if self.shrink_margin is not None:
             for factor in SHRINKS:
                 needed = (factor * self.shrink_margin * kind.size for kind in self.kinds)
@@ -115,11 +120,15 @@ class MultiCrop:
 
     @cached_property
     def kinds(self) -> tuple[ViewKind, ...]:
-        """What defines each of the V views."""
+        """The distribution of each of the V views."""
         common = partial(
-            ViewKind, flip=self.flip, jitter=self.jitter, jitter_probability=self.jitter_probability,
-            grayscale=self.grayscale, blur_sigma=self.blur_sigma,
-        )  # fmt: skip
+            ViewKind,
+            flip=self.flip,
+            jitter=self.jitter,
+            jitter_probability=self.jitter_probability,
+            grayscale=self.grayscale,
+            blur_sigma=self.blur_sigma,
+        )
         globals_ = [
             common(size=self.global_size, scale=self.global_scale, blur=self.blur[i], solarize=self.solarize[i]) for i in (0, 1)
         ]
@@ -128,15 +137,16 @@ class MultiCrop:
 
     @cached_property
     def blur_radius(self) -> int:
-        """Pixels that the widest blur reaches."""
+        """Radius of the widest blur in pixels."""
         return len(blur_kernel(self.blur_sigma[1])) // 2 if self.blur_sigma[1] else 0
 
 
 def shrunk(box: Sequence[int], shrink: int) -> tuple[int, int, int, int]:
-    """A box (top, left, height, width) in the pixels of an image that was decoded smaller, each edge to the nearest pixel.
+    """A box (top, left, height, width) in the pixels of a shrunk image, rounded at each edge.
 
-    So an edge moves by half a pixel of that image at most. Apart from that, views of photographs of 12 megapixels differ by 0.2
-    of 255 levels in the mean (0.5 in the worst view, 10 at most) with the default margin of 2, and by 0.5 (1.5, 17) with 1.
+    An edge moves by at most half a pixel of that image. Apart from that, views of 12-megapixel
+    photographs differ by 0.2 of 255 levels on average (0.5 in the worst view, 10 at most) with the
+    default margin of 2, and by 0.5 (1.5, 17) with a margin of 1.
     """
     top, left, height, width = box
     (above, below), (before, behind) = (
@@ -146,7 +156,7 @@ def shrunk(box: Sequence[int], shrink: int) -> tuple[int, int, int, int]:
 
 
 def to_tensor(images: Sequence[Image.Image], *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(n, 3, H, W) float32 of n RGB images of one size: divided by 255, less the mean, divided by the standard deviation."""
+    """(n, 3, H, W) float32 of n RGB images of one size: in 0..1, minus mean, divided by std."""
     width, height = images[0].size
     pixels = np.frombuffer(b"".join(image.tobytes() for image in images), np.uint8).reshape(len(images), height, width, 3)
     planes = pixels.transpose(0, 3, 1, 2).astype(np.float32, order="C")

@@ -1,12 +1,14 @@
-"""The colour operations of the recipe on a batch of views at once, on any device, each view with its own parameters.
+"""The color operations of the recipe on a batch of views, each with its own parameters.
 
-The twin of pixels.apply_colors: the same operations in the same order with the same numbers, but in float32 without the
-rounding to 8 bits after each. Every step does the same to all views, and what a view shall not have is an operation that
-changes nothing (factor 1, kernel [0, 1, 0]): there are no branches, no waiting for the device, and torch.compile makes few
-kernels of it.
+They run on any device. Like pixels.apply_colors: the same operations in the same order with the
+same numbers, but in float32 and without rounding to 8 bits after each one. Every step handles all
+views. An operation that a view skips becomes one that changes nothing (factor 1, kernel [0, 1, 0]),
+so there are no branches and no waiting for the device, and torch.compile fuses the steps into few
+kernels.
 
-The colour jitter has four operations in any order. Three of them mix a view with black, its mean grey level or its grey self;
-so the order is kept by three such mixtures before the hue and three after it, of which three are in use.
+Color jitter applies four operations in any order. Three of them mix a view with black, its mean
+gray level or its grayscale version. The order is kept by three such mixtures before the hue and
+three after it, of which three are used.
 
 Letters: R views (rows) of one size, S their side in pixels.
 """
@@ -27,14 +29,14 @@ from dino_simpool.data.augment.pixels import GRAY
 _FLIP, _FACTORS, _ORDER, _GRAYSCALE, _SOLARIZE, _KERNEL = 0, slice(1, 5), slice(5, 9), 9, 10, slice(11, None)
 _HUE = JITTER.index("hue")
 _NONE = -1.0
-"""In the order of a view without colour jitter."""
+"""In `order`: the view has no color jitter."""
 
 
 def pack(draw: ViewDraw, *, radius: int) -> Tensor:
-    """What was drawn for V views but for their boxes, (V, 12 + radius) float32, as `apply_colors` takes it.
+    """The random numbers of V views without their boxes: (V, 12 + radius) float32.
 
-    Columns: flip, four factors, their order, grey, solarise, and the middle and right half of the blur's kernel.
-    radius: of the widest kernel, in pixels.
+    Columns: flip, four factors, their order, grayscale, solarize, and the middle and right half of
+    the blur kernel.   radius: of the widest kernel, in pixels.
     """
     rows = np.zeros((len(draw.flip), _KERNEL.start + 1 + radius), np.float32)
     rows[:, _FLIP], rows[:, _GRAYSCALE], rows[:, _SOLARIZE] = draw.flip, draw.grayscale, draw.solarize
@@ -50,9 +52,10 @@ def pack(draw: ViewDraw, *, radius: int) -> Tensor:
 
 
 def apply_colors(views: Tensor, parameters: Tensor) -> Tensor:
-    """Flip, jitter, grey, blur and solarise each view: (R, 3, S, S) float32 in 0..255.
+    """Flip, jitter, grayscale, blur and solarize each view: (R, 3, S, S) float32 in 0..255.
 
-    views: (R, 3, S, S) of any dtype in 0..255.   parameters: (R, 12 + radius) of `pack`, on the same device.
+    views: (R, 3, S, S) of any dtype in 0..255.   parameters: (R, 12 + radius) from `pack`, on the
+    same device.
     """
     x = views.float()
     columns = parameters[:, :, None, None, None]
@@ -71,13 +74,15 @@ def apply_colors(views: Tensor, parameters: Tensor) -> Tensor:
 
 @cache
 def compiled_colors() -> Callable[[Tensor, Tensor], Tensor]:
-    """`apply_colors` by torch.compile, asked for once: each asking takes a millisecond on the way of a batch."""
+    """`apply_colors` with torch.compile.
+
+    Cached, because each call of torch.compile delays a batch by a millisecond.
+    """
     return torch.compile(apply_colors, dynamic=False)
 
 
 def normalize(views: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """Values of 0..255, (R, S, S, 3), as the encoder wants them, in the same layout: of 0..1, less the mean, divided by the
-    standard deviation."""
+    """Values in 0..255 -> 0..1, minus mean, divided by std; (R, S, S, 3) in the same layout."""
     # Fake tensors (FakeTensorMode) must neither get into the cache nor meet real ones from it.
     along_rows = _along_rows if type(torch.empty(0)) is Tensor else _along_rows.__wrapped__
     scale, shift = along_rows(mean, std, views.shape[2], views.device)
@@ -86,20 +91,26 @@ def normalize(views: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...],
 
 @cache
 def _along_rows(mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What to multiply a row of pixels by, and what to add, each (3 * width,): over three values at a time, a CPU takes five
-    times as long. Kept, since copying them to the device anew would wait for all that is queued there."""
+    """Scale and shift of a row of pixels, each (3 * width,).
+
+    On a CPU, broadcasting over three values takes five times as long. Cached, because copying to
+    the device would wait for all work queued there.
+    """
     scale = torch.tensor([1 / (255 * s) for s in std])
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
     return scale.repeat(width).to(device), shift.repeat(width).to(device)
 
 
 def _gray(x: Tensor) -> Tensor:
-    """The grey level of each pixel, (R, 1, S, S)."""
+    """The gray level of each pixel, (R, 1, S, S)."""
     return sum(weight * x[:, channel, None] for channel, weight in enumerate(GRAY))  # type: ignore[return-value]
 
 
 def _mix(x: Tensor, operation: Tensor, factors: Tensor) -> Tensor:
-    """One operation of brightness, contrast and saturation in each view, or none.   operation: (R,), its number in JITTER."""
+    """Apply brightness, contrast, saturation or nothing to each view.
+
+    operation: (R,), the number in JITTER.
+    """
     operation = operation[:, None, None, None]
     is_saturation, is_contrast = (operation == JITTER.index(name) for name in ("saturation", "contrast"))
     gray = _gray(x)
@@ -111,7 +122,7 @@ def _mix(x: Tensor, operation: Tensor, factors: Tensor) -> Tensor:
 
 
 def _turn_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of each view by its shift (R, 1, 1) in turns: to hue, saturation and value, and back."""
+    """Rotate the hue of each view by its shift (R, 1, 1), in turns, by way of HSV."""
     red, green, blue = x.unbind(1)
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
@@ -121,14 +132,17 @@ def _turn_hue(x: Tensor, shift: Tensor) -> Tensor:
         (green - blue) / divisor,
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    hue = sixths + 6 * (shift * 255).trunc() / 256  # the steps of an 8-bit hue, as published
-    # Each channel is value less chroma times a trapezoid over the circle of hues, a third of a turn apart.
+    hue = sixths + 6 * (shift * 255).trunc() / 256  # in steps of an 8-bit hue, as published
+    # Each channel is value minus chroma times a trapezoid over the hue circle, 1/3 turn apart.
     places = [(offset + hue) % 6 for offset in (5, 3, 1)]
     return torch.stack([value - chroma * torch.minimum(place, 4 - place).clamp(0, 1) for place in places], 1)
 
 
 def _blur(x: Tensor, half: Tensor) -> Tensor:
-    """Filter each view along both axes; half: (R, r + 1), the middle and right half of its symmetric kernel."""
+    """Filter each view along both axes.
+
+    half: (R, r + 1), the middle and right half of its symmetric kernel.
+    """
     rows, channels, height, width = x.shape
     radius = half.shape[1] - 1
     kernel = torch.cat([half.flip(1)[:, :-1], half], 1).repeat_interleave(channels, 0)

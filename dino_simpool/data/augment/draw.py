@@ -1,9 +1,10 @@
-"""What is random in the augmentation, drawn before any pixel is touched: a pure function of (seed, epoch, image, view).
+"""The random numbers of the augmentation: a pure function of (seed, epoch, image, view).
 
-The distributions are those of DINO and SimPool (facebookresearch/dino and billpsomas/simpool, main_dino.py): random resized
-crop, horizontal flip, colour jitter in random order, grey, Gaussian blur, solarise. What deviates: the numbers come from a
-counter-based generator, not from the state of worker processes, so they do not depend on workers, processes, or where the
-pixels are computed.
+The distributions are those of DINO and SimPool (facebookresearch/dino and billpsomas/simpool,
+main_dino.py): random resized crop, horizontal flip, color jitter in random order, grayscale,
+Gaussian blur, solarize. One deviation: the numbers come from a counter-based generator and not from
+the state of worker processes, so they do not depend on workers, processes, or where the pixels are
+computed.
 
 Letters: V views (global 1, global 2, then local ones).
 """
@@ -20,30 +21,34 @@ CROP_RATIO = (3 / 4, 4 / 3)
 _LOG_RATIO = (math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]))
 CROP_TRIES = 10
 CROP_NUMBERS = 2 * CROP_TRIES + 2
-"""Uniform numbers of one crop box: area and ratio of ten tries, then top and left."""
+"""Uniform numbers per crop box: area and ratio for ten tries, then top and left."""
 NUM_UNIFORMS = CROP_NUMBERS + 14
-"""Uniform numbers of one view: its box; whether to flip, jitter, turn grey, blur and solarise; four jitter factors; four sort
-keys for their order; the blur's sigma."""
+"""Uniform numbers per view: its box; whether to flip, jitter, convert to grayscale, blur and
+solarize; four jitter factors; four sort keys for their order; the sigma of the blur."""
 JITTER = ("brightness", "contrast", "saturation", "hue")
-"""The operations of the colour jitter; ViewDraw.order and .factors count them in this order."""
+"""The operations of color jitter, in the numbering of ViewDraw.order and ViewDraw.factors."""
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width of a crop in pixels."""
 
 
 def uniforms(seed: int, epoch: int, index: int, *, rows: int, columns: int) -> np.ndarray:
-    """(rows, columns) float64 numbers in [0, 1), a pure function of seed, epoch and image index (Philox 4x64, the index and
-    the epoch in its counter). Row r does not depend on how many rows follow."""
+    """(rows, columns) float64 numbers in [0, 1), a pure function of seed, epoch and image index.
+
+    Philox 4x64 with index and epoch in its counter. A row does not depend on how many rows follow.
+    """
     philox = np.random.Philox(key=np.array([seed % 2**64, 0], np.uint64), counter=np.array([0, 0, index, epoch], np.uint64))
     bits = philox.random_raw(rows * columns)
     return ((bits >> np.uint64(11)) * 2.0**-53).reshape(rows, columns)
 
 
 def crop_box(height: int, width: int, *, scale: tuple[float, float], numbers: Sequence[float]) -> Box:
-    """The box of a random resized crop as in torchvision's RandomResizedCrop: ten tries, then the largest centre crop.
+    """The box of a random resized crop as in torchvision's RandomResizedCrop.
 
-    height, width: of the image.   scale: range of the area as a share of the image.
-    numbers: CROP_NUMBERS of [0, 1), area and ratio of ten tries, then top and left.   The box lies inside the image.
+    There are ten tries, then the largest center crop is taken.
+    height, width: of the image.   scale: range of the area as a fraction of the image.
+    numbers: CROP_NUMBERS values in [0, 1), area and ratio for ten tries, then top and left.
+    The box is inside the image.
     """
     for area, ratio in zip(numbers[0 : 2 * CROP_TRIES : 2], numbers[1 : 2 * CROP_TRIES : 2], strict=True):
         pixels = height * width * (scale[0] + (scale[1] - scale[0]) * area)
@@ -52,12 +57,12 @@ def crop_box(height: int, width: int, *, scale: tuple[float, float], numbers: Se
         if 0 < tall <= height and 0 < wide <= width:
             top, left = int(numbers[-2] * (height - tall + 1)), int(numbers[-1] * (width - wide + 1))
             return top, left, tall, wide
-    tall, wide = _centre_size(height, width)
+    tall, wide = _center_size(height, width)
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
-def _centre_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width of the largest centre crop whose ratio is allowed (a long thin image), or of the whole image."""
+def _center_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the largest center crop with an allowed ratio, or of the whole image."""
     if width / height < CROP_RATIO[0]:
         return round(width / CROP_RATIO[0]), width
     if width / height > CROP_RATIO[1]:
@@ -66,10 +71,12 @@ def _centre_size(height: int, width: int) -> tuple[int, int]:
 
 
 def blur_kernel(sigma: float) -> np.ndarray:
-    """The weights, 2 r + 1 of them, of Pillow's Gaussian blur along one axis: three box filters of variance sigma^2 / 3 each.
+    """The 2 r + 1 weights of Pillow's Gaussian blur along one axis.
 
-    A box of radius l + a has 2 l + 1 whole pixels and a share a of one more at each end (Gwosdek et al., Theoretical
-    Foundations of Gaussian Convolution by Extended Box Filtering, 2011). sigma: in pixels, above 0.
+    They come from three box filters of variance sigma^2 / 3 each. A box of radius l + a has 2 l + 1
+    whole pixels and a fraction a of one more at each end (Gwosdek et al., Theoretical Foundations
+    of Gaussian Convolution by Extended Box Filtering, 2011).
+    sigma: in pixels, above 0.
     """
     variance = sigma * sigma / 3
     whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
@@ -80,29 +87,29 @@ def blur_kernel(sigma: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ViewDraw:
-    """What was drawn for the V views of one image; every array has one row per view."""
+    """The random numbers for the V views of one image; every array has one row per view."""
 
     box: np.ndarray
     """(V, 4) int64: top, left, height and width of the crop in pixels."""
     flip: np.ndarray
     """(V,) bool."""
     jitter: np.ndarray
-    """(V,) bool: whether the colour jitter is applied."""
+    """(V,) bool: whether color jitter is applied."""
     factors: np.ndarray
-    """(V, 4) float32: factor of brightness, contrast and saturation (1 changes nothing) and shift of hue (in turns)."""
+    """(V, 4) float32: factors of brightness, contrast and saturation, and shift of hue in turns."""
     order: np.ndarray
-    """(V, 4) int64: the order of these four; order[v, 0] is applied first."""
+    """(V, 4) int64: the order of these four operations; order[v, 0] is applied first."""
     grayscale: np.ndarray
     """(V,) bool."""
     sigma: np.ndarray
-    """(V,) float32: standard deviation of the blur in pixels of the view; 0 for no blur."""
+    """(V,) float32: standard deviation of the blur in pixels of the view; 0: no blur."""
     solarize: np.ndarray
     """(V,) bool."""
 
 
 @dataclass(frozen=True)
 class ViewKind:
-    """The distribution of one view; fields as in config.CropsConfig, of which this is one view's part."""
+    """The distribution of one view: its part of config.CropsConfig, with the same field names."""
 
     size: int
     scale: tuple[float, float]
@@ -116,9 +123,9 @@ class ViewKind:
 
 
 def draw_views(kinds: Sequence[ViewKind], height: int, width: int, *, seed: int, epoch: int, index: int) -> ViewDraw:
-    """All random numbers for the views of an image of height x width pixels, one view of each kind, in this order."""
+    """All random numbers for the views of a height x width image: one view of each kind."""
     numbers = uniforms(seed, epoch, index, rows=len(kinds), columns=NUM_UNIFORMS)
-    # Plain Python: eight short rows are drawn in a third of the time that calls on arrays this small take.
+    # Plain Python takes a third of the time of numpy calls on eight short rows.
     boxes, flags, factors, order, sigma = [], [], [], [], []
     for kind, row in zip(kinds, numbers.tolist(), strict=True):
         boxes.append(crop_box(height, width, scale=kind.scale, numbers=row[:CROP_NUMBERS]))
@@ -133,6 +140,12 @@ def draw_views(kinds: Sequence[ViewKind], height: int, width: int, *, seed: int,
         sigma.append(low + (high - low) * row[-1] if chances[3] < kind.blur else 0.0)
     flip, jitter, grayscale, solarize = np.array(flags).T
     return ViewDraw(
-        box=np.array(boxes), flip=flip, jitter=jitter, factors=np.array(factors, np.float32), order=np.array(order),
-        grayscale=grayscale, sigma=np.array(sigma, np.float32), solarize=solarize,
-    )  # fmt: skip
+        box=np.array(boxes),
+        flip=flip,
+        jitter=jitter,
+        factors=np.array(factors, np.float32),
+        order=np.array(order),
+        grayscale=grayscale,
+        sigma=np.array(sigma, np.float32),
+        solarize=solarize,
+    )
