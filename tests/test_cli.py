@@ -140,7 +140,7 @@ def test_no_data_and_no_place(here: Path, fails: Fails) -> None:
 
 def test_batch_larger_than_the_data(here: Path, fails: Fails) -> None:
     said = fails(arguments(here, "--run.batch_size", "11", out="new"))
-    assert "run.batch_size is 11, but there are 10 images" in said
+    assert "run.batch_size is 11, but there are only 10 images" in said
 
 
 def test_batch_that_cannot_be_split(here: Path, fails: Fails) -> None:
@@ -303,7 +303,7 @@ def test_training_without_write_permission(open_to_all: Path, capsys: pytest.Cap
     with without_privileges(open_to_all):
         assert cli.main(arguments(open_to_all, out=out)) == 1
     assert capsys.readouterr().err == (
-        f"dino-simpool train: error: nothing can be written to {open_to_all}/{out} (Permission denied): give another run.out\n"
+        f"dino-simpool train: error: cannot write to {open_to_all}/{out} (Permission denied): give another run.out\n"
     )
     assert contents(open_to_all) == before
 
@@ -327,7 +327,7 @@ def test_images_without_read_permission(open_to_all: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("out", ["recipe.yaml", "recipe.yaml/deeper"])
 def test_file_in_place_of_a_folder(here: Path, fails: Fails, out: str) -> None:
     """No user may write there."""
-    assert fails(arguments(here, out=out)).startswith(f"nothing can be written to {here}/{out} (")
+    assert fails(arguments(here, out=out)).startswith(f"cannot write to {here}/{out} (")
     assert f"{here}/{out}" in fails(knn(here, "--out", f"{here}/{out}"))
 
 
