@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically. ValueError for NaN, before anything is written."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write_text(text))
+
+
+def make_writable(folder: Path, option: str) -> Path:
+    """Make a folder and try to write there. ValueError, naming the option, if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): give another {option}") from None
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,7 +1,7 @@
 """What the training loop asks of a learner, and the one place where learners are chosen.
 
-A learner is what a run trains: networks, loss and optimizer, with the plan of their schedules. The
-loop (train.py) feeds it batches, logs what it returns, saves its state and evaluates its encoder.
+A learner is what a run trains: networks, loss, optimizer and schedules. The loop (train.py) feeds
+it batches, logs what it returns, saves its state, and evaluates its encoder.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class Learner(Protocol):
         """Fields of an epoch's line, from the metrics' means and the schedules of its steps."""
 
     def state(self) -> dict[str, Any]:
-        """Everything that a step changes, as tensors and plain values."""
+        """Everything that a step changes, as tensors and plain values.
+
+        `load_encoder` reads the encoder from the entry "teacher", as encoder.*.
+        """
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a state, strictly. ValueError if it does not fit."""

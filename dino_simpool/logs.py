@@ -23,20 +23,10 @@ from typing import Any
 from tqdm import tqdm
 
 from dino_simpool import distributed
+from dino_simpool.files import write_atomically
 
-TIMING_FIELDS: frozenset[str] = frozenset(
-    {
-        "images_per_second",
-        "data_wait_percent",
-        "max_memory_mb",
-        "seconds",
-        "time",
-        "img_per_s",
-        "data_time",
-        "knn_time",
-        "max_mem",
-    }
-)
+STEP_TIMES = {"images_per_second", "data_wait_percent", "max_memory_mb", "seconds", "time"}
+TIMING_FIELDS = frozenset(STEP_TIMES | {"img_per_s", "data_time", "knn_time", "max_mem"})
 """Fields of log.jsonl that differ between two otherwise equal runs."""
 
 
@@ -45,7 +35,7 @@ class RunLog:
 
     resume_step: optimizer steps of the checkpoint; 0 starts an empty log.   resume_epoch: number of
     epochs whose lines are kept.   enabled: False on all but the main process, the only one that
-    writes.   ValueError if an old line is damaged.
+    writes.   ValueError if an old line is broken.
     """
 
     def __init__(
@@ -193,12 +183,7 @@ def _truncate(path: Path, *, step: int, epoch: int) -> None:
         for line, record in _lines(path)
         if step and record["step"] <= step and (record["kind"] != "epoch" or record["epoch"] < epoch)
     ]
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.writelines(line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: file.write_bytes(b"".join(line + b"\n" for line in kept)))
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +39,7 @@ from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.failures import NonFiniteLoss, non_finite_names, write_failure
 from dino_simpool.features.encode import try_sizes
 from dino_simpool.features.maps import attention_of
-from dino_simpool.files import write_atomically
+from dino_simpool.files import make_writable, write_atomically
 from dino_simpool.learners import Learner, build_learner
 from dino_simpool.logs import RunLog, progress, say
 from dino_simpool.pictures import overlay, strip, unnormalize
@@ -51,13 +50,11 @@ WINDOW, EPOCH = 0, 1
 
 
 class Means:
-    """Running sums of a learner's metrics over both spans, on the device."""
+    """Running sums of a learner's metrics over both spans: (2, 1 + metrics), steps first."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
-        self.names = names
         exact = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(2, 1 + len(names), dtype=exact, device=device)
-        """Row by span: the number of steps, then the sum of each metric."""
+        self.names, self.sums = names, torch.zeros(2, 1 + len(names), dtype=exact, device=device)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Count one step."""
@@ -73,13 +70,13 @@ class Means:
 
 @dataclasses.dataclass
 class Run:
-    """A run in progress: what it was told, what it trains, and where it writes."""
+    """A run in progress: its options, what it trains, and where it writes."""
 
     cfg: TrainConfig
     device: torch.device
     images: ImageSet
     knn_sets: tuple[ImageSet, ImageSet] | None
-    """The bank and the held-out images of the k-NN evaluation, if there is one."""
+    """Bank and held-out images of the k-NN evaluation, if there is one."""
     learner: Learner
     out: Path
     facts: dict[str, Any]
@@ -130,8 +127,7 @@ def train(cfg: TrainConfig) -> Path:
             _end_epoch(run)
         while not (run.done or stop):
             asked = (bool(received), time.monotonic() - saved_at > 60 * cfg.run.save_minutes)
-            # The stochastic depth of this step, whatever came before: resuming needs no stored
-            # random state.
+            # Stochastic depth depends on the step alone: resuming needs no stored random state.
             torch.manual_seed(((cfg.run.seed * 1_000_003 + learner.steps) * 65_537 + distributed.rank()) % 2**63)
             run.means.add(learner.step(run.feed.batches(cfg.run.accumulate), plan.values(learner.steps)))
             bar.update()
@@ -161,7 +157,7 @@ def train(cfg: TrainConfig) -> Path:
 
 
 def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
-    """The run, at the step to go on from, and the state that it resumes (empty for a new run).
+    """The run and the state that it resumes (empty for a new run).
 
     Whatever can be wrong is found here, before the first file is written.
     """
@@ -182,7 +178,9 @@ def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
     learner = build_learner(cfg, images, device)
     sizes = {cfg.crops.global_size, cfg.model.image_size} | ({cfg.crops.local_size} if cfg.crops.num_local else set())
     try_sizes(learner.encoder, sorted(sizes), device=device)
-    out = _writable(cfg.run.out)
+    if not cfg.run.out:
+        raise ConfigError("run.out is empty: give the folder of this run")
+    out = make_writable(Path(cfg.run.out), "run.out")
     facts: dict[str, Any] = {"num_images": len(images), "images": images.digest(), "world_size": distributed.world_size()}
     run = Run(cfg, device, images, knn_sets, learner, out, facts, Means(learner.metrics, device))
     saved = newest_state(out, say) or {}
@@ -194,10 +192,7 @@ def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
 
 
 def _resume(run: Run, saved: dict[str, Any]) -> None:
-    """Take over a stored state, and say what has changed since.
-
-    ConfigError if it is of another run.
-    """
+    """Load a stored state, and say what has changed since. ConfigError if it is of another run."""
     if saved["images"] != run.facts["images"]:
         raise ConfigError(
             f"{run.out} was trained on {saved['num_images']} images, now there are {len(run.images)}, not the same: "
@@ -262,10 +257,7 @@ def _log_step(run: Run, bar: tqdm[Any]) -> None:
 
 
 def _end_epoch(run: Run) -> None:
-    """Evaluate if it is time, write the epoch's line, and keep what is to be kept.
-
-    The steps of the epoch are saved already.
-    """
+    """Evaluate if it is due, write the epoch's line, and keep checkpoints. Its steps are saved."""
     cfg, learner, plan, encoder = run.cfg, run.learner, run.learner.plan, run.learner.encoder
     epoch = (learner.steps - 1) // plan.steps_per_epoch
     started = time.monotonic()
@@ -372,23 +364,6 @@ def _failures_written(run: Run) -> Iterator[None]:
             }
             write_failure(run.out / "error.txt", record)
         raise
-
-
-def _writable(folder: str) -> Path:
-    """The folder of the run, made if it is not there.
-
-    ConfigError if nothing can be written into it.
-    """
-    if not folder:
-        raise ConfigError("run.out is empty: give the folder of this run")
-    out = Path(folder)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out} ({error.strerror}): give another run.out") from None
-    return out
 
 
 def _images_of_one_pass(cfg: TrainConfig) -> int:

@@ -81,15 +81,12 @@ class DinoLearner:
     def describe(self) -> str:
         """Architecture, pooling and numbers of parameters."""
         model = self.student.encoder.config
-        encoder, head = (
-            f"{sum(p.numel() for p in part.parameters()):,} parameters" for part in (self.student.encoder, self.student.head)
-        )
-        return f"{model.arch} with {model.pool}, {encoder}, head {head}"
+        encoder, head = (sum(p.numel() for p in part.parameters()) for part in (self.student.encoder, self.student.head))
+        return f"{model.arch} with {model.pool}, {encoder:,} parameters, head {head:,} parameters"
 
     def step(self, batches: Iterable[Batch], values: StepValues) -> dict[str, Tensor]:
-        """One step of the optimizer; returns the `metrics` of this process, float64 scalars.
+        """One step of the optimizer on `accumulate` batches; returns its metrics in float64.
 
-        batches: `accumulate` batches of V views (b, 3, S, S), the two global views first.
         NonFiniteLoss leaves the weights as they were.
         """
         center = self.loss.center
@@ -162,10 +159,8 @@ class DinoLearner:
             "effective_rank": rank,
             "center_norm": self.loss.center.norm().item(),
         }
-        warnings = self.monitor.update(
-            loss=means["loss"], entropy=means["entropy"], out_dim=out_dim, spread=spread, step=self.steps
-        )
-        return fields, warnings
+        loss, entropy = means["loss"], means["entropy"]
+        return fields, self.monitor.update(loss=loss, entropy=entropy, out_dim=out_dim, spread=spread, step=self.steps)
 
     def epoch_fields(self, means: dict[str, float], values: Sequence[StepValues]) -> dict[str, float]:
         """Under the names of the published SimPool training, which existing tools read."""
@@ -183,10 +178,8 @@ class DinoLearner:
 
     def state(self) -> dict[str, Any]:
         """As tensors and plain values."""
-        parts = {
-            name: getattr(self, name).state_dict() for name in ("student", "teacher", "loss", "optimizer", "scaler", "monitor")
-        }
-        return {**parts, "step": self.steps}
+        names = ("student", "teacher", "loss", "optimizer", "scaler", "monitor")
+        return {name: getattr(self, name).state_dict() for name in names} | {"step": self.steps}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a stored state, strictly."""
@@ -216,18 +209,15 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
         distributed.synchronize_batch_norm(model, device)
         if cfg.run.compile:
             compile_blocks(model)
-    loss = DinoLoss(
-        cfg.head.out_dim,
-        student_temp=cfg.loss.student_temperature,
-        center_momentum=cfg.loss.center_momentum,
-    )
+    temperature, momentum = cfg.loss.student_temperature, cfg.loss.center_momentum
+    loss = DinoLoss(cfg.head.out_dim, student_temp=temperature, center_momentum=momentum).to(device)
     forward: nn.Module = student
     if distributed.world_size() > 1:
         forward = DistributedDataParallel(student, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return DinoLearner(
         student,
         teacher,
-        loss.to(device),
+        loss,
         build_optimizer(cfg.optim, student),
         torch.amp.GradScaler(device.type, enabled=cfg.run.precision == "fp16"),
         Monitor(plan.warmup_steps),
@@ -240,10 +230,7 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
 
 
 def compile_blocks(model: DinoModel) -> None:
-    """torch.compile each block of the trunk in place.
-
-    So there are few, small graphs for both crop sizes, and parameters keep their names.
-    """
+    """torch.compile each block of the trunk in place: few small graphs, and names stay as they are."""
     blocks = [m for m in model.encoder.trunk.modules() if isinstance(m, (Block, BasicBlock, Bottleneck, ConvNeXtBlock))]
     if not blocks:
         raise ValueError(f"run.compile does not know the blocks of {model.encoder.config.arch}: set run.compile false")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 from dino_simpool.config import TrainConfig, parse_duration
 
@@ -148,11 +149,12 @@ def make_plan(cfg: TrainConfig, num_images: int) -> Plan:
     if batch > num_images:
         raise ValueError(f"run.batch_size is {batch}, but there are only {num_images} images: use {num_images} or less")
     steps_per_epoch = num_images // batch
-    total = max(1, _steps(cfg.run.epochs, "run.epochs", steps_per_epoch, None, batch))
+    steps_of = partial(duration_steps, steps_per_epoch=steps_per_epoch, batch_size=batch)
+    total = max(1, steps_of(cfg.run.epochs, total_steps=None, name="run.epochs"))
     warnings: list[str] = []
     spans = {}
     for name, duration in (("optim.warmup", cfg.optim.warmup), ("teacher.warmup", cfg.teacher.warmup)):
-        spans[name] = _steps(duration, name, steps_per_epoch, total, batch)
+        spans[name] = steps_of(duration, total_steps=total, name=name)
         if spans[name] > total:
             asked, spans[name] = spans[name], round(WARMUP_SHARES[name] * total)
             warnings.append(
@@ -166,15 +168,11 @@ def make_plan(cfg: TrainConfig, num_images: int) -> Plan:
         total_steps=total,
         warmup_steps=spans["optim.warmup"],
         teacher_warmup_epochs=round(spans["teacher.warmup"] / steps_per_epoch),
-        freeze_steps=_steps(cfg.optim.freeze_last_layer, "optim.freeze_last_layer", steps_per_epoch, total, batch),
+        freeze_steps=steps_of(cfg.optim.freeze_last_layer, total_steps=total, name="optim.freeze_last_layer"),
         peak_lr=cfg.optim.lr * batch / 256,
         cfg=cfg,
     )
     return replace(plan, warnings=(*warnings, *_warnings(plan)), suggestions=_suggestions(plan))
-
-
-def _steps(duration: int | float | str, name: str, steps_per_epoch: int, total: int | None, batch: int) -> int:
-    return duration_steps(duration, steps_per_epoch=steps_per_epoch, total_steps=total, batch_size=batch, name=name)
 
 
 def _warnings(plan: Plan) -> list[str]:
