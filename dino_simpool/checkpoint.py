@@ -163,7 +163,7 @@ def load_encoder(
         saved, run = state["config"]["model"], state["config"]["run"]
         steps_per_epoch = state.get("num_images", 0) // run["batch_size"]
         seed, epochs = run["seed"], state["step"] / steps_per_epoch if steps_per_epoch else None
-        weights = {name: _encoder_part(state[name]) for name in ("teacher", "student")}
+        weights = {name: _encoder_part(state[name]) for name in ("teacher", "student") if name in state}
     config = from_dict(ModelConfig, {**saved, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
