@@ -23,19 +23,19 @@ class CropsConfig(Options):
     """Area of a global crop as a share of the image, lowest and highest."""
     local_scale: tuple[float, float] = (0.05, 0.25)
     """Area of a local crop as a share of the image, lowest and highest."""
-    flip: float = 0.5
+    flip: float = option(0.5, least=0, most=1)
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Largest change of brightness, contrast, saturation and hue."""
-    jitter_probability: float = 0.8
+    jitter_probability: float = option(0.8, least=0, most=1)
     """Probability of the color jitter."""
-    grayscale: float = 0.2
+    grayscale: float = option(0.2, least=0, most=1)
     """Probability of conversion to grayscale."""
-    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur: tuple[float, float, float] = option((1.0, 0.1, 0.5), least=0, most=1)
     """Probability of the Gaussian blur in the three kinds of view."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the crop."""
-    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    solarize: tuple[float, float, float] = option((0.0, 0.2, 0.0), least=0, most=1)
     """Probability of solarization (values from 128 on are inverted) in the three kinds of view."""
     shrink_margin: float | None = 2.0
     """Decode a large JPEG smaller (by 2, 4 or 8) if the side of every crop is still at least this
@@ -49,9 +49,6 @@ class CropsConfig(Options):
                 raise ValueError(f"crops.{name} is ({low}, {high}): give two shares of the area, 0 < lowest <= highest <= 1")
         if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"crops.blur_sigma is {self.blur_sigma}: give two numbers, 0 <= lowest <= highest")
-        probabilities = (self.flip, self.jitter_probability, self.grayscale, *self.blur, *self.solarize)
-        if not all(0 <= p <= 1 for p in probabilities):
-            raise ValueError("crops: flip, jitter_probability, grayscale, blur and solarize are probabilities, 0 to 1")
         if not all(0 <= j <= 1 for j in self.jitter[:3]) or not 0 <= self.jitter[3] <= 0.5:
             raise ValueError(f"crops.jitter is {self.jitter}: give brightness, contrast and saturation in 0..1, hue in 0..0.5")
         if self.shrink_margin is not None and self.shrink_margin < 1:
@@ -72,13 +69,11 @@ class DataConfig(Options):
     subset_per_class: int | None = option(None, least=1)
     """Use the first N images of each class in sorted order (260: the paper's ImageNet-20 %)."""
     workers: int | None = option(None, least=0)
-    """Loader processes of each training process; 0 loads in the process itself. null: the number of
-    cores it may use."""
+    """Loader processes of each training process; 0: none. null: the number of cores it may use."""
     exif_orientation: bool = False
     """Rotate images as their EXIF tag says, as image viewers do. The published code does not."""
     max_pixels: int = option(MAX_PIXELS, least=1)
-    """An image with more pixels is not decoded and counts as broken: a small file can claim any
-    size."""
+    """An image with more pixels is not decoded and counts as broken: a file can claim any size."""
     max_bad_share: float = option(0.1, least=0, most=1)
     """Share of the images that may be broken. Other images take their places, and bad_files.txt
     lists them. With more broken images, the run stops."""

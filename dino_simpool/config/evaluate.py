@@ -27,8 +27,7 @@ class EvalConfig(Compute, Weights):
     data: str = ""
     """Folder with the class folders train/ and val/, or with archives of them (.tar, .zip)."""
     out: str = ""
-    """Folder for the results; <evaluator>.json is written there. Empty: results/ beside the
-    checkpoint."""
+    """Folder where <evaluator>.json is written. Empty: results/ beside the checkpoint."""
     seed: int = 0
     """Seed of the probe's initialization, shuffling and augmentation. Untrained weights come from
     the seed of the run."""
@@ -77,8 +76,7 @@ class LinearConfig(ClassificationConfig):
 
     protocol: Literal["paper", "grid"] = "paper"
     """paper: augmented images, 100 epochs, the best validation epoch, as published. grid: features
-    extracted once, many learning rates trained together, the best one chosen on a held-out part of
-    train."""
+    extracted once, many learning rates at once, the best one chosen on a held-out part of train."""
     epochs: int = option(100, least=1)
     """Passes over the training images."""
     lr: float = 1e-3
@@ -101,8 +99,7 @@ class LinearConfig(ClassificationConfig):
 
 @dataclass(frozen=True)
 class RetrievalConfig(Decoding, Workers, EvalConfig):
-    """Landmark retrieval: ROxford and RParis with their three protocols, mAP and mP@1, 5, 10.
-    Images pass one by one."""
+    """Landmark retrieval, image by image: ROxford, RParis, three protocols, mAP and mP@1, 5, 10."""
 
     data: str = ""
     """Folder that holds roxford5k/ or rparis6k/, with jpg/ and gnd_<name>.pkl (or .json) in it."""
@@ -141,8 +138,7 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
 
 @dataclass(frozen=True)
 class RecallConfig(Decoding, Loading, Square, EvalConfig):
-    """Fine-grained retrieval, Recall@k, on the test images of a metric-learning data set. Every
-    test image is a query."""
+    """Fine-grained retrieval, Recall@k: each test image of a metric-learning set is a query."""
 
     data: str = ""
     """Folder that holds the data set's own folder (CUB_200_2011, cars196, Stanford_Online_Products,
@@ -161,8 +157,7 @@ class RecallConfig(Decoding, Loading, Square, EvalConfig):
     map_at_r: bool = True
     """Also compute R-precision and MAP@R. Slow if classes have thousands of images."""
     tile: int | None = option(None, least=1)
-    """Side of a block of similarities in images; changes no result. null: 1024 on CPU, else
-    8192."""
+    """Side of blocks of similarities in images; changes no result. null: 1024 on CPU, else 8192."""
 
     @property
     def variant(self) -> tuple[str, ...]:
@@ -172,8 +167,7 @@ class RecallConfig(Decoding, Loading, Square, EvalConfig):
 
 @dataclass(frozen=True)
 class MasksConfig(PixelLimit, Loading, Square, ValFolder, EvalConfig):
-    """Share of the attention that falls on the object, on images with masks (the embedded data set
-    has them).
+    """Share of the attention that falls on the object, on images with masks (the embedded ones).
 
     Masks belong to the pixels as they are stored, so images are never rotated by their EXIF tag.
     """

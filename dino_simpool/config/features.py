@@ -13,8 +13,7 @@ class ExtractConfig(Decoding, Loading, Square, Compute, Weights):
     """The features of any images, in a memory-mapped file. Run the same command again to resume."""
 
     data: str | tuple[str, ...] = ""
-    """A folder (any nesting), a text file of paths, or a list of these: --data '[DIR,
-    LIST.txt]'."""
+    """A folder (any nesting), text file of paths, or list of these: --data '[DIR, LIST.txt]'."""
     out: str = ""
     """Folder to write: features.npy, ids.txt (the image of each row), meta.json (every setting)."""
     level: Literal["global", "tokens", "keys", "attention"] = "global"
@@ -46,8 +45,7 @@ class SearchConfig(Workers, Device):
     index: str = ""
     """Folder that `extract --index` wrote."""
     query: str | tuple[str, ...] = ""
-    """What to look for: an image, a folder of images, a text file of paths, or a list of images:
-    --query '[A.jpg, B.jpg]'."""
+    """An image, a folder of images, a text file of paths, or a list: --query '[A.jpg, B.jpg]'."""
     out: str = ""
     """Folder to write: results.json and contact_sheet.png."""
     k: int = option(10, least=1)

@@ -44,8 +44,7 @@ def _allowed(annotation: str) -> str:
 
 
 def _explain(message: str, config: type) -> str:
-    """The library's message in one line, with the nearest option for an unknown one or the allowed
-    values for a wrong one."""
+    """The library's message in one line, with the nearest option or the allowed values."""
     message = " ".join(message.split())
     names = option_names(config)
     unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
@@ -84,8 +83,6 @@ def _parser(config: type, program: str) -> Any:
 
 
 def _read(config: type[Config], program: str, read: Callable[[Any], Any]) -> Config:
-    """A configuration from what `read` makes of the parser. ConfigError says in one line what is
-    wrong."""
     parser = _parser(cast(Any, config), program)
     try:
         values = parser.instantiate(read(parser))
@@ -133,7 +130,7 @@ def _check_recipe(path: str, config: type) -> str:
 
 
 def _find_recipes(arguments: list[str], config: type) -> list[str]:
-    """Resolve recipe names. ConfigError for a recipe that comes after an option."""
+    """The arguments with paths in place of recipe names."""
     found: list[str] = []
     first, remaining = "", iter(arguments)  # first: the first option
     for argument in remaining:

@@ -1,7 +1,4 @@
-"""Options that several commands share, in small groups from which the options of a command are put
-together.
-
-    class KnnConfig(Decoding, Loading, EvalConfig): ...
+"""Options that several commands share: class KnnConfig(Decoding, Loading, EvalConfig).
 
 The fields of the last base come first, and the command's own fields come last. A command that needs
 another default or another text for an option defines that option again.
@@ -16,14 +13,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 MAX_PIXELS = 178_956_970
-"""Largest image that is decoded by default, in pixels: half a gigabyte as RGB, and the limit of
-Pillow itself."""
+"""Largest image decoded by default, in pixels: half a gigabyte as RGB, and Pillow's own limit."""
 
 
-def option(default: Any, *, least: float, most: float = math.inf) -> Any:
-    """The default of an option, with its lowest and highest value. They hold for each number of a
-    tuple; null is always allowed."""
-    return dataclasses.field(default=default, metadata={"least": least, "most": most})
+def option(default: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Any:
+    """A default, with limits of the value, or of each number of a tuple. null is always allowed."""
+    return dataclasses.field(default=default, metadata={"limits": (least, above, most)})
 
 
 def check_device(name: str, device: str) -> None:
@@ -45,12 +40,13 @@ class Options:
             name, value = self.group + field.name, getattr(self, field.name)
             if not field.metadata or value is None:
                 continue
-            least, most = field.metadata["least"], field.metadata["most"]
-            if all(least <= number <= most for number in (value if isinstance(value, tuple) else (value,))):
+            least, above, most = field.metadata["limits"]
+            if all(least <= number <= most and number > above for number in (value if isinstance(value, tuple) else (value,))):
                 continue
-            if most == math.inf:
-                raise ValueError(f"{name} must be {least} or more, not {value}")
-            raise ValueError(f"{name} is {value}: allowed is {least} to {most}")
+            if most < math.inf:
+                raise ValueError(f"{name} is {value}: allowed is {least} to {most}")
+            allowed = f"{least} or more" if least > above else f"above {above}"
+            raise ValueError(f"{name} must be {allowed}, not {value}")
 
 
 @dataclass(frozen=True)

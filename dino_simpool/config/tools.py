@@ -13,8 +13,7 @@ class CheckDataConfig(Workers):
     """List the broken images of a data set, or check that a public data set is complete."""
 
     data: str | tuple[str, ...] = ""
-    """A folder (classes, nested or flat), a text file of paths, or a list of these: anything that
-    data.root of a training run takes."""
+    """A folder, a text file of paths, or a list of these: anything data.root of train takes."""
     layout: Literal["cub200", "cars196", "sop", "inshop", "roxford5k", "rparis6k", "imagenet", "folder"] | None = None
     """A public data set, or folder: CLASS/IMAGE. Files, folders and counts are checked then, and no
     image is decoded. null: decode every image."""
@@ -26,9 +25,7 @@ class CheckDataConfig(Workers):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layout is not None and (self.out or not isinstance(self.data, str)):
-            raise ValueError(
-                "layout checks one folder and lists no broken images: leave out `out`, and give one folder as data"
-            )
+            raise ValueError("layout checks one folder and lists no broken images: leave out `out` and give one folder as data")
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,6 @@ class ReportConfig(Device):
     out: str = ""
     """Folder of the training run; report.html is written there."""
     data: str = ""
-    """Folder with held-out images in val/ or val.tar (and with their masks, if there are any, in
-    masks/val/) for the attention overlays."""
+    """Folder with held-out images in val/ or val.tar (and masks, if any, in masks/val/) to show."""
     num_images: int = 12
     """Held-out images to show."""

@@ -11,14 +11,13 @@ from dino_simpool.config.data import CropsConfig, DataConfig
 from dino_simpool.config.parts import Options, check_device, option
 
 Duration = int | float | str
-"""A number of epochs (`10`, `0.5`, `10ep`), of steps (`5000it`), of images (`1e6img`), or a share
-of the run (`5%`)."""
+"""Epochs (`10`, `0.5`, `10ep`), steps (`5000it`), images (`1e6img`), or share of the run (`5%`)."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def is_vit(arch: str) -> bool:
-    """Whether a trunk of this name is a ViT, which has tokens and patches, or a CNN, which has maps."""
+    """Whether this trunk is a ViT, which has tokens and patches. A CNN has maps."""
     return arch.startswith(("vit", "deit"))
 
 
@@ -29,8 +28,7 @@ def _not_divisible(name: str, size: int, patch: int) -> str:
 
 
 def parse_duration(value: Duration) -> tuple[float, str]:
-    """Split a duration into its number and its unit: ep (the default), it, img or %. ValueError for
-    anything else."""
+    """Number and unit (ep, it, img or %) of a duration. ValueError if it is something else."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*(ep|it|img|%)?", str(value).strip())
     if not match:
         raise ValueError(
@@ -56,11 +54,9 @@ class ModelConfig(Options):
 
     group = "model."
     arch: str = "vit_small"
-    """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or the name of any ViT, ResNet or
-    ConvNeXt of timm."""
+    """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or any timm ViT, ResNet or ConvNeXt."""
     pool: Literal["simpool", "cls", "gap"] = "simpool"
-    """simpool, or a baseline that it replaces: cls (the class token, ViT only) or gap (global
-    average pooling)."""
+    """simpool, or a baseline: cls (the class token, ViT only) or gap (global average pooling)."""
     gamma: float | None = None
     """Exponent of SimPool's generalized mean; null (not `None`) is the plain average. Paper: 1.25
     for ViT, 2 for CNN."""
@@ -72,8 +68,7 @@ class ModelConfig(Options):
     min_over: Literal["image", "batch"] = "image"
     """Range of SimPool's minimum: the image (paper) or the batch (published training code)."""
     norm_order: Literal["pool_then_norm", "norm_then_pool"] = "pool_then_norm"
-    """The final norm comes after the pooling (self-supervised) or before it (the published
-    supervised ViTs)."""
+    """Place of the final norm. norm_then_pool: as in the published supervised ViTs."""
     pos_interp: Literal["size", "dino", "dino_always", "dino_legacy"] = "size"
     """How position embeddings are resized to another grid. size: from grid to grid, unchanged at
     the native grid. dino: the published +0.1 rule. dino_always: this rule at the native grid too,
@@ -87,8 +82,7 @@ class ModelConfig(Options):
     depth: int | tuple[int, ...] | None = option(None, least=1)
     """Blocks of a ViT, or blocks per stage of a CNN. null: those of the architecture."""
     heads: int | None = option(None, least=1)
-    """Attention heads of a ViT block. null: those of the architecture (64 channels per head if only
-    the width is given)."""
+    """Attention heads of a ViT block. null: those of the architecture; width / 64 if width is set."""
     drop_path: float = 0.0
     """Stochastic depth of the student, 0 to 1. The teacher's is teacher.drop_path."""
     image_size: int = option(224, least=1)
@@ -155,11 +149,10 @@ class TeacherConfig(Options):
 
     group = "teacher."
     momentum: float = option(0.996, least=0, most=1)
-    """EMA momentum at step 0; it follows a cosine to 1. With a small batch, 0.9995 or more averages
-    over as many images."""
-    warmup_temperature: float = 0.04
+    """EMA momentum at step 0; it follows a cosine to 1. For small batches: 0.9995 or more."""
+    warmup_temperature: float = option(0.04, above=0)
     """Temperature at epoch 0."""
-    temperature: float = 0.07
+    temperature: float = option(0.07, above=0)
     """Temperature after the warm-up."""
     warmup: Duration = 30
     """Length of the linear temperature warm-up (duration), which changes between epochs only."""
@@ -168,8 +161,6 @@ class TeacherConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.temperature > 0 and self.warmup_temperature > 0):
-            raise ValueError("teacher.temperature and teacher.warmup_temperature must be above 0")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"teacher.drop_path is {self.drop_path}: allowed is 0 up to (not including) 1")
         _check_duration("teacher.warmup", self.warmup)
@@ -180,43 +171,38 @@ class LossConfig(Options):
     """Cross-entropy between views."""
 
     group = "loss."
-    student_temperature: float = 0.1
+    student_temperature: float = option(0.1, above=0)
     """Temperature of the student's softmax."""
     center_momentum: float = option(0.9, least=0, most=1)
     """Momentum of the center that is subtracted from the teacher's logits."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.student_temperature > 0:
-            raise ValueError("loss.student_temperature must be above 0")
-
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Options):
     """The optimizer of the student."""
 
+    group = "optim."
     name: Literal["adamw", "lars", "sgd"] = "adamw"
     """adamw (ViT, ConvNeXt), lars (ResNet-50) or sgd."""
-    lr: float = 5e-4
+    lr: float = option(5e-4, above=0)
     """Peak learning rate for a global batch of 256 images; scaled by batch / 256."""
-    min_lr: float = 1e-5
+    min_lr: float = option(1e-5, least=0)
     """Learning rate at the end; not scaled."""
     warmup: Duration = 10
     """Length of the linear warm-up of the learning rate (duration)."""
-    weight_decay: float = 0.04
+    weight_decay: float = option(0.04, least=0)
     """Weight decay at step 0, of tensors with two or more dimensions."""
-    weight_decay_end: float = 0.4
+    weight_decay_end: float = option(0.4, least=0)
     """Weight decay at the end; it follows a cosine."""
     momentum: float = 0.9
     """Momentum of lars and sgd."""
-    clip: float = 0.0
+    clip: float = option(0.0, least=0)
     """Largest L2 norm of the gradient of each parameter tensor. 0: no clipping."""
     freeze_last_layer: Duration = 1
     """How long the prototypes stay at their initial values (duration)."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or self.min_lr < 0 or self.weight_decay < 0 or self.weight_decay_end < 0 or self.clip < 0:
-            raise ValueError("optim: lr must be above 0; min_lr, weight_decay, weight_decay_end and clip 0 or more")
+        super().__post_init__()
         _check_duration("optim.warmup", self.warmup)
         _check_duration("optim.freeze_last_layer", self.freeze_last_layer)
 
@@ -239,8 +225,7 @@ class RunConfig(Options):
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
     compile: bool = False
-    """Compile the trunk blocks, and the augmentation on the device, with torch.compile. The first
-    steps take minutes."""
+    """torch.compile for trunk blocks and device augmentation. The first steps take minutes."""
     seed: int = 0
     """Seed that determines every random number of the run."""
     threads: int | None = option(None, least=1)

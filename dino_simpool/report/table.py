@@ -158,7 +158,7 @@ def _differences(record: dict[str, Any], key: Key, epochs: float | None) -> list
         checks += [("exif_orientation", config.get("exif_orientation", False), False)]
         checks += [("epochs of pre-training", "unknown" if epochs is None else epochs, key.epochs)]
         if key.method == paper.SIMPOOL:
-            checks += [("gamma", model.get("gamma"), paper.gamma_of(key.network)), ("min_over", model.get("min_over"), "image")]
+            checks += [("gamma", model.get("gamma"), paper.gamma_of(model)), ("min_over", model.get("min_over"), "image")]
             checks += [("heads of SimPool", model.get("num_heads"), 1)]
     preprocessing = record.get("preprocessing") or {}
     if evaluator in ("knn", "linear", "linear_grid", "recall"):
