@@ -58,9 +58,9 @@ class Row:
 
 
 def main(cfg: TableConfig) -> None:
-    """The command table."""
+    """The command `dino-simpool table`."""
     if not cfg.results:
-        raise ValueError("no results are given: say table FILE_OR_FOLDER ..., such as the folders of training runs")
+        raise ValueError("no results are given: give table FILE_OR_FOLDER ..., such as the folders of training runs")
     text = render([row for path in find_results(cfg.results) for row in rows_of(read_result(path), path)], cfg.format)
     if cfg.out:
         write_atomically(Path(cfg.out), lambda file: file.write_text(text))
@@ -69,11 +69,8 @@ def main(cfg: TableConfig) -> None:
 
 
 def find_results(places: Iterable[str]) -> list[Path]:
-    """The files given, and for each folder all results/*.json in it and below, or else its own
-    *.json; each file once.
-
-    ValueError if a place has no results.
-    """
+    """Each file once: the files given, and of each folder all results/*.json in it and below, or else
+    its own *.json. ValueError if a place has no results."""
     found: dict[Path, Path] = {}
     for place in map(Path, places):
         files = [place] if place.is_file() else sorted(place.glob("**/results/*.json")) or sorted(place.glob("*.json"))
@@ -134,59 +131,55 @@ def epochs_of(model: dict[str, Any]) -> float | None:
 
 def _no_comparison(record: dict[str, Any]) -> list[str]:
     """The reasons why no number of the paper can be compared."""
-    reasons = []
-    model = record.get("model") or {}
-    if record["config"].get("features") == "pixels":
-        reasons.append("raw pixels")
-    if model.get("which") == "untrained":
-        reasons.append("untrained weights")
     classes = (record.get("counts") or {}).get("classes")
-    if TABLE_OF[record["evaluator"]] == "3" and classes is not None and classes != paper.COUNTS["ImageNet-1k"]["classes"]:
-        reasons.append(f"not ImageNet-1k: {classes} classes")
-    return reasons
+    imagenet = TABLE_OF[record["evaluator"]] != "3" or classes in (None, paper.COUNTS["ImageNet-1k"]["classes"])
+    reasons = {
+        "raw pixels": record["config"].get("features") == "pixels",
+        "untrained weights": record["model"].get("which") == "untrained",
+        f"not ImageNet-1k: {classes} classes": not imagenet,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
 
 
 def _differences(record: dict[str, Any], key: Key, epochs: float | None) -> list[str]:
     """The settings that differ from the paper's protocol, and choices it leaves open."""
     evaluator, model, config = record["evaluator"], record["model"], record["config"]
-    checks: list[tuple[str, Any, Any]] = []  # name, ours, the paper's
-    silent: list[str] = []
-    if evaluator == "resources":
-        checks += [("image size", record.get("image_size"), 224), ("classes", record.get("num_classes"), 1000)]
-    else:
-        checks += [("weights", model.get("which"), "teacher"), ("precision", record.get("dtype"), "fp32")]
-        checks += [("exif_orientation", config.get("exif_orientation", False), False)]
-        checks += [("epochs of pre-training", "unknown" if epochs is None else epochs, key.epochs)]
-        if key.method == paper.SIMPOOL:
-            checks += [("gamma", model.get("gamma"), paper.gamma_of(model)), ("min_over", model.get("min_over"), "image")]
-            checks += [("heads of SimPool", model.get("num_heads"), 1)]
-    preprocessing = record.get("preprocessing") or {}
-    if evaluator in ("knn", "linear", "linear_grid", "recall"):
-        checks += [(name, preprocessing.get(name), value) for name, value in (("image_size", 224), ("resize", 256))]
-    if evaluator == "knn":
-        checks += [("temperature", config.get("temperature"), 0.07)]
-    if key.table == "3":
-        checks += [("subset_per_class", config.get("subset_per_class"), None)]
-    if evaluator == "linear":
-        probe = record.get("probe") or {}
-        checks += [("probe epochs", config.get("epochs"), 100), ("probe lr", config.get("lr"), 1e-3)]
-        checks += [("probe batch", probe.get("batch_size"), 1024)]
+    prepared, probe, whitening, counts = (record.get(name) or {} for name in ("preprocessing", "probe", "whitening", "counts"))
+    resources, retrieval, linear = (evaluator == name for name in ("resources", "retrieval", "linear"))
+    simpool = key.method == paper.SIMPOOL and not resources
+    square = evaluator in ("knn", "linear", "linear_grid", "recall")
+    checks = [  # where it applies, name, ours, the paper's
+        (resources, "image size", record.get("image_size"), 224),
+        (resources, "classes", record.get("num_classes"), 1000),
+        (not resources, "weights", model.get("which"), "teacher"),
+        (not resources, "precision", record.get("dtype"), "fp32"),
+        (not resources, "exif_orientation", config.get("exif_orientation", False), False),
+        (not resources, "epochs of pre-training", "unknown" if epochs is None else epochs, key.epochs),
+        (simpool, "gamma", model.get("gamma"), paper.gamma_of(model)),
+        (simpool, "min_over", model.get("min_over"), "image"),
+        (simpool, "heads of SimPool", model.get("num_heads"), 1),
+        (square, "image_size", prepared.get("image_size"), 224),
+        (square, "resize", prepared.get("resize"), 256),
+        (evaluator == "knn", "temperature", config.get("temperature"), 0.07),
+        (key.table == "3", "subset_per_class", config.get("subset_per_class"), None),
+        (linear, "probe epochs", config.get("epochs"), 100),
+        (linear, "probe lr", config.get("lr"), 1e-3),
+        (linear, "probe batch", probe.get("batch_size"), 1024),
+        (retrieval, "whitening", whitening.get("dimensions"), None),
+        (retrieval, "distractors", config.get("distractors") or None, None),
+        *((True, f"{name}:", counts.get(name), number) for name, number in paper.COUNTS.get(key.dataset, {}).items()),
+    ]
+    said = [f"{name} {_plain(ours)} (paper: {_plain(its)})" for holds, name, ours, its in checks if holds and ours != its]
     if evaluator == "linear_grid":
-        silent.append("grid of learning rates without augmentation, chosen on held-out images (paper: best epoch on val)")
-    if evaluator == "retrieval":
-        checks += [
-            ("whitening", (record.get("whitening") or {}).get("dimensions"), None),
-            ("distractors", config.get("distractors") or None, None),
-        ]
+        said.append("grid of learning rates without augmentation, chosen on held-out images (paper: best epoch on val)")
     if evaluator in ("retrieval", "recall"):
-        silent.append(f"preset {config.get('preset')} (the paper is silent)")
-        own = {name: config.get(name) for name in ("image_size", "multi_scale", "query_crop") if evaluator == "retrieval"}
-        silent += [f"{name} {_plain(value)} in place of the preset's" for name, value in own.items() if value is not None]
+        said.append(f"preset {config.get('preset')} (the paper is silent)")
+    for name in ("image_size", "multi_scale", "query_crop"):
+        if retrieval and config.get(name) is not None:
+            said.append(f"{name} {_plain(config[name])} in place of the preset's")
     if evaluator == "recall" and (ties := config.get("ties", "published")) != "published":
-        silent.append(f"ties {ties} in place of the published")
-    counts = record.get("counts") or {}
-    checks += [(f"{name}:", counts.get(name), number) for name, number in paper.COUNTS.get(key.dataset, {}).items()]
-    return [f"{name} {_plain(ours)} (paper: {_plain(its)})" for name, ours, its in checks if ours != its] + silent
+        said.append(f"ties {ties} in place of the published")
+    return said
 
 
 def _plain(value: Any) -> str:
@@ -194,8 +187,7 @@ def _plain(value: Any) -> str:
 
 
 def render(rows: Sequence[Row], form: str) -> str:
-    """All rows in the tables and the order of the paper, and the rest in one more table. form:
-    text, markdown or csv."""
+    """The tables of the paper, and one more with the rest.   form: text, markdown or csv."""
     if form == "csv":
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
