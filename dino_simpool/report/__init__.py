@@ -1,15 +1,13 @@
 """One self-contained HTML page about a run: results, curves, attention, crops, settings.
 
 Everything comes from the folder of the run (log.jsonl, config.yaml, last.pth, results/*.json) and
-from the images. Where something is missing, the page says so and shows the command that provides
-it; nothing is made up.
+from the images. Where something is missing, the page says so and how to provide it.
 
     page.py   style sheet, tables    chart.py   curves as SVG    panels.py   attention and crops
 """
 
 from __future__ import annotations
 
-import json
 import math
 from html import escape
 from pathlib import Path
@@ -25,7 +23,8 @@ from dino_simpool.files import write_atomically
 from dino_simpool.logs import TIMING_FIELDS, read_log
 from dino_simpool.report import page
 from dino_simpool.report.chart import Point, line_chart, short
-from dino_simpool.report.panels import attention_cards, crop_cards, ramp_css
+from dino_simpool.report.panels import attention_cards, crop_cards
+from dino_simpool.report.table import read_json
 from dino_simpool.results import versions
 
 Record = dict[str, Any]
@@ -41,16 +40,13 @@ METRICS = {
 }  # fmt: skip
 """Metrics in the table; for k-NN they end in k (top1_k10). All others are in the folded list."""
 CURVES = (
-    (
-        "Loss and teacher entropy",
-        "over ln K; 1 is uniform, the gap is the KL",
-        {"loss_over_lnK": "loss", "entropy_over_lnK": "entropy"},
-    ),
+    ("Loss and teacher entropy", "over ln K; 1 is uniform, the gap is the KL",
+     {"loss_over_lnK": "loss", "entropy_over_lnK": "entropy"}),
     ("Learning rate", "scaled by batch / 256", {"lr": "rate"}),
     ("Feature spread", "0: all images alike; 1: independent directions", {"feature_spread": "spread"}),
     ("Effective rank", "directions in use before the prototypes", {"effective_rank": "rank"}),
     ("Gradient norm", "of all parameters, before clipping", {"grad_norm": "norm"}),
-)
+)  # fmt: skip
 """Charts of fields of log.jsonl: title, note, and field -> label of its line."""
 NO_CURVES = TIMING_FIELDS | {"step", "epoch"} | {name for _, _, names in CURVES for name in names}
 """Every other number in the step lines has a chart under More curves."""
@@ -66,9 +62,8 @@ def main(cfg: ReportConfig) -> Path:
 def build_report(out: Path, *, data: str, num_images: int, device: torch.device) -> Path:
     """Write OUT/report.html and return its path.
 
-    out: folder of a training run.   data: folder with held-out images in val/ and, optionally,
-    masks/val/; empty for none.   num_images: how many of these to show.   ValueError or OSError if
-    `out` holds no run, or a file of the run is damaged.
+    out: folder of a training run.   data, num_images: as in ReportConfig.   ValueError or OSError
+    if `out` holds no run, or a file of the run is damaged.
     """
     if not (out / "config.yaml").is_file():
         raise ValueError(f"{out} holds no run (there is no config.yaml): give the run.out of a training run")
@@ -78,7 +73,7 @@ def build_report(out: Path, *, data: str, num_images: int, device: torch.device)
     cfg = from_dict(TrainConfig, yaml.safe_load(options))
     records = read_log(out / "log.jsonl") if (out / "log.jsonl").is_file() else []
     steps, epochs = ([record for record in records if record["kind"] == kind] for kind in ("step", "epoch"))
-    results = {path.stem: _read_result(path) for path in sorted((out / "results").glob("*.json"))}
+    results = {path.stem: read_json(path) for path in sorted((out / "results").glob("*.json"))}
     metrics = {name: record.get("metrics", {}) for name, record in results.items()}
     state = read_state(out / "last.pth") if (out / "last.pth").is_file() else None
     name = out.resolve().name
@@ -94,13 +89,6 @@ def build_report(out: Path, *, data: str, num_images: int, device: torch.device)
     text = page.document(f"{name} - dino_simpool", "\n".join(body))
     write_atomically(out / "report.html", lambda file: file.write_text(text, encoding="utf-8"))
     return out / "report.html"
-
-
-def _read_result(path: Path) -> Record:
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a results file ({error}): remove it, or evaluate again") from error
 
 
 def _lead(cfg: TrainConfig, state: Record | None) -> str:
@@ -205,18 +193,11 @@ def _attention(out: Path, data: str, num_images: int, device: torch.device) -> s
     if not data:
         return page.missing(f"No images were given: dino-simpool report --out {out} --data DIR (with val/ in it)")
     before, after = (load_encoder(out / "last.pth", which=which).to(device) for which in ("untrained", "teacher"))
-    try:
+    try:  # with one black image, since not every pooling has attention
         before.attention(torch.zeros(1, 3, before.config.image_size, before.config.image_size, device=device))
     except ValueError as error:
         return page.missing(f"There is no attention to show: {error}.")
-    cards, top = attention_cards({"before": before, "after": after}, data, num_images=num_images)
-    note = (
-        "What the pooling of the encoder weighs: the image, the attention before training, and after training. Color: 0× "
-        f'<span class="scale" style="background:{ramp_css()}"></span> {top:.1f}× uniform attention. Where the data have masks, '
-        "the white line is the outline of the true object and the number is the density of attention on it (uniform: 1×). "
-        "Without masks, the line encloses 60 % of the attention."
-    )
-    return f'<p class="soft">{note}</p>{cards}'
+    return attention_cards({"before": before, "after": after}, data, num_images=num_images)
 
 
 def _crops(cfg: TrainConfig) -> str:
@@ -225,8 +206,7 @@ def _crops(cfg: TrainConfig) -> str:
     gone = [root for root in roots if not Path(root).exists()]
     if gone or not roots:
         return page.missing(f"The training images are not here: {', '.join(gone) or 'data.root is empty'}.")
-    note = "Views of training images in the first epoch. Boxes of global crops are blue, boxes of local crops orange."
-    return f'<p class="soft">{note}</p>{crop_cards(cfg, roots, num_images=4)}'
+    return crop_cards(cfg, roots, num_images=4)
 
 
 def _settings(options: str, results: dict[str, Record], state: Record | None) -> str:
@@ -253,7 +233,9 @@ def _metric_name(evaluator: str, key: str) -> str:
 
 
 def _metric(key: str, value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}×" if key == "ratio" else f"{value:.1f} %"
+    if value is None:
+        return "–"
+    return f"{value:.2f}×" if key == "ratio" else f"{value:.1f} %"
 
 
 def _duration(seconds: float) -> str:

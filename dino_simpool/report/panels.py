@@ -37,8 +37,8 @@ OUTLINE_CELLS = 64
 """A mask is drawn on a grid of at most this many cells per side."""
 
 
-def attention_cards(encoders: dict[str, Encoder], data: str, *, num_images: int) -> tuple[str, float]:
-    """HTML of held-out images with the attention of each encoder, and the top of the color scale.
+def attention_cards(encoders: dict[str, Encoder], data: str, *, num_images: int) -> str:
+    """HTML of held-out images with the attention of each encoder.
 
     encoders: label -> encoder, all of the same architecture.   data: folder with val/ (or with the
     images themselves), and optionally masks/val/.   FileNotFoundError or ValueError if there are no
@@ -73,7 +73,14 @@ def attention_cards(encoders: dict[str, Encoder], data: str, *, num_images: int)
             gray = f'<use href="#{name}" style="filter:grayscale(1)"/>'
             figures.append(figure(f"{label} {said}", (side, side), gray, heat_layer(attention[row] / top, seen), lines))
         cards.append(f'<div class="card panels">{"".join(figures)}</div>')
-    return f'<div class="cards">{"".join(cards)}</div>', top
+    scale = ", ".join(f"rgba({r},{g},{b},{a / 255:.2f})" for r, g, b, a in RAMP)
+    note = (
+        "What the pooling of the encoder weighs: the image, the attention before training, and after training. Color: 0× "
+        f'<span class="scale" style="background:linear-gradient(90deg, {scale})"></span> {top:.1f}× uniform attention. '
+        "Where the data have masks, the white line is the outline of the true object and the number is the density of "
+        "attention on it (uniform: 1×). Without masks, the line encloses 60 % of the attention."
+    )
+    return f'<p class="soft">{note}</p><div class="cards">{"".join(cards)}</div>'
 
 
 def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: int) -> tuple[str, str]:
@@ -107,7 +114,8 @@ def crop_cards(cfg: TrainConfig, roots: list[str], *, num_images: int) -> str:
         layers = [image_layer(np.asarray(small), *image.size), *map(_box, range(len(draw.box)), draw.box.tolist())]
         original = figure("image and boxes", image.size, *layers)
         cards.append(f'<div class="card crops">{original}<div class="views">{"".join(figures)}</div></div>')
-    return f'<div class="cards wide">{"".join(cards)}</div>'
+    note = "Views of training images in the first epoch. Boxes of global crops are blue, boxes of local crops orange."
+    return f'<p class="soft">{note}</p><div class="cards wide">{"".join(cards)}</div>'
 
 
 def _box(view: int, box: list[float]) -> str:
@@ -145,12 +153,6 @@ def heat_layer(strength: Tensor, seen: int) -> str:
     height, width = strength.shape
     rgba = paint(enlarge(strength, (6 * height, 6 * width), smooth=True), RAMP)
     return image_layer(to_bytes(rgba), seen, seen, stretched=True)
-
-
-def ramp_css() -> str:
-    """The color scale as a CSS gradient."""
-    colors = ", ".join(f"rgba({r:.0f},{g:.0f},{b:.0f},{a / 255:.2f})" for r, g, b, a in RAMP)
-    return f"linear-gradient(90deg, {colors})"
 
 
 def outline(mask: np.ndarray, seen: int) -> str:

@@ -81,12 +81,17 @@ def find_results(places: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
+def read_json(path: Path) -> Any:
+    """What a results file holds. ValueError if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): remove it, or evaluate again") from None
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """The record that an evaluator wrote. ValueError names a file that is something else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): leave it out, or evaluate again") from None
+    record = read_json(path)
     kinds = {"evaluator": str, "metrics": dict, "config": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(name), kind)]
     wrong += [] if wrong or not record.get("model") or {"arch", "pool"} <= set(record["model"]) else ["a model"]
@@ -97,24 +102,26 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def rows_of(record: dict[str, Any], path: Path) -> list[Row]:
     """The rows of one result. path: its file."""
-    evaluator, model = record["evaluator"], record.get("model")
+    evaluator, model = record["evaluator"], record.get("model") or {}
     table = TABLE_OF.get(evaluator, "") if model else ""
     network, method = (paper.network_of(model), paper.method_of(model)) if model else ("", "raw pixels")
-    epochs = epochs_of(model) if table != "8" and model else None
-    data = "ImageNet-1k" if table == "3" else "" if table == "8" else str(record.get("dataset") or "")
-    regime = paper.SUPERVISED if (model or {}).get("norm_order") == "norm_then_pool" else paper.SELF
-    printed = 0 if table == "8" else epochs if epochs == 300 else 100
-    key = Key(table, network, method, "" if table == "8" else regime, int(printed), data, "")
+    given = str(record.get("dataset") or "")
+    if table == "8":
+        epochs, key = None, Key(table, network, method, "", 0, "", "")
+    else:
+        epochs, data = epochs_of(model), "ImageNet-1k" if table == "3" else given
+        regime = paper.SUPERVISED if model.get("norm_order") == "norm_then_pool" else paper.SELF
+        key = Key(table, network, method, regime, 300 if epochs == 300 else 100, data, "")
     refused = _no_comparison(record) if table else []
     differences = refused or (_differences(record, key, epochs) if table else [])
-    has_gamma = method == paper.SIMPOOL and (model or {}).get("gamma") is not None
+    has_gamma = method == paper.SIMPOOL and model.get("gamma") is not None
     rows = []
     for name, value in record["metrics"].items():
         own = key._replace(metric=METRICS.get(evaluator, {}).get(name, name))
         figure = None if refused else paper.PAPER.get(own)
         release = None if refused else paper.RELEASE.get((own, has_gamma))
         scale = 1 if evaluator != "resources" else 1e6 if name == "params" else 1e9
-        place = str(record.get("dataset") or "") if refused or not table else data
+        place = given if refused else key.dataset
         said = tuple(differences) if figure or refused else ()
         known = "" if epochs is None else str(epochs)
         rows.append(Row(table, network, method, known, place, own.metric, value / scale, figure, release, said, str(path)))
