@@ -60,7 +60,7 @@ class Row:
 def main(cfg: TableConfig) -> None:
     """The command `dino-simpool table`."""
     if not cfg.results:
-        raise ValueError("no results are given: give table FILE_OR_FOLDER ..., such as the folders of training runs")
+        raise ValueError("no results are given: give files or folders of results, as in dino-simpool table RUN1 RUN2")
     text = render([row for path in find_results(cfg.results) for row in rows_of(read_result(path), path)], cfg.format)
     if cfg.out:
         write_atomically(Path(cfg.out), lambda file: file.write_text(text))
