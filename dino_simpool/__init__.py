@@ -1,5 +1,4 @@
-"""Self-supervised pre-training of image encoders with DINO and SimPool. Public names are imported
-on first use."""
+"""Self-supervised pre-training of image encoders with DINO and SimPool."""
 
 from __future__ import annotations
 
@@ -7,8 +6,6 @@ import importlib
 from typing import Any
 
 __version__ = "0.2.0"
-__all__ = ["Encoder", "SimPool", "TrainConfig", "attach_simpool", "build_encoder", "load_encoder"]
-
 _HOME = {
     "Encoder": "models.encoder",
     "build_encoder": "models.encoder",
@@ -17,10 +14,11 @@ _HOME = {
     "load_encoder": "checkpoint",
     "TrainConfig": "config",
 }
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name on first use, so that the package imports no torch."""
+    """A public name, imported on first use, so that the package imports no torch."""
     if name not in _HOME:
         raise AttributeError(f"module dino_simpool has no attribute {name}; public names: {', '.join(__all__)}")
     return getattr(importlib.import_module(f"dino_simpool.{_HOME[name]}"), name)

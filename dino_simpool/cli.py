@@ -15,60 +15,28 @@ from typing import Any
 from dino_simpool import __version__, config
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
-    "train": (
-        config.TrainConfig,
-        "dino_simpool.train:train",
-        "pre-train an encoder, or resume a run that was stopped",
-    ),
-    "knn": (config.KnnConfig, "dino_simpool.eval.knn:main", "weighted k-NN classification with a frozen encoder"),
-    "linear": (config.LinearConfig, "dino_simpool.eval.linear:main", "linear classification with a frozen encoder"),
-    "retrieval": (
-        config.RetrievalConfig,
-        "dino_simpool.eval.retrieval:main",
-        "landmark retrieval, ROxford and RParis, with a frozen encoder",
-    ),
-    "recall": (config.RecallConfig, "dino_simpool.eval.recall:main", "fine-grained retrieval, Recall@k, with a frozen encoder"),
-    "masks": (
-        config.MasksConfig,
-        "dino_simpool.eval.masks:main",
-        "share of the attention that is on the object, on images with masks",
-    ),
-    "attention": (
-        config.AttentionConfig,
-        "dino_simpool.eval.attention:main",
-        "where the encoder looks: maps, overlays, masks and boxes for any images",
-    ),
-    "resources": (
-        config.ResourcesConfig,
-        "dino_simpool.bench.resources:main",
-        "parameters and multiply-adds of an encoder, as Table 8 of the paper counts them",
-    ),
-    "table": (config.TableConfig, "dino_simpool.report.table:main", "results beside the numbers of the paper, table by table"),
-    "extract": (config.ExtractConfig, "dino_simpool.features.extract:main", "write the features of any images to a folder"),
-    "search": (
-        config.SearchConfig,
-        "dino_simpool.features.search:main",
-        "find the images of an extracted set that are most similar to others",
-    ),
-    "check-data": (
-        config.CheckDataConfig,
-        "dino_simpool.check_data:main",
-        "list the broken images of a folder, or what is missing from a public data set",
-    ),
-    "report": (config.ReportConfig, "dino_simpool.report:main", "one HTML page about a run: curves, results, attention"),
+    "train": (config.TrainConfig, "train:train", "pre-train an encoder, or resume a run that was stopped"),
+    "knn": (config.KnnConfig, "eval.knn:main", "weighted k-NN classification with a frozen encoder"),
+    "linear": (config.LinearConfig, "eval.linear:main", "linear classification with a frozen encoder"),
+    "retrieval": (config.RetrievalConfig, "eval.retrieval:main", "landmark retrieval with a frozen encoder: ROxford, RParis"),
+    "recall": (config.RecallConfig, "eval.recall:main", "fine-grained retrieval, Recall@k, with a frozen encoder"),
+    "masks": (config.MasksConfig, "eval.masks:main", "share of the attention that is on the object, on images with masks"),
+    "attention": (config.AttentionConfig, "eval.attention:main", "where the encoder looks: maps, overlays, masks and boxes"),
+    "resources": (config.ResourcesConfig, "bench.resources:main", "parameters and multiply-adds of an encoder, as in Table 8"),
+    "table": (config.TableConfig, "report.table:main", "results beside the numbers of the paper, table by table"),
+    "extract": (config.ExtractConfig, "features.extract:main", "write the features of any images to a folder"),
+    "search": (config.SearchConfig, "features.search:main", "find the most similar images of an extracted set"),
+    "check-data": (config.CheckDataConfig, "check_data:main", "list broken images, or what a public data set lacks"),
+    "report": (config.ReportConfig, "report:main", "one HTML page about a run: curves, results, attention"),
     "bench data": (
         config.BenchDataConfig,
-        "dino_simpool.bench.data:main",
+        "bench.data:main",
         "time from your image files to views, beside the published recipe",
     ),
-    "bench knn": (
-        config.BenchKnnConfig,
-        "dino_simpool.bench.knn:main",
-        "time and memory of k-NN and Recall@k, beside the published code",
-    ),
-    "synthetic": (config.SyntheticConfig, "dino_simpool.synthetic:main", "write the embedded data set as folders of images"),
+    "bench knn": (config.BenchKnnConfig, "bench.knn:main", "time and memory of k-NN and Recall@k, beside the published code"),
+    "synthetic": (config.SyntheticConfig, "synthetic:main", "write the embedded data set as folders of images"),
 }
-"""By command (one or two words): its options, the function that takes them, and what it does."""
+"""By command (one or two words): its options, module:function to call with them, what it does."""
 
 FIRST_ARGUMENT = {"report": "--out", "synthetic": "--out", "check-data": "--data", "bench data": "--data"}
 """The option for a first argument without a name: `report OUT` is `report --out OUT`."""
@@ -87,12 +55,6 @@ examples:
 """
 
 
-def _help() -> str:
-    commands = "\n".join(f"  {name:11} {text}" for name, (_, _, text) in COMMANDS.items())
-    title = "Self-supervised image encoders with DINO and SimPool."
-    return f"usage: dino-simpool <command> [options]\n\n{title}\n\ncommands:\n{commands}\n\n{EXAMPLES}"
-
-
 def with_named_arguments(name: str, options: list[str]) -> list[str]:
     """The options of a command, with names added to first arguments that have none."""
     bare = list(itertools.takewhile(lambda option: not option.startswith("-"), options))
@@ -104,11 +66,11 @@ def with_named_arguments(name: str, options: list[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line (sys.argv by default); returns the exit status: 0, 1 for a failed run, 2
-    for wrong options."""
+    """Run a command line; returns the exit status: 0, 1 for a failed run, 2 for wrong options."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help(), end="")
+        print("usage: dino-simpool <command> [options]\n\nSelf-supervised image encoders with DINO and SimPool.\n\ncommands:")
+        print(*(f"  {name:11} {text}" for name, (_, _, text) in COMMANDS.items()), "", EXAMPLES, sep="\n", end="")
         return 0
     if arguments[0] == "--version":
         print(__version__)
@@ -125,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(name, str(error), 2)
     module, function = action.split(":")
     try:
-        getattr(importlib.import_module(module), function)(cfg)
+        getattr(importlib.import_module(f"dino_simpool.{module}"), function)(cfg)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DINO_SIMPOOL_TRACEBACK"):
             raise
@@ -151,7 +113,3 @@ def _fail(name: str, message: str, status: int) -> int:
     speaker = f"dino-simpool {name}".rstrip() + (f" [process {rank}]" if rank != "0" else "")
     print(f"{speaker}: error: {' '.join(message.split())}", file=sys.stderr)
     return status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -22,16 +22,13 @@ from torch import Tensor
 
 Size = tuple[int, int]
 """down, across"""
-Color = tuple[int, int, int]
-"""red, green, blue in 0..255"""
 
 VIRIDIS = [
     (68, 1, 84), (72, 40, 120), (62, 73, 137), (49, 104, 142), (38, 130, 142),
     (31, 158, 137), (53, 183, 121), (110, 206, 88), (181, 222, 43), (253, 231, 37),
 ]  # fmt: skip
-MASK = (255, 64, 32)
-"""Color of a mask; its outline is lighter."""
-OUTLINE = (255, 236, 200)
+MASK, OUTLINE = (255, 64, 32), (255, 236, 200)
+"""Colors of a mask and of its outline."""
 INK, GRAY = (20, 20, 20), (110, 110, 110)
 """Colors of the first line of a caption and of the others."""
 GAP = 12
@@ -40,23 +37,18 @@ GAP = 12
 
 def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Undo the normalization of (3, H, W) or (B, 3, H, W): floats in 0..1, on the CPU."""
-    shape = (3, 1, 1)
-    return (images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
+    scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
+    return (images.detach().float().cpu() * scale + shift).clamp(0, 1)
 
 
 def enlarge(cells: Tensor, size: Size, *, smooth: bool) -> Tensor:
     """Cells (h, w) as pixels `size`: rectangles, or bicubic between their centers, in their range."""
-    if not smooth:
-        return F.interpolate(cells[None, None], size, mode="nearest-exact")[0, 0]
-    pixels = F.interpolate(cells[None, None], size, mode="bicubic", align_corners=False)[0, 0]
+    pixels = F.interpolate(cells[None, None], size, mode="bicubic" if smooth else "nearest-exact")[0, 0]
     return pixels.clamp(cells.min(), cells.max())
 
 
 def paint(strength: Tensor, ramp: Sequence[Sequence[float]]) -> Tensor:
-    """Values (H, W) in 0..1 as colors (C, H, W) in 0..1.
-
-    ramp: two or more colors of C channels in 0..255, evenly spaced.
-    """
+    """Values (H, W) in 0..1 as colors (C, H, W) in 0..1, on a ramp of evenly spaced colors (0..255)."""
     colors = torch.tensor(ramp, dtype=torch.float64) / 255
     place = strength.double().clamp(0, 1) * (len(ramp) - 1)
     low = place.long().clamp(max=len(ramp) - 2)
@@ -118,8 +110,8 @@ class Tile:
     image: Image.Image
     caption: tuple[str, ...] = ()
     """Lines below the picture, the first dark, the others gray; a long line loses its beginning."""
-    frame: Color | None = None
-    """Color of a frame around the picture, None for no frame."""
+    frame: tuple[int, int, int] | None = None
+    """Color of a frame around the picture."""
 
 
 def fitted(image: Image.Image, size: int) -> Image.Image:
@@ -132,11 +124,10 @@ def fitted(image: Image.Image, size: int) -> Image.Image:
 def contact_sheet(
     rows: Sequence[Sequence[Tile]], *, size: int = 160, lines: Sequence[int] = (), font_size: int = 13
 ) -> Image.Image:
-    """Rows of small pictures with captions, on white: RGB.
+    """Rows of small pictures with captions, on white: RGB. ValueError if there is no tile.
 
     size: side in pixels of the square that each picture is fitted into, in its own shape and
-    centered.   lines: columns with a line on their left, which sets them apart.   ValueError if
-    there is no tile.
+    centered.   lines: columns with a line on their left, which sets them apart.
     """
     columns = max((len(row) for row in rows), default=0)
     if not columns:

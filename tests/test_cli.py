@@ -411,7 +411,7 @@ def test_a_mistake_of_ours_is_not_made_a_line_of_theirs(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_leads_somewhere(name: str) -> None:
     module, function = cli.COMMANDS[name][1].split(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    assert callable(getattr(importlib.import_module(f"dino_simpool.{module}"), function))
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])

@@ -100,9 +100,8 @@ def test_the_command_line_names_modules_that_exist_and_the_options_that_they_tak
     """They are imported by name, so that help needs no torch, and no checker sees it."""
     for name, (kind, action, text) in cli.COMMANDS.items():
         module, function = action.split(":")
-        found = [
-            n for n in ast.parse(SOURCES[module].read_text()).body if isinstance(n, ast.FunctionDef) and n.name == function
-        ]
+        body = ast.parse(SOURCES[f"dino_simpool.{module}"].read_text()).body
+        found = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == function]
         assert found, f"{name}: there is no {action}"
         [argument] = found[0].args.args
         assert argument.annotation is not None and ast.unparse(argument.annotation) == kind.__name__ and text

@@ -5,36 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import MAX_PIXELS, at_least
+from dino_simpool.config.parts import MAX_PIXELS, Options, option
 
 
 @dataclass(frozen=True)
-class CropsConfig:
+class CropsConfig(Options):
     """Multi-crop augmentation. Triples: first global view, second global view, local views."""
 
-    global_size: int = 224
+    group = "crops."
+    global_size: int = option(224, least=1)
     """Side of the two global crops in pixels."""
-    local_size: int = 96
+    local_size: int = option(96, least=1)
     """Side of the local crops in pixels."""
-    num_local: int = 6
+    num_local: int = option(6, least=0)
     """Number of local crops; 0 for none."""
     global_scale: tuple[float, float] = (0.25, 1.0)
     """Area of a global crop as a share of the image, lowest and highest."""
     local_scale: tuple[float, float] = (0.05, 0.25)
     """Area of a local crop as a share of the image, lowest and highest."""
-    flip: float = 0.5
+    flip: float = option(0.5, least=0, most=1)
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Largest change of brightness, contrast, saturation and hue."""
-    jitter_probability: float = 0.8
+    jitter_probability: float = option(0.8, least=0, most=1)
     """Probability of the color jitter."""
-    grayscale: float = 0.2
+    grayscale: float = option(0.2, least=0, most=1)
     """Probability of conversion to grayscale."""
-    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur: tuple[float, float, float] = option((1.0, 0.1, 0.5), least=0, most=1)
     """Probability of the Gaussian blur in the three kinds of view."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the crop."""
-    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    solarize: tuple[float, float, float] = option((0.0, 0.2, 0.0), least=0, most=1)
     """Probability of solarization (values from 128 on are inverted) in the three kinds of view."""
     shrink_margin: float | None = 2.0
     """Decode a large JPEG smaller (by 2, 4 or 8) if the side of every crop is still at least this
@@ -42,51 +43,40 @@ class CropsConfig:
     changes by more than 1 of 255. null: never."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, (low, high) in {"global_scale": self.global_scale, "local_scale": self.local_scale}.items():
             if not 0 < low <= high <= 1:
                 raise ValueError(f"crops.{name} is ({low}, {high}): give two shares of the area, 0 < lowest <= highest <= 1")
         if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"crops.blur_sigma is {self.blur_sigma}: give two numbers, 0 <= lowest <= highest")
-        probabilities = (self.flip, self.jitter_probability, self.grayscale, *self.blur, *self.solarize)
-        if not all(0 <= p <= 1 for p in probabilities):
-            raise ValueError("crops: flip, jitter_probability, grayscale, blur and solarize are probabilities, 0 to 1")
         if not all(0 <= j <= 1 for j in self.jitter[:3]) or not 0 <= self.jitter[3] <= 0.5:
             raise ValueError(f"crops.jitter is {self.jitter}: give brightness, contrast and saturation in 0..1, hue in 0..0.5")
         if self.shrink_margin is not None and self.shrink_margin < 1:
             raise ValueError(
                 f"crops.shrink_margin is {self.shrink_margin}: give 1 or more, or null to always decode at full size"
             )
-        at_least(1, self, "global_size", "local_size", group="crops.")
-        at_least(0, self, "num_local", group="crops.")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Options):
     """Where the images come from. No labels are needed to train."""
 
+    group = "data."
     root: str | tuple[str, ...] = ""
     """A folder (classes, nested, flat, or with .tar or .zip archives in it), such an archive, a
     text file of paths, or a list of these: --data.root '[DIR, SHARD.tar, LIST.txt]'. Archives are
     read as if unpacked; compressed tars are refused."""
-    subset_per_class: int | None = None
+    subset_per_class: int | None = option(None, least=1)
     """Use the first N images of each class in sorted order (260: the paper's ImageNet-20 %)."""
-    workers: int | None = None
-    """Loader processes of each training process; 0 loads in the process itself. null: the number of
-    cores it may use."""
+    workers: int | None = option(None, least=0)
+    """Loader processes of each training process; 0: none. null: the number of cores it may use."""
     exif_orientation: bool = False
     """Rotate images as their EXIF tag says, as image viewers do. The published code does not."""
-    max_pixels: int = MAX_PIXELS
-    """An image with more pixels is not decoded and counts as broken: a small file can claim any
-    size."""
-    max_bad_share: float = 0.1
+    max_pixels: int = option(MAX_PIXELS, least=1)
+    """An image with more pixels is not decoded and counts as broken: a file can claim any size."""
+    max_bad_share: float = option(0.1, least=0, most=1)
     """Share of the images that may be broken. Other images take their places, and bad_files.txt
     lists them. With more broken images, the run stops."""
     augment_on: Literal["auto", "cpu", "device"] = "auto"
     """Where flips, colors and blur are applied: in the loaders, or in batches on the device. auto:
     on the GPU if there is one."""
-
-    def __post_init__(self) -> None:
-        at_least(0, self, "workers", group="data.")
-        at_least(1, self, "subset_per_class", "max_pixels", group="data.")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share is {self.max_bad_share}: allowed is 0 to 1")

@@ -1,4 +1,4 @@
-"""The options of the evaluators, except those of the attention maps (attention.py)."""
+"""The options of the evaluators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dino_simpool.config.parts import (
     ValFolder,
     Weights,
     Workers,
-    at_least,
+    option,
 )
 
 
@@ -27,8 +27,7 @@ class EvalConfig(Compute, Weights):
     data: str = ""
     """Folder with the class folders train/ and val/, or with archives of them (.tar, .zip)."""
     out: str = ""
-    """Folder for the results; <evaluator>.json is written there. Empty: results/ beside the
-    checkpoint."""
+    """Folder where <evaluator>.json is written. Empty: results/ beside the checkpoint."""
     seed: int = 0
     """Seed of the probe's initialization, shuffling and augmentation. Untrained weights come from
     the seed of the run."""
@@ -77,13 +76,12 @@ class LinearConfig(ClassificationConfig):
 
     protocol: Literal["paper", "grid"] = "paper"
     """paper: augmented images, 100 epochs, the best validation epoch, as published. grid: features
-    extracted once, many learning rates trained together, the best one chosen on a held-out part of
-    train."""
-    epochs: int = 100
+    extracted once, many learning rates at once, the best one chosen on a held-out part of train."""
+    epochs: int = option(100, least=1)
     """Passes over the training images."""
     lr: float = 1e-3
     """Learning rate of the paper protocol for a global batch of 256; scaled by batch / 256."""
-    probe_batch_size: int = 1024
+    probe_batch_size: int = option(1024, least=1)
     """Global batch size of the probe's training."""
     grid: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
     """Learning rates of the grid protocol for a batch of 256; scaled by batch / 256."""
@@ -92,7 +90,6 @@ class LinearConfig(ClassificationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "epochs", "probe_batch_size")
         rates = self.grid if self.protocol == "grid" else (self.lr,)
         if not rates or not all(0 < rate < math.inf for rate in rates):
             raise ValueError(f"learning rates are {', '.join(map(str, rates)) or 'empty'}: give numbers above 0")
@@ -102,8 +99,7 @@ class LinearConfig(ClassificationConfig):
 
 @dataclass(frozen=True)
 class RetrievalConfig(Decoding, Workers, EvalConfig):
-    """Landmark retrieval: ROxford and RParis with their three protocols, mAP and mP@1, 5, 10.
-    Images pass one by one."""
+    """Landmark retrieval, image by image: ROxford, RParis, three protocols, mAP and mP@1, 5, 10."""
 
     data: str = ""
     """Folder that holds roxford5k/ or rparis6k/, with jpg/ and gnd_<name>.pkl (or .json) in it."""
@@ -114,7 +110,7 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
     RParis 512 pixels and three scales. ibot: 512 and three scales. strict: the same, with queries
     cropped to their landmark, as the authors of the data sets require. The next three options
     change one setting of the preset."""
-    image_size: int | None = None
+    image_size: int | None = option(None, least=1)
     """Longest side in pixels; smaller images are never enlarged. null: the preset's."""
     multi_scale: bool | None = None
     """Mean of the features at the scales 1, 0.71 and 0.5. null: the preset's."""
@@ -131,7 +127,6 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "image_size")
         if self.whitening_dim is not None and (self.whitening_dim < 1 or not self.whitening_data):
             raise ValueError(f"whitening_dim is {self.whitening_dim}: give 1 or more, and whitening_data to learn from")
 
@@ -143,8 +138,7 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
 
 @dataclass(frozen=True)
 class RecallConfig(Decoding, Loading, Square, EvalConfig):
-    """Fine-grained retrieval, Recall@k, on the test images of a metric-learning data set. Every
-    test image is a query."""
+    """Fine-grained retrieval, Recall@k: each test image of a metric-learning set is a query."""
 
     data: str = ""
     """Folder that holds the data set's own folder (CUB_200_2011, cars196, Stanford_Online_Products,
@@ -162,13 +156,8 @@ class RecallConfig(Decoding, Loading, Square, EvalConfig):
     one of the query's class. published: optimistic for inshop, stable for the others."""
     map_at_r: bool = True
     """Also compute R-precision and MAP@R. Slow if classes have thousands of images."""
-    tile: int | None = None
-    """Side of a block of similarities in images; changes no result. null: 1024 on CPU, else
-    8192."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, self, "tile")
+    tile: int | None = option(None, least=1)
+    """Side of blocks of similarities in images; changes no result. null: 1024 on CPU, else 8192."""
 
     @property
     def variant(self) -> tuple[str, ...]:
@@ -178,11 +167,49 @@ class RecallConfig(Decoding, Loading, Square, EvalConfig):
 
 @dataclass(frozen=True)
 class MasksConfig(PixelLimit, Loading, Square, ValFolder, EvalConfig):
-    """Share of the attention that falls on the object, on images with masks (the embedded data set
-    has them).
+    """Share of the attention that falls on the object, on images with masks (the embedded ones).
 
     Masks belong to the pixels as they are stored, so images are never rotated by their EXIF tag.
     """
 
     max_images: int = 1000
     """Images to measure, evenly spread over the classes."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig(Decoding, Loading, EvalConfig):
+    """Where the encoder looks, on any images: maps, pictures, masks and boxes."""
+
+    data: str = ""
+    """One image, a folder with any nesting, or a text file with one path per line."""
+    val: str = ""
+    """Folder inside data to take the images from. Empty: data itself."""
+    subset_per_class: int | None = option(None, least=1)
+    """Take only the first N images of each class in sorted order. null: all."""
+    max_images: int = option(100, least=1)
+    """Images to show, evenly spread over the data."""
+    fit: Literal["square", "shorter", "longer", "native"] = "square"
+    """What image_size is the length of. square: both sides, whatever the shape of the image
+    (paper). shorter or longer: that side of the image, which keeps its shape (up to 64:1 with
+    shorter). native: images keep their size. A side shorter than one cell is enlarged to one cell;
+    a ViT drops the pixels beyond its last whole patch."""
+    image_size: int | None = option(None, least=1)
+    """Length in pixels, see fit. null: four times that of the model (paper: 896 = 4 * 224)."""
+    heads: Literal["mean", "each"] = "mean"
+    """The mean over the attention heads, or each head. Heads are those of the last block for the
+    class token, and model.num_heads for SimPool."""
+    mass: float = 0.6
+    """A mask is the fewest cells that hold this share of the attention, 0 to 1 (paper: 0.6)."""
+    smooth: bool = False
+    """Draw attention bicubically between cell centers. false: cells as squares, as published."""
+    sheet_images: int = option(24, least=1)
+    """Number of these images on the contact sheet."""
+    batch_size: int = option(4, least=1)
+    """Images in one forward pass of one process with fit square. Any other fit: one by one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fit == "native" and self.image_size is not None:
+            raise ValueError("fit native keeps the size of every image: leave out image_size, or choose another fit")
+        if not 0 < self.mass < 1:
+            raise ValueError(f"mass is {self.mass}: give a share of the attention above 0 and below 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import Compute, Decoding, Device, Loading, Square, Weights, Workers, at_least
+from dino_simpool.config.parts import Compute, Decoding, Device, Loading, Square, Weights, Workers, option
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,7 @@ class ExtractConfig(Decoding, Loading, Square, Compute, Weights):
     """The features of any images, in a memory-mapped file. Run the same command again to resume."""
 
     data: str | tuple[str, ...] = ""
-    """A folder (any nesting), a text file of paths, or a list of these: --data '[DIR,
-    LIST.txt]'."""
+    """A folder (any nesting), text file of paths, or list of these: --data '[DIR, LIST.txt]'."""
     out: str = ""
     """Folder to write: features.npy, ids.txt (the image of each row), meta.json (every setting)."""
     level: Literal["global", "tokens", "keys", "attention"] = "global"
@@ -46,23 +45,18 @@ class SearchConfig(Workers, Device):
     index: str = ""
     """Folder that `extract --index` wrote."""
     query: str | tuple[str, ...] = ""
-    """What to look for: an image, a folder of images, a text file of paths, or a list of images:
-    --query '[A.jpg, B.jpg]'."""
+    """An image, a folder of images, a text file of paths, or a list: --query '[A.jpg, B.jpg]'."""
     out: str = ""
     """Folder to write: results.json and contact_sheet.png."""
-    k: int = 10
+    k: int = option(10, least=1)
     """Neighbors to find for each query."""
     exclude_self: bool = False
     """Leave the file that is the query itself out of its neighbors. false: it is marked."""
-    sheet_rows: int = 20
+    sheet_rows: int = option(20, least=1)
     """Queries on the contact sheet, from the first on; results.json has all of them."""
-    sheet_columns: int = 10
+    sheet_columns: int = option(10, least=1)
     """Neighbors of each query on the contact sheet; results.json has all of them."""
     checkpoint: str = ""
     """The checkpoint of the index, if it was moved since. Its content must be the same."""
     data: str | tuple[str, ...] = ""
     """The images of the index, if they were moved since. Their names must be the same."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, self, "k", "sheet_rows", "sheet_columns")

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,41 +21,30 @@ class ConfigError(ValueError):
     """A mistake in a recipe or on the command line, explained in one line."""
 
 
-def option_names(config: type, prefix: str = "") -> list[str]:
-    """Dotted names of all options of a configuration class, groups included."""
-    names = []
+def option_names(config: type, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> annotation of all options of a configuration class, groups included."""
+    names = {}
     for f in dataclasses.fields(config):
-        names.append(prefix + f.name)
+        names[prefix + f.name] = str(f.type)
         if dataclasses.is_dataclass(f.default_factory):
-            names += option_names(f.default_factory, f"{prefix}{f.name}.")
+            names |= option_names(f.default_factory, f"{prefix}{f.name}.")
     return names
 
 
-def _allowed(config: type, name: str) -> str:
-    """The values that an option accepts, in words, from its annotation."""
-    *groups, last = name.split(".")
-    for group in groups:
-        config = next(f.default_factory for f in dataclasses.fields(config) if f.name == group)  # type: ignore[assignment]
-    annotation = str(next(f.type for f in dataclasses.fields(config) if f.name == last))
+def _allowed(annotation: str) -> str:
+    """The values that an option accepts, in words."""
     if choices := re.search(r"Literal\[(.*)\]", annotation):
         return "one of " + re.sub("['\"]", "", choices[1])
     for kind, word in (("int", "whole number"), ("float", "number"), ("str", "text")):
-        # A tuple as it is written: [number, number].
+        # A tuple is written [number, number].
         annotation = re.sub(rf"(?<=[\[ ]){kind}(?=[,\]])", word, annotation).replace("tuple[", "[")
-    words = {
-        "None": "null",
-        "int": "a whole number",
-        "float": "a number",
-        "str": "text",
-        "bool": "true or false",
-        "Duration": "a duration",
-    }
+    words = {"None": "null", "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+    words["Duration"] = "a duration"
     return " or ".join(words.get(part, part) for part in annotation.split(" | "))
 
 
 def _explain(message: str, config: type) -> str:
-    """The library's message in one line, with the nearest option for an unknown one or the allowed
-    values for a wrong one."""
+    """The library's message in one line, with the nearest option or the allowed values."""
     message = " ".join(message.split())
     names = option_names(config)
     unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
@@ -69,16 +60,16 @@ def _explain(message: str, config: type) -> str:
     wrong = re.search(r'Parser key "([\w.]+)".*(?:Given|Got) value: (.*)', message)
     if wrong and wrong[1] in names:
         hint = " (write null, not None)" if wrong[2] == "None" else ""
-        return f"{wrong[1]} is {wrong[2]}: allowed is {_allowed(config, wrong[1])}{hint}"
+        return f"{wrong[1]} is {wrong[2]}: allowed is {_allowed(names[wrong[1]])}{hint}"
     return message
 
 
 @functools.cache  # made in 0.1 s, used in 0.01 s
-def _parser(config: type, program: str, description: str | None = None) -> Any:
+def _parser(config: type, program: str) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings  # 0.1 s: only where options are read
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, description=description or config.__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=program, description=config.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--config",
         action="config",
@@ -91,9 +82,13 @@ def _parser(config: type, program: str, description: str | None = None) -> Any:
     return parser
 
 
-def _instantiate(config: type[Config], parser: Any, namespace: Any) -> Config:
-    values = parser.instantiate(namespace)
-    return config(**{f.name: values[f.name] for f in dataclasses.fields(config)})  # type: ignore[arg-type]
+def _read(config: type[Config], program: str, read: Callable[[Any], Any]) -> Config:
+    parser = _parser(cast(Any, config), program)
+    try:
+        values = parser.instantiate(read(parser))
+        return config(**{f.name: values[f.name] for f in dataclasses.fields(config)})  # type: ignore[arg-type]
+    except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError, OSError) as error:
+        raise ConfigError(_explain(str(error), config)) from None
 
 
 def _recipe(name: str) -> str:
@@ -116,8 +111,7 @@ def _check_groups(config: type, values: dict[str, Any]) -> None:
 
 
 def _check_recipe(path: str, config: type) -> str:
-    """The path, after checks that the library lacks: options exist, none twice, groups are
-    groups."""
+    """The path, after checks that the library lacks: groups are groups, and no option is given twice."""
     try:
         node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -136,25 +130,22 @@ def _check_recipe(path: str, config: type) -> str:
 
 
 def _find_recipes(arguments: list[str], config: type) -> list[str]:
-    """Resolve recipe names. ConfigError for a recipe that comes after an option."""
+    """The arguments with paths in place of recipe names."""
     found: list[str] = []
-    position, overridden = 0, ""
-    while position < len(arguments):
-        name, equals, value = arguments[position].partition("=")
-        if name == "--config":
-            if overridden:
-                raise ConfigError(f"--config comes before the options that change it: here {overridden} comes first")
-            if not equals:
-                position += 1
-                if position == len(arguments):
-                    raise ConfigError("--config needs a recipe: a file or a name")
-                value = arguments[position]
-            found += ["--config", _check_recipe(_recipe(value), config)]
-        else:
-            if name.startswith("--") and not overridden and not name.startswith("--print_config"):
-                overridden = name
-            found.append(arguments[position])
-        position += 1
+    first, remaining = "", iter(arguments)  # first: the first option
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            if name.startswith("--") and not name.startswith("--print_config"):
+                first = first or name
+            found.append(argument)
+            continue
+        if first:
+            raise ConfigError(f"--config comes before the options that change it: here {first} comes first")
+        recipe = value if equals else next(remaining, "")
+        if not recipe:
+            raise ConfigError("--config needs a recipe: a file or a name")
+        found += ["--config", _check_recipe(_recipe(recipe), config)]
     return found
 
 
@@ -164,32 +155,18 @@ def parse(config: type[Config], arguments: list[str], *, program: str = "dino-si
     `--help` and `--print_config` print and raise SystemExit(0). ConfigError says in one line what
     is wrong.
     """
-    parser = _parser(cast(Any, config), program)
-    try:
-        return _instantiate(config, parser, parser.parse_args(_find_recipes(arguments, config)))
-    except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError, OSError) as error:
-        raise ConfigError(_explain(str(error), config)) from None
+    return _read(config, program, lambda parser: parser.parse_args(_find_recipes(arguments, config)))
 
 
 def from_dict(config: type[Config], values: dict[str, Any]) -> Config:
     """A plain dict to a configuration. ConfigError for unknown keys and wrong types."""
     _check_groups(config, values)
-    parser = _parser(cast(Any, config), "dino-simpool")
-    try:
-        return _instantiate(config, parser, parser.parse_object(values))
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(_explain(str(error), config)) from None
+    return _read(config, "dino-simpool", lambda parser: parser.parse_object(values))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration to a nested dict of plain values (tuples become lists), for YAML and JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-    return plain(dataclasses.asdict(config))
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def dump(config: Any) -> str:

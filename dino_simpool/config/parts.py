@@ -1,49 +1,52 @@
-"""Options that several commands share, in small groups that the options of a command are put
-together from.
-
-    class KnnConfig(Decoding, Loading, EvalConfig): ...
+"""Options that several commands share: class KnnConfig(Decoding, Loading, EvalConfig).
 
 The fields of the last base come first, and the command's own fields come last. A command that needs
-another default or another text for an option defines that option again. Each part checks its own
-options.
+another default or another text for an option defines that option again.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 MAX_PIXELS = 178_956_970
-"""Largest image that is decoded by default, in pixels: half a gigabyte as RGB, and the limit of
-Pillow itself."""
+"""Largest image decoded by default, in pixels: half a gigabyte as RGB, and Pillow's own limit."""
 
 
-def at_least(least: int, options: Any, *names: str, group: str = "") -> None:
-    """ValueError if one of these options, or one number of a tuple, is below `least`. None is
-    allowed.
-
-    group: what the message puts before the name, such as `run.`.
-    """
-    for name in names:
-        value = getattr(options, name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(number is not None and number < least for number in numbers):
-            raise ValueError(f"{group}{name} must be {least} or more, not {value}")
+def option(default: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Any:
+    """A default, with limits of the value, or of each number of a tuple. null is always allowed."""
+    return dataclasses.field(default=default, metadata={"limits": (least, above, most)})
 
 
 def check_device(name: str, device: str) -> None:
-    """ValueError if this is not the name of a device. Whether the device exists is known only when
-    the command runs."""
+    """ValueError if this is not the name of a device. Whether it exists is known only later."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"{name} is {device}: allowed are auto, cpu, mps, cuda and cuda:N")
 
 
+@dataclass(frozen=True)
 class Options:
-    """The root of all parts: ends the chain of `super().__post_init__()`."""
+    """The root of all options: ends the chain of `super().__post_init__()`."""
+
+    group: ClassVar[str] = ""
+    """What messages put before a name, such as `run.`."""
 
     def __post_init__(self) -> None:
-        """Check the values; ValueError in one line."""
+        """ValueError in one line if a value is beyond the limits that `option` gave it."""
+        for field in dataclasses.fields(self):
+            name, value = self.group + field.name, getattr(self, field.name)
+            if not field.metadata or value is None:
+                continue
+            least, above, most = field.metadata["limits"]
+            if all(least <= number <= most and number > above for number in (value if isinstance(value, tuple) else (value,))):
+                continue
+            if most < math.inf:
+                raise ValueError(f"{name} is {value}: allowed is {least} to {most}")
+            allowed = f"{least} or more" if least > above else f"above {above}"
+            raise ValueError(f"{name} must be {allowed}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -99,63 +102,43 @@ class ClassFolders(ValFolder):
 
     train: str = "train"
     """Class folder (DIR/CLASS/IMAGE) to learn from, or an archive of one, inside data."""
-    subset_per_class: int | None = None
+    subset_per_class: int | None = option(None, least=1)
     """Learn from the first N images of each class in sorted order. null: from all."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, self, "subset_per_class")
 
 
 @dataclass(frozen=True)
 class Square(Options):
     """The square that the encoder sees."""
 
-    image_size: int | None = None
+    image_size: int | None = option(None, least=1)
     """Side of the square that the encoder sees, in pixels. null: that of the model."""
-    resize: int | None = None
+    resize: int | None = option(None, least=1)
     """Shorter side before the center crop, in pixels. null: that of the model, or for another
     image_size: * 256 / 224."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, self, "image_size", "resize")
 
 
 @dataclass(frozen=True)
 class Workers(Options):
     """Processes that load images."""
 
-    workers: int | None = None
+    workers: int | None = option(None, least=0)
     """Loader processes. null: the number of cores that this process may use."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(0, self, "workers")
 
 
 @dataclass(frozen=True)
 class Loading(Workers):
     """How images are loaded, in batches of one size."""
 
-    batch_size: int = 128
+    batch_size: int = option(128, least=1)
     """Images in one forward pass of one process."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, self, "batch_size")
 
 
 @dataclass(frozen=True)
 class PixelLimit(Options):
     """The largest image that is decoded."""
 
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = option(MAX_PIXELS, least=1)
     """An image with more pixels is not decoded and counts as broken, which ends the command."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, self, "max_pixels")
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,31 @@
-"""The options of the commands that read or make data sets."""
+"""The options of the commands that read or make data sets, and of those that show results."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import MAX_PIXELS, PixelLimit, Workers
+from dino_simpool.config.parts import MAX_PIXELS, Device, Workers, option
 
 
 @dataclass(frozen=True)
-class CheckDataConfig(PixelLimit, Workers):
+class CheckDataConfig(Workers):
     """List the broken images of a data set, or check that a public data set is complete."""
 
     data: str | tuple[str, ...] = ""
-    """A folder (classes, nested or flat), a text file of paths, or a list of these: anything that
-    data.root of a training run takes."""
+    """A folder, a text file of paths, or a list of these: anything data.root of train takes."""
     layout: Literal["cub200", "cars196", "sop", "inshop", "roxford5k", "rparis6k", "imagenet", "folder"] | None = None
     """A public data set, or folder: CLASS/IMAGE. Files, folders and counts are checked then, and no
     image is decoded. null: decode every image."""
     out: str = ""
     """File for the broken images, one per line: name, tab, reason. Empty: only print them."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = option(MAX_PIXELS, least=1)
     """An image with more pixels is not decoded and counts as broken."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layout is not None and (self.out or not isinstance(self.data, str)):
-            raise ValueError(
-                "layout checks one folder and lists no broken images: leave out `out`, and give one folder as data"
-            )
+            raise ValueError("layout checks one folder and lists no broken images: leave out `out` and give one folder as data")
 
 
 @dataclass(frozen=True)
@@ -45,3 +42,27 @@ class SyntheticConfig:
     """Held-out images of each class."""
     size: int = 40
     """Side of the images in pixels."""
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Results beside the numbers of the paper, table by table."""
+
+    results: tuple[str, ...] = ()
+    """Result files, or folders with them (training runs): the arguments before any option."""
+    format: Literal["text", "markdown", "csv"] = "text"
+    """text: aligned columns. csv: all tables in one, in full precision."""
+    out: str = ""
+    """File to write. Empty: print."""
+
+
+@dataclass(frozen=True)
+class ReportConfig(Device):
+    """One self-contained HTML page about a run."""
+
+    out: str = ""
+    """Folder of the training run; report.html is written there."""
+    data: str = ""
+    """Folder with held-out images in val/ or val.tar (and masks, if any, in masks/val/) to show."""
+    num_images: int = 12
+    """Held-out images to show."""

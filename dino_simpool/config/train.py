@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dino_simpool.config.data import CropsConfig, DataConfig
-from dino_simpool.config.parts import at_least, check_device
+from dino_simpool.config.parts import Options, check_device, option
 
 Duration = int | float | str
-"""A number of epochs (`10`, `0.5`, `10ep`), of steps (`5000it`), of images (`1e6img`), or a share
-of the run (`5%`)."""
+"""Epochs (`10`, `0.5`, `10ep`), steps (`5000it`), images (`1e6img`), or share of the run (`5%`)."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def is_vit(arch: str) -> bool:
+    """Whether this trunk is a ViT, which has tokens and patches. A CNN has maps."""
+    return arch.startswith(("vit", "deit"))
 
 
 def _not_divisible(name: str, size: int, patch: int) -> str:
@@ -24,8 +28,7 @@ def _not_divisible(name: str, size: int, patch: int) -> str:
 
 
 def parse_duration(value: Duration) -> tuple[float, str]:
-    """Split a duration into its number and its unit: ep (the default), it, img or %. ValueError for
-    anything else."""
+    """Number and unit (ep, it, img or %) of a duration. ValueError if it is something else."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*(ep|it|img|%)?", str(value).strip())
     if not match:
         raise ValueError(
@@ -46,19 +49,18 @@ def _check_duration(name: str, value: Duration, share: bool = True) -> None:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """The encoder: a timm trunk, a pooling head and the final norm. Stored in every checkpoint."""
 
+    group = "model."
     arch: str = "vit_small"
-    """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or the name of any ViT, ResNet or
-    ConvNeXt of timm."""
+    """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or any timm ViT, ResNet or ConvNeXt."""
     pool: Literal["simpool", "cls", "gap"] = "simpool"
-    """simpool, or a baseline that it replaces: cls (the class token, ViT only) or gap (global
-    average pooling)."""
+    """simpool, or a baseline: cls (the class token, ViT only) or gap (global average pooling)."""
     gamma: float | None = None
     """Exponent of SimPool's generalized mean; null (not `None`) is the plain average. Paper: 1.25
     for ViT, 2 for CNN."""
-    num_heads: int = 1
+    num_heads: int = option(1, least=1)
     """Attention heads of SimPool. Paper: 1."""
     beta: bool = False
     """Learnable scalar that is added after pooling, as in the published ViT weights (needs gamma).
@@ -66,26 +68,24 @@ class ModelConfig:
     min_over: Literal["image", "batch"] = "image"
     """Range of SimPool's minimum: the image (paper) or the batch (published training code)."""
     norm_order: Literal["pool_then_norm", "norm_then_pool"] = "pool_then_norm"
-    """The final norm comes after the pooling (self-supervised) or before it (the published
-    supervised ViTs)."""
+    """Place of the final norm. norm_then_pool: as in the published supervised ViTs."""
     pos_interp: Literal["size", "dino", "dino_always", "dino_legacy"] = "size"
     """How position embeddings are resized to another grid. size: from grid to grid, unchanged at
     the native grid. dino: the published +0.1 rule. dino_always: this rule at the native grid too,
     as the published SimPool ViTs were trained. dino_legacy: the first form of the rule."""
     stem: Literal["standard", "small"] = "standard"
     """small: 3x3, stride 1, no pooling, for CNNs on images of 32 to 64 pixels."""
-    patch_size: int = 16
+    patch_size: int = option(16, least=1)
     """Pixels along the side of a ViT patch."""
-    width: int | None = None
+    width: int | None = option(None, least=1)
     """Channels of ViT tokens, or of the first stage of a CNN. null: those of the architecture."""
-    depth: int | tuple[int, ...] | None = None
+    depth: int | tuple[int, ...] | None = option(None, least=1)
     """Blocks of a ViT, or blocks per stage of a CNN. null: those of the architecture."""
-    heads: int | None = None
-    """Attention heads of a ViT block. null: those of the architecture (64 channels per head if only
-    the width is given)."""
+    heads: int | None = option(None, least=1)
+    """Attention heads of a ViT block. null: those of the architecture; width / 64 if width is set."""
     drop_path: float = 0.0
     """Stochastic depth of the student, 0 to 1. The teacher's is teacher.drop_path."""
-    image_size: int = 224
+    image_size: int = option(224, least=1)
     """Side in pixels, for which position embeddings are made and at which images are evaluated."""
     resize: int | None = None
     """Shorter side of an image in pixels before evaluation crops its center. null: image_size * 256
@@ -96,7 +96,7 @@ class ModelConfig:
     """Standard deviation that divides RGB values after the mean is subtracted."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "num_heads", "patch_size", "image_size", "width", "depth", "heads", group="model.")
+        super().__post_init__()
         if self.resize is not None and self.resize < self.image_size:
             raise ValueError(
                 f"model.resize is {self.resize}, less than the center crop, model.image_size {self.image_size}: give more"
@@ -120,42 +120,39 @@ class ModelConfig:
 
     @property
     def is_vit(self) -> bool:
-        """Whether the trunk is a ViT, which has tokens and patches, and not a CNN, which has maps."""
-        return self.arch.startswith(("vit", "deit"))
+        """Whether the trunk is a ViT."""
+        return is_vit(self.arch)
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Options):
     """The DINO projection head on the encoder. It is dropped after training."""
 
-    out_dim: int = 65536
+    group = "head."
+    out_dim: int = option(65536, least=2)
     """Number of prototypes K. For small data sets: a few hundred to a few thousand."""
-    hidden_dim: int = 2048
+    hidden_dim: int = option(2048, least=1)
     """Width of the hidden layers."""
-    bottleneck_dim: int = 256
+    bottleneck_dim: int = option(256, least=1)
     """Width of the unit features that are compared with the prototypes."""
-    layers: int = 3
+    layers: int = option(3, least=1)
     """Linear layers before the prototypes."""
     batch_norm: bool = False
     """BatchNorm after hidden layers, synchronized over processes. Published: true for ResNet-50."""
     norm_last_layer: bool = True
     """Keep prototypes at unit norm. Published: false for ViT-S only."""
 
-    def __post_init__(self) -> None:
-        at_least(1, self, "hidden_dim", "bottleneck_dim", "layers", group="head.")
-        at_least(2, self, "out_dim", group="head.")
-
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Options):
     """The moving average of the student, which sets the targets, and its softmax temperature."""
 
-    momentum: float = 0.996
-    """EMA momentum at step 0; it follows a cosine to 1. With a small batch, 0.9995 or more averages
-    over as many images."""
-    warmup_temperature: float = 0.04
+    group = "teacher."
+    momentum: float = option(0.996, least=0, most=1)
+    """EMA momentum at step 0; it follows a cosine to 1. For small batches: 0.9995 or more."""
+    warmup_temperature: float = option(0.04, above=0)
     """Temperature at epoch 0."""
-    temperature: float = 0.07
+    temperature: float = option(0.07, above=0)
     """Temperature after the warm-up."""
     warmup: Duration = 30
     """Length of the linear temperature warm-up (duration), which changes between epochs only."""
@@ -163,106 +160,96 @@ class TeacherConfig:
     """Stochastic depth of the teacher. 0.4 repeats an oversight of published ConvNeXt training."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"teacher.momentum is {self.momentum}: allowed is 0 to 1")
-        if not (self.temperature > 0 and self.warmup_temperature > 0):
-            raise ValueError("teacher.temperature and teacher.warmup_temperature must be above 0")
+        super().__post_init__()
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"teacher.drop_path is {self.drop_path}: allowed is 0 up to (not including) 1")
         _check_duration("teacher.warmup", self.warmup)
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Options):
     """Cross-entropy between views."""
 
-    student_temperature: float = 0.1
+    group = "loss."
+    student_temperature: float = option(0.1, above=0)
     """Temperature of the student's softmax."""
-    center_momentum: float = 0.9
+    center_momentum: float = option(0.9, least=0, most=1)
     """Momentum of the center that is subtracted from the teacher's logits."""
-
-    def __post_init__(self) -> None:
-        if not self.student_temperature > 0:
-            raise ValueError("loss.student_temperature must be above 0")
-        if not 0 <= self.center_momentum <= 1:
-            raise ValueError(f"loss.center_momentum is {self.center_momentum}: allowed is 0 to 1")
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Options):
     """The optimizer of the student."""
 
+    group = "optim."
     name: Literal["adamw", "lars", "sgd"] = "adamw"
     """adamw (ViT, ConvNeXt), lars (ResNet-50) or sgd."""
-    lr: float = 5e-4
+    lr: float = option(5e-4, above=0)
     """Peak learning rate for a global batch of 256 images; scaled by batch / 256."""
-    min_lr: float = 1e-5
+    min_lr: float = option(1e-5, least=0)
     """Learning rate at the end; not scaled."""
     warmup: Duration = 10
     """Length of the linear warm-up of the learning rate (duration)."""
-    weight_decay: float = 0.04
+    weight_decay: float = option(0.04, least=0)
     """Weight decay at step 0, of tensors with two or more dimensions."""
-    weight_decay_end: float = 0.4
+    weight_decay_end: float = option(0.4, least=0)
     """Weight decay at the end; it follows a cosine."""
     momentum: float = 0.9
     """Momentum of lars and sgd."""
-    clip: float = 0.0
+    clip: float = option(0.0, least=0)
     """Largest L2 norm of the gradient of each parameter tensor. 0: no clipping."""
     freeze_last_layer: Duration = 1
     """How long the prototypes stay at their initial values (duration)."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or self.min_lr < 0 or self.weight_decay < 0 or self.weight_decay_end < 0 or self.clip < 0:
-            raise ValueError("optim: lr must be above 0; min_lr, weight_decay, weight_decay_end and clip 0 or more")
+        super().__post_init__()
         _check_duration("optim.warmup", self.warmup)
         _check_duration("optim.freeze_last_layer", self.freeze_last_layer)
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Options):
     """Length, size, precision, and what is written where and how often."""
 
+    group = "run."
     out: str = ""
     """Folder of this run. Run the same command again to resume."""
     epochs: Duration = 100
     """Length of the training (duration, not a share)."""
-    batch_size: int = 256
+    batch_size: int = option(256, least=1)
     """Images in one optimizer step, over all processes and accumulation steps."""
-    accumulate: int = 1
+    accumulate: int = option(1, least=1)
     """Forward and backward passes in one optimizer step."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the matrix products; parameters, center and loss stay in float32."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
     compile: bool = False
-    """Compile the trunk blocks, and the augmentation on the device, with torch.compile. The first
-    steps take minutes."""
+    """torch.compile for trunk blocks and device augmentation. The first steps take minutes."""
     seed: int = 0
     """Seed that determines every random number of the run."""
-    threads: int | None = None
+    threads: int | None = option(None, least=1)
     """CPU threads of each process for arithmetic. null: torch decides."""
-    log_every: int = 50
+    log_every: int = option(50, least=1)
     """Steps between entries in log.jsonl and TensorBoard."""
     save_minutes: float = 30.0
     """Minutes between checkpoints within an epoch. One is also written after each epoch."""
-    save_every_steps: int | None = None
+    save_every_steps: int | None = option(None, least=1)
     """Also write a checkpoint each time this number of steps has passed. null: do not."""
-    keep_every: int = 20
+    keep_every: int = option(20, least=0)
     """Epochs between checkpoints that are kept (epoch_0020.pth). 0: none."""
-    knn_every: int = 5
+    knn_every: int = option(5, least=0)
     """Epochs between k-NN evaluations of the teacher, if knn_train and knn_val are given."""
     knn_train: str | None = None
     """Class folder, or an archive of one, that serves as the k-NN bank."""
     knn_val: str | None = None
     """Class folder, or an archive of one, whose images are classified."""
-    stop_after_steps: int | None = None
+    stop_after_steps: int | None = option(None, least=1)
     """Save and stop after this number of steps; schedules are not shortened. Run the same command
     again to resume."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "batch_size", "accumulate", "log_every", "threads", "save_every_steps", group="run.")
-        at_least(1, self, "stop_after_steps", group="run.")
-        at_least(0, self, "keep_every", "knn_every", group="run.")
+        super().__post_init__()
         if (self.knn_train is None) != (self.knn_val is None):
             raise ValueError("run.knn_train and run.knn_val belong together: give both class folders or neither")
         check_device("run.device", self.device)

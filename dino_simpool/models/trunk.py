@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dino_simpool.config import ModelConfig
+from dino_simpool.config import ModelConfig, is_vit
 
 MakeNorm = Callable[[int], nn.Module]
 """Makes the final norm of an encoder for features of this width."""
@@ -36,7 +36,7 @@ def find_arch(arch: str) -> tuple[str, str]:
         model: "vit"
         for module in ("vision_transformer", "deit")
         for model in timm.list_models(module=module)
-        if model.startswith(("vit", "deit")) and "distilled" not in model
+        if is_vit(model) and "distilled" not in model
     }
     known |= {model: family for family in ("resnet", "convnext") for model in timm.list_models(module=family)}
     if name in known:

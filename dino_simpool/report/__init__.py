@@ -1,15 +1,13 @@
 """One self-contained HTML page about a run: results, curves, attention, crops, settings.
 
 Everything comes from the folder of the run (log.jsonl, config.yaml, last.pth, results/*.json) and
-from the images. Where something is missing, the page says so and shows the command that provides
-it; nothing is made up.
+from the images. Where something is missing, the page says so and how to provide it.
 
     page.py   style sheet, tables    chart.py   curves as SVG    panels.py   attention and crops
 """
 
 from __future__ import annotations
 
-import json
 import math
 from html import escape
 from pathlib import Path
@@ -25,42 +23,33 @@ from dino_simpool.files import write_atomically
 from dino_simpool.logs import TIMING_FIELDS, read_log
 from dino_simpool.report import page
 from dino_simpool.report.chart import Point, line_chart, short
-from dino_simpool.report.panels import attention_cards, crop_cards, ramp_css
+from dino_simpool.report.panels import attention_cards, crop_cards
+from dino_simpool.report.table import read_json
 from dino_simpool.results import versions
 
 Record = dict[str, Any]
 
 EVALUATORS = {"knn": "k-NN", "linear": "linear probe", "linear_grid": "linear probe (grid)", "masks": "attention on objects"}
-"""Names of results/*.json, and what the page calls them."""
+"""Name of results/*.json -> what the page calls it."""
 COLUMNS = {"": "trained", "_untrained": "untrained", "_pixels": "raw pixels"}
-"""Endings of these names, and what the page calls them."""
+"""Ending of these names -> what the page calls it."""
 METRICS = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "best_top1": "top-1, best epoch",
-    "last_top1": "top-1, last epoch",
-    "best_top5": "top-5, best epoch",
-    "last_top5": "top-5, last epoch",
-    "attention_in_mask": "inside the mask",
-    "mask_area": "the mask's share of the area",
-    "ratio": "inside / area",
-}
-"""Metrics in the table, and what the page calls them; for k-NN they end in k (top1_k10). All others
-are in the folded list."""
+    "top1": "top-1", "best_top1": "top-1, best epoch", "last_top1": "top-1, last epoch",
+    "top5": "top-5", "best_top5": "top-5, best epoch", "last_top5": "top-5, last epoch",
+    "attention_in_mask": "inside the mask", "mask_area": "the mask's share of the area", "ratio": "inside / area",
+}  # fmt: skip
+"""Metrics in the table; for k-NN they end in k (top1_k10). All others are in the folded list."""
 CURVES = (
-    (
-        "Loss and teacher entropy",
-        "over ln K; 1 is uniform, the gap is the KL",
-        {"loss_over_lnK": "loss", "entropy_over_lnK": "entropy"},
-    ),
+    ("Loss and teacher entropy", "over ln K; 1 is uniform, the gap is the KL",
+     {"loss_over_lnK": "loss", "entropy_over_lnK": "entropy"}),
     ("Learning rate", "scaled by batch / 256", {"lr": "rate"}),
     ("Feature spread", "0: all images alike; 1: independent directions", {"feature_spread": "spread"}),
     ("Effective rank", "directions in use before the prototypes", {"effective_rank": "rank"}),
     ("Gradient norm", "of all parameters, before clipping", {"grad_norm": "norm"}),
-)
+)  # fmt: skip
 """Charts of fields of log.jsonl: title, note, and field -> label of its line."""
 NO_CURVES = TIMING_FIELDS | {"step", "epoch"} | {name for _, _, names in CURVES for name in names}
-"""Every other number in the step lines has a chart under "More curves"."""
+"""Every other number in the step lines has a chart under More curves."""
 
 
 def main(cfg: ReportConfig) -> Path:
@@ -73,9 +62,8 @@ def main(cfg: ReportConfig) -> Path:
 def build_report(out: Path, *, data: str, num_images: int, device: torch.device) -> Path:
     """Write OUT/report.html and return its path.
 
-    out: folder of a training run.   data: folder with held-out images in val/ and, optionally,
-    masks/val/; empty for none.   num_images: how many of these to show.   ValueError or OSError if
-    `out` holds no run, or a file of the run is damaged.
+    out: folder of a training run.   data, num_images: as in ReportConfig.   ValueError or OSError
+    if `out` holds no run, or a file of the run is damaged.
     """
     if not (out / "config.yaml").is_file():
         raise ValueError(f"{out} holds no run (there is no config.yaml): give the run.out of a training run")
@@ -84,30 +72,23 @@ def build_report(out: Path, *, data: str, num_images: int, device: torch.device)
     options = (out / "config.yaml").read_text()
     cfg = from_dict(TrainConfig, yaml.safe_load(options))
     records = read_log(out / "log.jsonl") if (out / "log.jsonl").is_file() else []
-    results = {path.stem: _read_result(path) for path in sorted((out / "results").glob("*.json"))}
+    steps, epochs = ([record for record in records if record["kind"] == kind] for kind in ("step", "epoch"))
+    results = {path.stem: read_json(path) for path in sorted((out / "results").glob("*.json"))}
+    metrics = {name: record.get("metrics", {}) for name, record in results.items()}
     state = read_state(out / "last.pth") if (out / "last.pth").is_file() else None
     name = out.resolve().name
     body = [
         f'<h1>{escape(name)}</h1><p class="soft">{escape(_lead(cfg, state))}</p>',
-        f'<div class="tiles">{_tiles(cfg, records, results)}</div>',
-        page.section("Results", "Frozen features of held-out images.", _results(out, data, results)),
-        page.section("Curves", _curves_note(records), _curves(records, results)),
-        page.section("Attention on held-out images", "", _attention(out, data, num_images, device, trained=state is not None)),
-        page.section("Crops", "", _crops(cfg)),
-        page.section("Settings", "", _settings(options, results, state)),
+        f'<div class="tiles">{_tiles(cfg, steps, metrics)}</div>',
+        page.section("Results", _results(out, data, metrics), "Frozen features of held-out images."),
+        page.section("Curves", _curves(steps, epochs, metrics), _curves_note(steps)),
+        page.section("Attention on held-out images", _attention(out, data, num_images, device)),
+        page.section("Crops", _crops(cfg)),
+        page.section("Settings", _settings(options, results, state)),
     ]
-    path = out / "report.html"
-    write_atomically(
-        path, lambda file: file.write_text(page.document(f"{name} - dino_simpool", "\n".join(body)), encoding="utf-8")
-    )
-    return path
-
-
-def _read_result(path: Path) -> Record:
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a results file ({error}): remove it, or evaluate again") from error
+    text = page.document(f"{name} - dino_simpool", "\n".join(body))
+    write_atomically(out / "report.html", lambda file: file.write_text(text, encoding="utf-8"))
+    return out / "report.html"
 
 
 def _lead(cfg: TrainConfig, state: Record | None) -> str:
@@ -119,22 +100,21 @@ def _lead(cfg: TrainConfig, state: Record | None) -> str:
     return f"DINO pre-training of {cfg.model.arch} ({pool}) on {images} without labels. {settings}"
 
 
-def _tiles(cfg: TrainConfig, records: list[Record], results: dict[str, Record]) -> str:
+def _tiles(cfg: TrainConfig, steps: list[Record], metrics: dict[str, Record]) -> str:
     """The most important numbers."""
-    steps = _of_kind(records, "step")
     tiles = []
-    if "knn" in results:
-        key, value = next(iter(results["knn"]["metrics"].items()))
-        note = ", ".join(f"{label} {other:.1f}" for label, other in _baselines(results, "knn", key).items())
+    if "knn" in metrics:
+        key, value = next(iter(metrics["knn"].items()))
+        note = ", ".join(f"{label} {other:.1f}" for label, other in _baselines(metrics, "knn", key).items())
         tiles.append(page.tile(_metric_name("knn", key), f"{value:.1f} %", note or "trained teacher"))
-    if "masks" in results:
-        before = _baselines(results, "masks", "ratio").get("untrained")
+    if "masks" in metrics:
+        before = _baselines(metrics, "masks", "ratio").get("untrained")
         note = "uniform 1×" if before is None else f"untrained {before:.2f}×, uniform 1×"
-        tiles.append(page.tile("Attention on the object", f"{results['masks']['metrics']['ratio']:.2f}×", note))
+        tiles.append(page.tile("Attention on the object", f"{metrics['masks']['ratio']:.2f}×", note))
     if steps:
-        last, done = steps[-1], steps[-1]["step"]
-        if "loss_over_lnK" in last:
-            loss, note = last["loss_over_lnK"], f"ln K = {math.log(cfg.head.out_dim):.2f}, K = {cfg.head.out_dim:,}"
+        done = steps[-1]["step"]
+        if "loss_over_lnK" in steps[-1]:
+            loss, note = steps[-1]["loss_over_lnK"], f"ln K = {math.log(cfg.head.out_dim):.2f}, K = {cfg.head.out_dim:,}"
             tiles.append(page.tile("Loss / ln K", "not finite" if loss is None else short(loss), note))
         seconds = sum(record.get("seconds") or 0 for record in steps)
         rate = f", {done * cfg.run.batch_size / seconds:,.0f} images/s" if seconds else ""
@@ -142,37 +122,32 @@ def _tiles(cfg: TrainConfig, records: list[Record], results: dict[str, Record]) 
     return "".join(tiles)
 
 
-def _results(out: Path, data: str, results: dict[str, Record]) -> str:
+def _results(out: Path, data: str, metrics: dict[str, Record]) -> str:
     """A table of metrics (trained, untrained, raw pixels), what is missing, a list of everything."""
     rows, absent = [], []
     command = f"--checkpoint {out}/last.pth --data {data or 'DIR'}"
     for evaluator, name in EVALUATORS.items():
-        if evaluator not in results:
+        if evaluator not in metrics:
             if evaluator != "linear_grid":  # the second protocol of the linear probe
                 absent.append(f"No {name} was run: dino-simpool {evaluator} {command}")
             continue
-        columns = [results.get(evaluator + ending, {}).get("metrics", {}) for ending in COLUMNS]
+        columns = [metrics.get(evaluator + ending, {}) for ending in COLUMNS]
         first_k = next(iter(columns[0])).rpartition("_")[2]  # k-NN: of the k that is reported, k10
         keys = [key for key in columns[0] if key in METRICS or (evaluator == "knn" and key.endswith(f"_{first_k}"))]
-        rows += [[_metric_name(evaluator, key), *(_metric(key, metrics.get(key)) for metrics in columns)] for key in keys]
-        if evaluator in ("knn", "masks") and f"{evaluator}_untrained" not in results:
+        rows += [[_metric_name(evaluator, key), *(_metric(key, column.get(key)) for column in columns)] for key in keys]
+        if evaluator in ("knn", "masks") and f"{evaluator}_untrained" not in metrics:
             absent.append(f"No {name} of the untrained encoder was run: dino-simpool {evaluator} --which untrained {command}")
-    if "knn" in results and "knn_pixels" not in results:
+    if "knn" in metrics and "knn_pixels" not in metrics:
         absent.append(f"No k-NN of raw pixels was run: dino-simpool knn --features pixels {command}")
-    everything = [
-        f"{stem:<24} {key:<20} {value:10.4f}"
-        for stem, record in results.items()
-        for key, value in record.get("metrics", {}).items()
-    ]
+    everything = [f"{stem:<24} {key:<20} {value:10.4f}" for stem, own in metrics.items() for key, value in own.items()]
     parts = [page.table(["", *COLUMNS.values()], rows, main=1)] if rows else []
     parts += [page.missing(text) for text in absent]
     parts += [page.folded("All metrics in results/*.json", page.lines("\n".join(everything)))] if everything else []
     return "".join(parts)
 
 
-def _curves_note(records: list[Record]) -> str:
+def _curves_note(steps: list[Record]) -> str:
     """The number of steps, and how long the run waited for images."""
-    steps = _of_kind(records, "step")
     note = f"{steps[-1]['step']:,} steps." if steps else ""
     timed = [record for record in steps if record.get("data_wait_percent") is not None]
     if total := sum(record["seconds"] for record in timed):
@@ -181,12 +156,11 @@ def _curves_note(records: list[Record]) -> str:
     return note
 
 
-def _curves(records: list[Record], results: dict[str, Record]) -> str:
+def _curves(steps: list[Record], epochs: list[Record], metrics: dict[str, Record]) -> str:
     """Small charts over the steps of training; fields that CURVES does not name are folded."""
-    steps = _of_kind(records, "step")
     if not steps:
         return page.missing("No step is in log.jsonl yet.")
-    cards = [_knn_card(_of_kind(records, "epoch"), results)]
+    cards = [_knn_card(epochs, metrics)]
     for title, note, names in CURVES:
         series = {label: _points(steps, name) for name, label in names.items()}
         chart = line_chart(series) if any(series.values()) else page.missing(f"log.jsonl has no {' and no '.join(names)}.")
@@ -197,36 +171,33 @@ def _curves(records: list[Record], results: dict[str, Record]) -> str:
     return page.charts(cards) + (page.folded("More curves", page.charts(more)) if more else "")
 
 
-def _knn_card(epochs: list[Record], results: dict[str, Record]) -> str:
+def _knn_card(epochs: list[Record], metrics: dict[str, Record]) -> str:
     """k-NN accuracy of the teacher during training, with the untrained encoder and raw pixels."""
     points = [(record["step"], record["k-NN"]["10"]["top1"]) for record in epochs if record.get("k-NN")]
     if not points:
         return page.card("k-NN", "", page.missing("No k-NN was run during training: set run.knn_train and run.knn_val."))
-    chart = line_chart({"teacher": points}, references=_baselines(results, "knn", "top1_k10"))
+    chart = line_chart({"teacher": points}, references=_baselines(metrics, "knn", "top1_k10"))
     return page.card("k-NN during training", "top-1 in %, k = 10", chart)
 
 
-def _baselines(results: dict[str, Record], evaluator: str, key: str) -> dict[str, float]:
+def _baselines(metrics: dict[str, Record], evaluator: str, key: str) -> dict[str, float]:
     """A metric of the untrained encoder and of raw pixels, where they were evaluated, by label."""
-    metrics = {label: results.get(evaluator + ending, {}).get("metrics", {}) for ending, label in COLUMNS.items() if ending}
-    return {label: each[key] for label, each in metrics.items() if key in each}
+    others = {label: metrics.get(evaluator + ending, {}) for ending, label in COLUMNS.items() if ending}
+    return {label: own[key] for label, own in others.items() if key in own}
 
 
-def _attention(out: Path, data: str, num_images: int, device: torch.device, *, trained: bool) -> str:
+def _attention(out: Path, data: str, num_images: int, device: torch.device) -> str:
     """Held-out images with the attention of the encoder before and after training."""
-    if not trained:
+    if not (out / "last.pth").is_file():
         return page.missing(f"There is no {out}/last.pth.")
     if not data:
         return page.missing(f"No images were given: dino-simpool report --out {out} --data DIR (with val/ in it)")
-    before, after = (load_encoder(out / "last.pth", which=which) for which in ("untrained", "teacher"))
-    cards, top = attention_cards({"before": before, "after": after}, data, split="val", num_images=num_images, device=device)
-    note = (
-        "What the pooling of the encoder weighs: the image, the attention before training, and after training. Color: 0× "
-        f'<span class="scale" style="background:{ramp_css()}"></span> {top:.1f}× uniform attention. Where the data have masks, '
-        "the white line is the outline of the true object and the number is the density of attention on it (uniform: 1×). "
-        "Without masks, the line encloses 60 % of the attention."
-    )
-    return f'<p class="soft">{note}</p>{cards}'
+    before, after = (load_encoder(out / "last.pth", which=which).to(device) for which in ("untrained", "teacher"))
+    try:  # with one black image, since not every pooling has attention
+        before.attention(torch.zeros(1, 3, before.config.image_size, before.config.image_size, device=device))
+    except ValueError as error:
+        return page.missing(f"There is no attention to show: {error}.")
+    return attention_cards({"before": before, "after": after}, data, num_images=num_images)
 
 
 def _crops(cfg: TrainConfig) -> str:
@@ -235,8 +206,7 @@ def _crops(cfg: TrainConfig) -> str:
     gone = [root for root in roots if not Path(root).exists()]
     if gone or not roots:
         return page.missing(f"The training images are not here: {', '.join(gone) or 'data.root is empty'}.")
-    note = "Views of training images in the first epoch. Boxes of global crops are blue, boxes of local crops orange."
-    return f'<p class="soft">{note}</p>{crop_cards(cfg, num_images=4)}'
+    return crop_cards(cfg, roots, num_images=4)
 
 
 def _settings(options: str, results: dict[str, Record], state: Record | None) -> str:
@@ -248,10 +218,6 @@ def _settings(options: str, results: dict[str, Record], state: Record | None) ->
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [[name, *(str(column.get(name, "–")) for column in columns.values())] for name in names]
     return page.folded("config.yaml: every option of the run", page.lines(options)) + page.table(["version", *columns], rows)
-
-
-def _of_kind(records: list[Record], kind: str) -> list[Record]:
-    return [record for record in records if record["kind"] == kind]
 
 
 def _points(records: list[Record], name: str) -> list[Point]:

@@ -58,8 +58,8 @@ def document(title: str, body: str) -> str:
     )
 
 
-def section(title: str, note: str, content: str) -> str:
-    """A heading, a sentence (may be empty) and contents in HTML."""
+def section(title: str, content: str, note: str = "") -> str:
+    """A heading, a sentence and contents in HTML."""
     said = f'<p class="soft">{escape(note)}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{said}\n{content}</section>\n"
 

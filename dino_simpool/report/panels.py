@@ -6,8 +6,7 @@ the attention. Color stands for attention relative to uniform attention, on one 
 panels, so that before and after can be compared; a separate scale for each image would show
 structure in noise.
 
-h, w: cells of the attention; S: side of the picture; seen: pixels of that side which the cells
-cover.
+h, w: cells of the attention; S: side of the picture; seen: pixels of that side that the cells cover.
 """
 
 from __future__ import annotations
@@ -38,26 +37,24 @@ OUTLINE_CELLS = 64
 """A mask is drawn on a grid of at most this many cells per side."""
 
 
-def attention_cards(
-    encoders: dict[str, Encoder], data: str, *, split: str, num_images: int, device: torch.device
-) -> tuple[str, float]:
-    """HTML of held-out images with the attention of each encoder, and the top of the color scale.
+def attention_cards(encoders: dict[str, Encoder], data: str, *, num_images: int) -> str:
+    """HTML of held-out images with the attention of each encoder.
 
-    encoders: label -> encoder, all of the same architecture.   data: folder with `split`/ (or with
-    the images themselves), and optionally masks/`split`/.   FileNotFoundError or ValueError if
-    there are no images.
+    encoders: label -> encoder, all of the same architecture.   data: folder with val/ (or with the
+    images themselves), and optionally masks/val/.   FileNotFoundError or ValueError if there are no
+    images.
     """
     one = next(iter(encoders.values()))
     settings = preprocessing(one.config)
     side = settings["image_size"]
     seen = seen_size(one, side)
-    held_out = folder_or_archive(str(Path(data) / split))
+    held_out = folder_or_archive(str(Path(data) / "val"))
     images = find_images(held_out if Path(held_out).exists() else data)
     chosen = evenly(len(images), num_images).tolist()
     transform = EvalTransform(**settings)
     relative, pixels = {}, torch.empty(0)
     for label, encoder in encoders.items():
-        batches = list(attention_maps(encoder.to(device), images, chosen, transform=transform, batch_size=16, workers=0))
+        batches = list(attention_maps(encoder, images, chosen, transform=transform, batch_size=16, workers=0))
         maps, pixels = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
         relative[label] = maps.double() * maps[0].numel()
     top = max(2.0, torch.cat([attention.flatten() for attention in relative.values()]).quantile(0.99).item())
@@ -65,18 +62,25 @@ def attention_cards(
     cards = []
     for row, index in enumerate(chosen):
         path, name = Path(images.name(index)), f"held-out-{row}"
-        mask_file = mask_path(data, split, path)
-        truth = None
+        mask_file, truth = mask_path(data, "val", path), None
         if mask_file.is_file():
             mask = read_mask(mask_file, images.path(index), images.read_bytes(index))
             truth = mask, seen_box(one, mask.shape, resize=settings["resize"], crop=side)
-        figures = [figure(panel(side, picture_layer(shown[row], name)), path.parent.name or path.name)]
+        picture = image_layer(to_bytes(shown[row]), side, side, name=name)
+        figures = [figure(path.parent.name or path.name, (side, side), picture)]
         for label, attention in relative.items():
             lines, said = _compare(attention[row].numpy(), truth, seen)
             gray = f'<use href="#{name}" style="filter:grayscale(1)"/>'
-            figures.append(figure(panel(side, gray, heat_layer(attention[row] / top, seen), lines), f"{label} {said}"))
+            figures.append(figure(f"{label} {said}", (side, side), gray, heat_layer(attention[row] / top, seen), lines))
         cards.append(f'<div class="card panels">{"".join(figures)}</div>')
-    return f'<div class="cards">{"".join(cards)}</div>', top
+    scale = ", ".join(f"rgba({r},{g},{b},{a / 255:.2f})" for r, g, b, a in RAMP)
+    note = (
+        "What the pooling of the encoder weighs: the image, the attention before training, and after training. Color: 0× "
+        f'<span class="scale" style="background:linear-gradient(90deg, {scale})"></span> {top:.1f}× uniform attention. '
+        "Where the data have masks, the white line is the outline of the true object and the number is the density of "
+        "attention on it (uniform: 1×). Without masks, the line encloses 60 % of the attention."
+    )
+    return f'<p class="soft">{note}</p><div class="cards">{"".join(cards)}</div>'
 
 
 def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: int) -> tuple[str, str]:
@@ -90,12 +94,10 @@ def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: 
     return lines, f"{inside / area:.2f}×" if area else "(object cropped away)"
 
 
-def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
+def crop_cards(cfg: TrainConfig, roots: list[str], *, num_images: int) -> str:
     """HTML of training images with the boxes of their crops and their views of the first epoch."""
-    roots = (cfg.data.root,) if isinstance(cfg.data.root, str) else cfg.data.root
-    images = find_images([root for root in roots if root], subset_per_class=cfg.data.subset_per_class).with_decoding(
-        max_pixels=cfg.data.max_pixels, exif_orientation=cfg.data.exif_orientation
-    )
+    images = find_images(roots, subset_per_class=cfg.data.subset_per_class)
+    images = images.with_decoding(max_pixels=cfg.data.max_pixels, exif_orientation=cfg.data.exif_orientation)
     augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
     cards = []
     for index in evenly(len(images), num_images).tolist():
@@ -103,57 +105,54 @@ def crop_cards(cfg: TrainConfig, *, num_images: int) -> str:
         draw = augment.draw(image.height, image.width, seed=cfg.run.seed, epoch=0, index=index)
         figures = []
         for view, pixels in enumerate(augment.views(np.asarray(image), draw)):
-            layer = picture_layer(pixels.permute(2, 0, 1) / 255, f"view-{index}-{view}")
+            side = len(pixels)
             label, width = (f"global {view + 1}", 92) if view < 2 else (f"local {view - 1}", 60)
-            figures.append(figure(panel(len(pixels), layer), label, width=width))
-        original = figure(_original(image, draw.box), "image and boxes")
+            layer = image_layer(pixels.numpy(), side, side, name=f"view-{index}-{view}")
+            figures.append(figure(label, (side, side), layer, width=width))
+        small = image.copy()
+        small.thumbnail((256, 256))
+        layers = [image_layer(np.asarray(small), *image.size), *map(_box, range(len(draw.box)), draw.box.tolist())]
+        original = figure("image and boxes", image.size, *layers)
         cards.append(f'<div class="card crops">{original}<div class="views">{"".join(figures)}</div></div>')
-    return f'<div class="cards wide">{"".join(cards)}</div>'
+    note = "Views of training images in the first epoch. Boxes of global crops are blue, boxes of local crops orange."
+    return f'<p class="soft">{note}</p><div class="cards wide">{"".join(cards)}</div>'
 
 
-def _original(image: Image.Image, boxes: np.ndarray) -> str:
-    """A training image, made smaller, with its crop boxes (V, 4): top, left, height, width (pixels)."""
-    small = image.copy()
-    small.thumbnail((256, 256))
-    layers = [
-        f'<image href="{data_uri(np.asarray(small))}" width="{image.width}" height="{image.height}"{_sharp(image.width)}/>'
-    ]
-    for view, (top, left, height, width) in enumerate(boxes.tolist()):
-        place = f'x="{left}" y="{top}" width="{width}" height="{height}"'
-        color = "var(--s1)" if view < 2 else "var(--s2)"
-        layers.append(f'<rect {place} fill="none" stroke="{color}" stroke-width="2" vector-effect="non-scaling-stroke"/>')
-    return _svg(image.width, image.height, "".join(layers))
+def _box(view: int, box: list[float]) -> str:
+    """The crop box of a view: top, left, height, width in pixels of the image."""
+    top, left, height, width = box
+    place, color = f'x="{left}" y="{top}" width="{width}" height="{height}"', "var(--s1)" if view < 2 else "var(--s2)"
+    return f'<rect {place} fill="none" stroke="{color}" stroke-width="2" vector-effect="non-scaling-stroke"/>'
 
 
-def panel(side: int, *layers: str) -> str:
-    """An SVG of side x side units with layers on top of each other."""
-    return _svg(side, side, "".join(layers))
+def figure(caption: str, size: tuple[int, int], *layers: str, width: int | None = None) -> str:
+    """A panel of width x height units, layers on top of each other, with a line of text under it.
+
+    width: on the page, in pixels.
+    """
+    style, (across, down) = f' style="width:{width}px"' if width else "", size
+    svg = f'<svg viewBox="0 0 {across} {down}">{"".join(layers)}</svg>'
+    return f"<figure{style}>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def figure(content: str, caption: str, *, width: int | None = None) -> str:
-    """A panel with a line of text under it.   width: on the page, in pixels."""
-    style = f' style="width:{width}px"' if width else ""
-    return f"<figure{style}>{content}<figcaption>{escape(caption)}</figcaption></figure>"
+def image_layer(pixels: np.ndarray, width: int, height: int, *, name: str = "", stretched: bool = False) -> str:
+    """A picture (H, W, 3 or 4) uint8 as a PNG of this size on the panel. Small ones show their pixels.
 
-
-def picture_layer(image: Tensor, name: str) -> str:
-    """A picture (3, S, S) in 0..1, with a name for using it again on the page."""
-    pixels = to_bytes(image)
-    side = pixels.shape[0]
-    return f'<image id="{name}" href="{data_uri(pixels)}" width="{side}" height="{side}"{_sharp(side)}/>'
+    name: for using it again on the page.   stretched: fill the size, whatever the picture's shape.
+    """
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    link = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    style = ' preserveAspectRatio="none"' if stretched else ' style="image-rendering:pixelated"' if width <= 64 else ""
+    named = f' id="{name}"' if name else ""
+    return f'<image{named} href="{link}" width="{width}" height="{height}"{style}/>'
 
 
 def heat_layer(strength: Tensor, seen: int) -> str:
     """Attention (h, w) as smooth color: 0 is transparent, 1 and above the end of the ramp."""
     height, width = strength.shape
     rgba = paint(enlarge(strength, (6 * height, 6 * width), smooth=True), RAMP)
-    return f'<image href="{data_uri(to_bytes(rgba))}" width="{seen}" height="{seen}" preserveAspectRatio="none"/>'
-
-
-def ramp_css() -> str:
-    """The color scale as a CSS gradient."""
-    colors = ", ".join(f"rgba({r:.0f},{g:.0f},{b:.0f},{a / 255:.2f})" for r, g, b, a in RAMP)
-    return f"linear-gradient(90deg, {colors})"
+    return image_layer(to_bytes(rgba), seen, seen, stretched=True)
 
 
 def outline(mask: np.ndarray, seen: int) -> str:
@@ -164,19 +163,3 @@ def outline(mask: np.ndarray, seen: int) -> str:
     down = [f"M{x * unit:g} {y * unit:g}v{unit:g}" for y, x in np.argwhere(padded[:, 1:] != padded[:, :-1]) - (1, 0)]
     path = f'<path d="{"".join(across + down)}" fill="none" vector-effect="non-scaling-stroke" stroke-linecap="square"'
     return f'{path} stroke="#000" stroke-width="3" opacity=".6"/>{path} stroke="#fff" stroke-width="1.5"/>'
-
-
-def data_uri(pixels: np.ndarray) -> str:
-    """A picture (H, W, 3 or 4) uint8 as a data URI with a PNG."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _svg(width: int, height: int, content: str) -> str:
-    return f'<svg viewBox="0 0 {width} {height}">{content}</svg>'
-
-
-def _sharp(side: int) -> str:
-    """Style that shows the pixels of small pictures instead of blurring them."""
-    return ' style="image-rendering:pixelated"' if side <= 64 else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dino_simpool.config import is_vit
 from dino_simpool.layouts import LAYOUTS
 
 SELF, SUPERVISED = "self-supervised", "supervised"
@@ -124,10 +125,10 @@ def network_of(model: dict[str, object]) -> str:
 
 def method_of(model: dict[str, object]) -> str:
     """SimPool, baseline (a ViT's class token, a CNN's average), or the name of another pooling."""
-    pool, is_vit = str(model["pool"]), str(model["arch"]).startswith(("vit", "deit"))
-    return {"simpool": SIMPOOL, "cls": BASELINE, "gap": "GAP" if is_vit else BASELINE}.get(pool, pool)
+    pool, gap = str(model["pool"]), "GAP" if is_vit(str(model["arch"])) else BASELINE
+    return {"simpool": SIMPOOL, "cls": BASELINE, "gap": gap}.get(pool, pool)
 
 
-def gamma_of(network: str) -> float:
+def gamma_of(model: dict[str, object]) -> float:
     """The paper's exponent of SimPool."""
-    return 1.25 if network.startswith(("ViT", "vit", "deit")) else 2.0
+    return 1.25 if is_vit(str(model["arch"])) else 2.0

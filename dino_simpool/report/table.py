@@ -58,9 +58,9 @@ class Row:
 
 
 def main(cfg: TableConfig) -> None:
-    """The command table."""
+    """The command `dino-simpool table`."""
     if not cfg.results:
-        raise ValueError("no results are given: say table FILE_OR_FOLDER ..., such as the folders of training runs")
+        raise ValueError("no results are given: give files or folders of results, as in dino-simpool table RUN1 RUN2")
     text = render([row for path in find_results(cfg.results) for row in rows_of(read_result(path), path)], cfg.format)
     if cfg.out:
         write_atomically(Path(cfg.out), lambda file: file.write_text(text))
@@ -69,11 +69,8 @@ def main(cfg: TableConfig) -> None:
 
 
 def find_results(places: Iterable[str]) -> list[Path]:
-    """The files given, and for each folder all results/*.json in it and below, or else its own
-    *.json; each file once.
-
-    ValueError if a place has no results.
-    """
+    """Each file once: the files given, and of each folder all results/*.json in it and below, or else
+    its own *.json. ValueError if a place has no results."""
     found: dict[Path, Path] = {}
     for place in map(Path, places):
         files = [place] if place.is_file() else sorted(place.glob("**/results/*.json")) or sorted(place.glob("*.json"))
@@ -84,12 +81,17 @@ def find_results(places: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
+def read_json(path: Path) -> Any:
+    """What a results file holds. ValueError if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): remove it, or evaluate again") from None
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """The record that an evaluator wrote. ValueError names a file that is something else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): leave it out, or evaluate again") from None
+    record = read_json(path)
     kinds = {"evaluator": str, "metrics": dict, "config": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(name), kind)]
     wrong += [] if wrong or not record.get("model") or {"arch", "pool"} <= set(record["model"]) else ["a model"]
@@ -100,24 +102,26 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def rows_of(record: dict[str, Any], path: Path) -> list[Row]:
     """The rows of one result. path: its file."""
-    evaluator, model = record["evaluator"], record.get("model")
+    evaluator, model = record["evaluator"], record.get("model") or {}
     table = TABLE_OF.get(evaluator, "") if model else ""
     network, method = (paper.network_of(model), paper.method_of(model)) if model else ("", "raw pixels")
-    epochs = epochs_of(model) if table != "8" and model else None
-    data = "ImageNet-1k" if table == "3" else "" if table == "8" else str(record.get("dataset") or "")
-    regime = paper.SUPERVISED if (model or {}).get("norm_order") == "norm_then_pool" else paper.SELF
-    printed = 0 if table == "8" else epochs if epochs == 300 else 100
-    key = Key(table, network, method, "" if table == "8" else regime, int(printed), data, "")
+    given = str(record.get("dataset") or "")
+    if table == "8":
+        epochs, key = None, Key(table, network, method, "", 0, "", "")
+    else:
+        epochs, data = epochs_of(model), "ImageNet-1k" if table == "3" else given
+        regime = paper.SUPERVISED if model.get("norm_order") == "norm_then_pool" else paper.SELF
+        key = Key(table, network, method, regime, 300 if epochs == 300 else 100, data, "")
     refused = _no_comparison(record) if table else []
     differences = refused or (_differences(record, key, epochs) if table else [])
-    has_gamma = method == paper.SIMPOOL and (model or {}).get("gamma") is not None
+    has_gamma = method == paper.SIMPOOL and model.get("gamma") is not None
     rows = []
     for name, value in record["metrics"].items():
         own = key._replace(metric=METRICS.get(evaluator, {}).get(name, name))
         figure = None if refused else paper.PAPER.get(own)
         release = None if refused else paper.RELEASE.get((own, has_gamma))
         scale = 1 if evaluator != "resources" else 1e6 if name == "params" else 1e9
-        place = str(record.get("dataset") or "") if refused or not table else data
+        place = given if refused else key.dataset
         said = tuple(differences) if figure or refused else ()
         known = "" if epochs is None else str(epochs)
         rows.append(Row(table, network, method, known, place, own.metric, value / scale, figure, release, said, str(path)))
@@ -134,59 +138,55 @@ def epochs_of(model: dict[str, Any]) -> float | None:
 
 def _no_comparison(record: dict[str, Any]) -> list[str]:
     """The reasons why no number of the paper can be compared."""
-    reasons = []
-    model = record.get("model") or {}
-    if record["config"].get("features") == "pixels":
-        reasons.append("raw pixels")
-    if model.get("which") == "untrained":
-        reasons.append("untrained weights")
     classes = (record.get("counts") or {}).get("classes")
-    if TABLE_OF[record["evaluator"]] == "3" and classes is not None and classes != paper.COUNTS["ImageNet-1k"]["classes"]:
-        reasons.append(f"not ImageNet-1k: {classes} classes")
-    return reasons
+    imagenet = TABLE_OF[record["evaluator"]] != "3" or classes in (None, paper.COUNTS["ImageNet-1k"]["classes"])
+    reasons = {
+        "raw pixels": record["config"].get("features") == "pixels",
+        "untrained weights": record["model"].get("which") == "untrained",
+        f"not ImageNet-1k: {classes} classes": not imagenet,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
 
 
 def _differences(record: dict[str, Any], key: Key, epochs: float | None) -> list[str]:
     """The settings that differ from the paper's protocol, and choices it leaves open."""
     evaluator, model, config = record["evaluator"], record["model"], record["config"]
-    checks: list[tuple[str, Any, Any]] = []  # name, ours, the paper's
-    silent: list[str] = []
-    if evaluator == "resources":
-        checks += [("image size", record.get("image_size"), 224), ("classes", record.get("num_classes"), 1000)]
-    else:
-        checks += [("weights", model.get("which"), "teacher"), ("precision", record.get("dtype"), "fp32")]
-        checks += [("exif_orientation", config.get("exif_orientation", False), False)]
-        checks += [("epochs of pre-training", "unknown" if epochs is None else epochs, key.epochs)]
-        if key.method == paper.SIMPOOL:
-            checks += [("gamma", model.get("gamma"), paper.gamma_of(key.network)), ("min_over", model.get("min_over"), "image")]
-            checks += [("heads of SimPool", model.get("num_heads"), 1)]
-    preprocessing = record.get("preprocessing") or {}
-    if evaluator in ("knn", "linear", "linear_grid", "recall"):
-        checks += [(name, preprocessing.get(name), value) for name, value in (("image_size", 224), ("resize", 256))]
-    if evaluator == "knn":
-        checks += [("temperature", config.get("temperature"), 0.07)]
-    if key.table == "3":
-        checks += [("subset_per_class", config.get("subset_per_class"), None)]
-    if evaluator == "linear":
-        probe = record.get("probe") or {}
-        checks += [("probe epochs", config.get("epochs"), 100), ("probe lr", config.get("lr"), 1e-3)]
-        checks += [("probe batch", probe.get("batch_size"), 1024)]
+    prepared, probe, whitening, counts = (record.get(name) or {} for name in ("preprocessing", "probe", "whitening", "counts"))
+    resources, retrieval, linear = (evaluator == name for name in ("resources", "retrieval", "linear"))
+    simpool = key.method == paper.SIMPOOL and not resources
+    square = evaluator in ("knn", "linear", "linear_grid", "recall")
+    checks = [  # where it applies, name, ours, the paper's
+        (resources, "image size", record.get("image_size"), 224),
+        (resources, "classes", record.get("num_classes"), 1000),
+        (not resources, "weights", model.get("which"), "teacher"),
+        (not resources, "precision", record.get("dtype"), "fp32"),
+        (not resources, "exif_orientation", config.get("exif_orientation", False), False),
+        (not resources, "epochs of pre-training", "unknown" if epochs is None else epochs, key.epochs),
+        (simpool, "gamma", model.get("gamma"), paper.gamma_of(model)),
+        (simpool, "min_over", model.get("min_over"), "image"),
+        (simpool, "heads of SimPool", model.get("num_heads"), 1),
+        (square, "image_size", prepared.get("image_size"), 224),
+        (square, "resize", prepared.get("resize"), 256),
+        (evaluator == "knn", "temperature", config.get("temperature"), 0.07),
+        (key.table == "3", "subset_per_class", config.get("subset_per_class"), None),
+        (linear, "probe epochs", config.get("epochs"), 100),
+        (linear, "probe lr", config.get("lr"), 1e-3),
+        (linear, "probe batch", probe.get("batch_size"), 1024),
+        (retrieval, "whitening", whitening.get("dimensions"), None),
+        (retrieval, "distractors", config.get("distractors") or None, None),
+        *((True, f"{name}:", counts.get(name), number) for name, number in paper.COUNTS.get(key.dataset, {}).items()),
+    ]
+    said = [f"{name} {_plain(ours)} (paper: {_plain(its)})" for holds, name, ours, its in checks if holds and ours != its]
     if evaluator == "linear_grid":
-        silent.append("grid of learning rates without augmentation, chosen on held-out images (paper: best epoch on val)")
-    if evaluator == "retrieval":
-        checks += [
-            ("whitening", (record.get("whitening") or {}).get("dimensions"), None),
-            ("distractors", config.get("distractors") or None, None),
-        ]
+        said.append("grid of learning rates without augmentation, chosen on held-out images (paper: best epoch on val)")
     if evaluator in ("retrieval", "recall"):
-        silent.append(f"preset {config.get('preset')} (the paper is silent)")
-        own = {name: config.get(name) for name in ("image_size", "multi_scale", "query_crop") if evaluator == "retrieval"}
-        silent += [f"{name} {_plain(value)} in place of the preset's" for name, value in own.items() if value is not None]
+        said.append(f"preset {config.get('preset')} (the paper is silent)")
+    for name in ("image_size", "multi_scale", "query_crop"):
+        if retrieval and config.get(name) is not None:
+            said.append(f"{name} {_plain(config[name])} in place of the preset's")
     if evaluator == "recall" and (ties := config.get("ties", "published")) != "published":
-        silent.append(f"ties {ties} in place of the published")
-    counts = record.get("counts") or {}
-    checks += [(f"{name}:", counts.get(name), number) for name, number in paper.COUNTS.get(key.dataset, {}).items()]
-    return [f"{name} {_plain(ours)} (paper: {_plain(its)})" for name, ours, its in checks if ours != its] + silent
+        said.append(f"ties {ties} in place of the published")
+    return said
 
 
 def _plain(value: Any) -> str:
@@ -194,8 +194,7 @@ def _plain(value: Any) -> str:
 
 
 def render(rows: Sequence[Row], form: str) -> str:
-    """All rows in the tables and the order of the paper, and the rest in one more table. form:
-    text, markdown or csv."""
+    """The tables of the paper, and one more with the rest.   form: text, markdown or csv."""
     if form == "csv":
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")

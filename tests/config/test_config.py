@@ -276,7 +276,7 @@ def test_from_dict_is_as_strict_as_a_recipe() -> None:
         ("--crops.global_scale [0.5,0.2]", "0 < lowest <= highest <= 1"),
         ("--crops.local_scale [0,0.2]", "0 < lowest <= highest <= 1"),
         ("--crops.blur_sigma [2,1]", "lowest <= highest"),
-        ("--crops.solarize [0,1.2,0]", "are probabilities, 0 to 1"),
+        ("--crops.solarize [0,1.2,0]", "crops.solarize is (0.0, 1.2, 0.0): allowed is 0 to 1"),
         ("--crops.jitter [0.4,0.4,0.2,0.6]", "hue in 0..0.5"),
         ("--crops.num_local -1", "crops.num_local must be 0 or more"),
         ("--data.workers -1", "data.workers must be 0 or more"),

@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from dino_simpool import checkpoint
-from dino_simpool.config import MasksConfig, ReportConfig, TrainConfig, dump, from_dict, to_dict
+from dino_simpool.config import MasksConfig, ModelConfig, ReportConfig, TrainConfig, dump, from_dict, to_dict
 from dino_simpool.eval import masks
 from dino_simpool.logs import RunLog
+from dino_simpool.models import encoder as encoder_module
 from dino_simpool.models.encoder import build_encoder
+from dino_simpool.models.pooling.simpool import as_tokens
 from dino_simpool.report import _duration, build_report, main
 from dino_simpool.report.chart import MAX_POINTS, line_chart, nice_ticks, short, shorten
 from dino_simpool.report.panels import heat_layer, outline
@@ -200,6 +203,31 @@ def test_images_without_masks_or_val_folder(finished, tmp_path):
     assert "before" in text and not re.search(r"before \d", text)
 
 
+class MeanPool(nn.Module):
+    """A pooling without attention."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out_dim = dim
+
+    def forward(self, x, return_attention=False):
+        pooled = as_tokens(x).mean(1)
+        return (pooled, None) if return_attention else pooled
+
+
+def test_a_page_without_attention(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder_module, "build_pool", lambda cfg, dim: MeanPool(dim))
+    state = checkpoint.read_state(finished / "run/last.pth")
+    state["config"]["model"] |= {"pool": "gap", "gamma": None}
+    encoder = build_encoder(from_dict(ModelConfig, state["config"]["model"]))
+    parts = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
+    checkpoint.save_state(tmp_path, state | {"student": parts, "teacher": parts})
+    (tmp_path / "config.yaml").write_text(dump(from_dict(TrainConfig, state["config"])))
+    text = _Page(build_report(tmp_path, data=str(finished / "data"), num_images=3, device=CPU).read_text()).text
+    assert "There is no attention to show: model.pool gap has no attention maps: use one that has" in text
+    assert "Views of training images" in text and "0× " not in text
+
+
 def test_bad_input_writes_nothing(finished, tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         build_report(tmp_path, data="", num_images=1, device=CPU)
@@ -208,7 +236,7 @@ def test_bad_input_writes_nothing(finished, tmp_path):
         build_report(tmp_path, data="", num_images=0, device=CPU)
     (tmp_path / "results").mkdir()
     (tmp_path / "results/knn.json").write_text("{")
-    with pytest.raises(ValueError, match=r"knn\.json is not a results file"):
+    with pytest.raises(ValueError, match=r"knn\.json is not JSON"):
         build_report(tmp_path, data="", num_images=1, device=CPU)
     (tmp_path / "results/knn.json").unlink()
     (tmp_path / "last.pth").write_bytes(b"damaged")
