@@ -9,14 +9,6 @@ from dino_simpool.data import class_folder, find_images, folder_or_archive
 from dino_simpool.layouts.layout import Layout, Parts, Problems
 
 
-def _read_folder(folder: Path, problems: Problems) -> Parts:
-    try:
-        return {"queries": class_folder(str(folder))}
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
-        return {}
-
-
 def _read_imagenet(folder: Path, problems: Problems) -> Parts:
     """Train and val, without labels. Both must have the same class folders and no other images."""
     parts, folders = {}, {}
@@ -42,5 +34,5 @@ def _read_imagenet(folder: Path, problems: Problems) -> Parts:
     return parts
 
 
-FOLDER = Layout("folder", _read_folder)
+FOLDER = Layout("folder", lambda folder, problems: {"queries": class_folder(str(folder))})
 IMAGENET = Layout("imagenet", _read_imagenet, counts={"train": 1_281_167, "val": 50_000, "classes": 1_000})
