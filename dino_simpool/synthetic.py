@@ -109,10 +109,7 @@ def _color(rng: np.random.Generator, value: float) -> tuple[float, ...]:
 
 
 def _clutter(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Background (side, side, 3) in 0..255, of one kind for all images.
-
-    Uneven ground under strokes, arcs, corners and splinters.
-    """
+    """Background (side, side, 3) in 0..255: strokes, arcs, corners and splinters on uneven ground."""
     noise = rng.normal(0, 1, (10, 10))
     noise = np.clip(128 + 20 * (noise - noise.mean()) / noise.std(), 0, 255).astype(np.uint8)
     canvas = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
@@ -137,10 +134,7 @@ def _clutter(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _pose(rng: np.random.Generator, class_id: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """(2, 2) matrix from object coordinates to pixels, and (2,) position of the origin.
-
-    The whole object is inside the image.
-    """
+    """(2, 2) matrix from object coordinates to pixels, (2,) origin. The whole object is inside."""
     points = _outline_points(class_id)
     angle, shear, stretch = rng.uniform((-ROTATION, -0.15, -0.1), (ROTATION, 0.15, 0.1))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -158,8 +152,7 @@ def _pose(rng: np.random.Generator, class_id: int, side: int) -> tuple[np.ndarra
 def draw_image(seed: int, class_id: int, number: int, *, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Image `number` of class `class_id`: rgb (S, S, 3) uint8 and the object's mask (S, S) bool.
 
-    The same arguments give the same image. ValueError for a class that does not exist, a negative
-    seed or number, or a size below 16 pixels.
+    The same arguments give the same image. ValueError if an argument is out of range.
     """
     if not 0 <= class_id < len(SHAPES) or min(seed, number) < 0 or size < 16:
         raise ValueError(
@@ -198,9 +191,9 @@ def write_dataset(
     """Write {train,val}/<class>/<name>.png, masks/ of the same form, and annotations.json.
 
     The annotations are the class and box of each image. A box is (x0, y0, x1, y1) in pixels, x1 and
-    y1 exclusive. The folder gets its name only when it is complete. A folder that already holds the
-    set with the same settings is kept, with a message. Any other folder that is not empty raises
-    ValueError, and so do settings out of range.
+    y1 exclusive. The folder gets its name only when it is complete. One that already holds the set
+    with the same settings is kept, with a message. ValueError if it holds anything else, or for
+    settings out of range.
     """
     folder = Path(folder)
     if not 1 <= classes <= len(SHAPES) or not 0 < train_per_class <= FIRST_VAL_NUMBER or val_per_class < 0:
@@ -208,14 +201,8 @@ def write_dataset(
             f"classes {classes}, train_per_class {train_per_class}, val_per_class {val_per_class}: give 1 to "
             f"{len(SHAPES)} classes, 1 to {FIRST_VAL_NUMBER} images of each to train and 0 or more to evaluate"
         )
-    settings = {
-        "format": FORMAT,
-        "seed": seed,
-        "classes": classes,
-        "train_per_class": train_per_class,
-        "val_per_class": val_per_class,
-        "size": size,
-    }
+    counts = {"classes": classes, "train_per_class": train_per_class, "val_per_class": val_per_class}
+    settings = {"format": FORMAT, "seed": seed, **counts, "size": size}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if _settings_of(folder) != settings:
             raise ValueError(f"{folder} is not empty and does not hold the set {settings}: give another folder or remove it")
@@ -250,7 +237,6 @@ def _write_class(tree: Path, split: str, class_id: int, numbers: range, *, seed:
 
 
 def _settings_of(folder: Path) -> object:
-    """The settings of the set in a folder, or None if there is no set."""
     try:
         return json.loads((folder / "annotations.json").read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -258,7 +244,7 @@ def _settings_of(folder: Path) -> object:
 
 
 def main(cfg: SyntheticConfig) -> None:
-    """The command synthetic. ValueError if no folder is given, or it holds something else."""
+    """The command synthetic."""
     if not cfg.out:
         raise ValueError("no folder is given: use `dino-simpool synthetic DIR`")
     write_dataset(cfg.out, seed=cfg.seed, train_per_class=cfg.train_per_class, val_per_class=cfg.val_per_class, size=cfg.size)

@@ -57,8 +57,8 @@ def resources(encoder: Encoder, *, image_size: int | None = None, num_classes: i
 def count_multiply_adds(cfg: ModelConfig, image_size: int) -> Counter[str]:
     """Multiply-adds for one square image: layers, norms (SimPool's included) and attention.
 
-    For SimPool also pool_layers and pool_attention, and pool_executed, which replaces these two
-    when the keys are folded.
+    For SimPool also pool_layers and pool_attention, and pool_executed, which replaces both when the
+    keys are folded.
     """
     with torch.device("meta"):
         encoder = build_encoder(cfg).eval()
@@ -123,10 +123,8 @@ def main(cfg: ResourcesConfig) -> None:
 
 
 def encoder_of(cfg: ResourcesConfig) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder of the checkpoint, recipe or model options, and its record.
-
-    ValueError if more than one of them is given.
-    """
+    """The encoder of the checkpoint, recipe or model options, and its record. ValueError if more
+    than one of them is given."""
     given = {"checkpoint": cfg.checkpoint, "recipe": cfg.recipe, "model": cfg.model if cfg.model != ModelConfig() else None}
     names = [name for name, value in given.items() if value]
     if len(names) > 1:
