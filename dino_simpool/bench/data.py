@@ -120,7 +120,7 @@ def ways_of(crops: CropsConfig, crop: MultiCrop, *, seed: int) -> dict[str, Way]
 
 def measure(ways: dict[str, Way], files: Sequence[EncodedImage], *, batch_size: int, repetitions: int) -> dict[str, float]:
     """Seconds of processor time per image of each method, the median over the rounds."""
-    rounds: dict[str, list[float]] = {name: [] for name in ways}
+    rounds = []
     for _ in range(repetitions):
         spent = dict.fromkeys(ways, 0.0)
         for start in range(0, len(files), batch_size):
@@ -129,24 +129,21 @@ def measure(ways: dict[str, Way], files: Sequence[EncodedImage], *, batch_size: 
                 started = time.process_time()
                 way(fresh)
                 spent[name] += time.process_time() - started
-        for name, value in spent.items():
-            rounds[name].append(value / len(files))
-    return medians(rounds)
+        rounds.append(spent)
+    return medians({name: [spent[name] / len(files) for spent in rounds] for name in ways})
 
 
 def measure_parts(crop: MultiCrop, files: Sequence[EncodedImage], *, seed: int, repetitions: int) -> dict[str, float]:
     """Milliseconds per image of each part of both paths in sequence, median over the rounds."""
-    rounds: dict[str, list[float]] = defaultdict(list)
+    rounds: list[dict[str, float]] = []
     for _ in range(repetitions):
-        spent: dict[str, float] = defaultdict(float)
+        rounds.append(defaultdict(float))
         for index, file in enumerate(map(replace, files)):
             started = time.process_time()
             for name in _parts(crop, file, seed=seed, index=index):
-                spent[name] += time.process_time() - started
+                rounds[-1][name] += time.process_time() - started
                 started = time.process_time()
-        for name, value in spent.items():
-            rounds[name].append(1000 * value / len(files))
-    return medians(rounds)
+    return medians({name: [1000 * spent[name] / len(files) for spent in rounds] for name in rounds[0]})
 
 
 def _parts(crop: MultiCrop, file: EncodedImage, *, seed: int, index: int) -> Iterator[str]:

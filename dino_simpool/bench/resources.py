@@ -101,6 +101,12 @@ def main(cfg: ResourcesConfig) -> None:
     folder = results_folder(cfg.out, cfg.checkpoint) if cfg.out or cfg.checkpoint else None
     image_size = cfg.image_size or encoder.config.image_size
     metrics = resources(encoder, image_size=image_size, num_classes=cfg.num_classes)
+    if not distributed.is_main():
+        return
+    print(describe(encoder.config, metrics, image_size=image_size, num_classes=cfg.num_classes))
+    if folder is None:
+        print("  not written: no --out DIR and no checkpoint")
+        return
     record = {
         "evaluator": "resources",
         "dataset": None,
@@ -111,21 +117,14 @@ def main(cfg: ResourcesConfig) -> None:
         "num_classes": cfg.num_classes,
         "model": source,
     }
-    if not distributed.is_main():
-        return
-    print(describe(encoder.config, metrics, image_size=image_size, num_classes=cfg.num_classes))
-    if folder is None:
-        print("  not written: no --out DIR and no checkpoint")
-        return
-    path = folder / "resources.json"
-    write_record(path, record, cfg)
-    print(f"  written to {path}")
+    write_record(folder / "resources.json", record, cfg)
+    print(f"  written to {folder / 'resources.json'}")
 
 
 def encoder_of(cfg: ResourcesConfig) -> tuple[Encoder, dict[str, Any]]:
     """The encoder of the checkpoint, recipe or model options, and its record. ValueError if more
     than one of them is given."""
-    given = {"checkpoint": cfg.checkpoint, "recipe": cfg.recipe, "model": cfg.model if cfg.model != ModelConfig() else None}
+    given = {"checkpoint": cfg.checkpoint, "recipe": cfg.recipe, "model": cfg.model != ModelConfig()}
     names = [name for name, value in given.items() if value]
     if len(names) > 1:
         raise ValueError(

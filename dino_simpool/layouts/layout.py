@@ -110,12 +110,11 @@ def listed_images(
     names them.   named: all images that the lists of the data set name, also of other parts; none
     if unknown.
     """
-    there: dict[str, set[str]] = {}  # the files in each folder
-    for path in (*named, *(path for pairs in chosen.values() for path, _ in pairs)):
-        inside = path.rpartition("/")[0]
-        if inside not in there:
-            there[inside] = set(os.listdir(folder / inside)) if (folder / inside).is_dir() else set()
-    classes = tuple(sorted({name for pairs in chosen.values() for _, name in pairs if name}, key=_by_number))
+    listed = [pair for pairs in chosen.values() for pair in pairs]
+    inside = {path[: path.rfind("/") + 1] for path in (*named, *(path for path, _ in listed))}
+    there = {each + name for each in inside if (folder / each).is_dir() for name in os.listdir(folder / each)}
+    names = {name for _, name in listed if name}
+    classes = tuple(sorted(names, key=lambda name: (int(name) if name.isdecimal() else 2**62, name)))
     number = {name: i for i, name in enumerate(classes)}
     parts = {}
     for part, pairs in chosen.items():
@@ -128,20 +127,13 @@ def listed_images(
         if len(set(paths)) < len(paths):
             twice = Counter(paths).most_common(1)[0][0]
             problems.append(f"{folder / source} names {twice} more than once in its {part}: it would find itself")
-        missing = [path for path in paths if path.rpartition("/")[2] not in there[path.rpartition("/")[0]]]
-        if missing:
+        if missing := [path for path in paths if path not in there]:
             of = f"{part}: {len(missing):,} of {len(paths):,} images that {source} names"
             others = f", then {', '.join(missing[1:SHOWN])}" if len(missing) > 1 else ""
             more = f" and {len(missing) - SHOWN:,} more" if len(missing) > SHOWN else ""
             problems.append(f"{of} are missing, the first {folder / missing[0]}{others}{more}")
-    known = set(named)
-    files = (f"{inside}/{name}" for inside, names in there.items() for name in names if not name.startswith("."))
-    extra = sorted(path for path in files if path not in known and path.lower().endswith(IMAGE_SUFFIXES)) if known else []
-    if extra:
+    visible = (path for path in there - set(named) if not path.rpartition("/")[2].startswith("."))
+    extra = sorted(path for path in visible if path.lower().endswith(IMAGE_SUFFIXES))
+    if named and extra:
         problems.notes.append(f"{len(extra):,} images that no list names are not used, the first {folder / extra[0]}")
     return parts
-
-
-def _by_number(name: str) -> tuple[int, str]:
-    """Sort key: numbers by value, then other names."""
-    return (int(name), "") if name.isdecimal() else (2**62, name)
