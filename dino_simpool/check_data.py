@@ -76,11 +76,8 @@ class Summary:
 
 
 def main(cfg: CheckDataConfig) -> None:
-    """Print the number of images, what is unusual about them, and the broken ones.
-
-    Under torchrun or SLURM each process takes a part of the images. ValueError if images are
-    broken.
-    """
+    """Print what was found. Under torchrun or SLURM each process takes a part of the images.
+    ValueError if images are broken."""
     distributed.setup("cpu")
     if cfg.layout is not None:
         assert isinstance(cfg.data, str), "checked by the options"
@@ -101,7 +98,7 @@ def main(cfg: CheckDataConfig) -> None:
 
 
 def report_layout(layout: str, root: str) -> None:
-    """Print what a public data set in `root` lacks, one line each. ValueError if that is anything."""
+    """Print what a public data set in `root` lacks, one line each; ValueError if it lacks something."""
     if not root:
         raise ValueError(f"no data is given: give --data DIR, the folder that holds {layout}")
     problems = check_layout(layout, root)
@@ -114,10 +111,8 @@ def report_layout(layout: str, root: str) -> None:
 
 
 def check(images: ImageSet, *, workers: int, max_pixels: int) -> Summary:
-    """Examine a set of images; every process gets the whole result.
-
-    ValueError if a loader process dies, which no image should cause.
-    """
+    """Examine a set of images; every process gets the whole result. ValueError if a loader process
+    dies, which no image should cause."""
     loader = DataLoader(
         ExaminedImages(images, max_pixels),
         sampler=range(distributed.rank(), len(images), distributed.world_size()),
@@ -126,7 +121,7 @@ def check(images: ImageSet, *, workers: int, max_pixels: int) -> Summary:
         collate_fn=list,
         worker_init_fn=start_worker,
     )
-    part, summary, index = Summary(), Summary(), 0
+    part, index = Summary(), 0
     try:
         with progress(len(loader), 0, "check-data", images_per_step=_BATCH * distributed.world_size()) as bar:
             for batch in loader:
@@ -138,6 +133,7 @@ def check(images: ImageSet, *, workers: int, max_pixels: int) -> Summary:
             f"a process died at an image shortly after {images.name(index)} (out of memory, or a fault in the decoder): "
             "use fewer --workers"
         ) from error
+    summary = Summary()
     for each in distributed.gather_objects(part):
         summary.merge(each)
     return summary

@@ -67,29 +67,21 @@ SHAPES: dict[str, tuple[Region, Structure]] = {
     # name: (outline, structure). The second color is painted where the structure is true. This is
     # about half of the object, so the two colors average to the ground and only the pattern shows
     # the class. It is fine enough to be seen in every local crop.
-    "chessboard": (
-        lambda x, y, r, a: np.maximum(np.abs(x), np.abs(y)) < 0.8,
-        lambda x, y, r, a, p: np.sin(10 * x + p) * np.sin(10 * y + p) > 0,
-    ),
-    "crescent": (
-        lambda x, y, r, a: (r < 1) & (np.hypot(x - 0.6, y) > 0.65),
-        lambda x, y, r, a, p: (np.sin(12 * x + p) > 0) & (np.sin(12 * y + p) > 0),
-    ),
-    "cross": (
-        lambda x, y, r, a: (np.minimum(np.abs(x), np.abs(y)) < 0.38) & (np.maximum(np.abs(x), np.abs(y)) < 1),
-        lambda x, y, r, a, p: np.sin(12 * (y + 0.35 * _zigzag(x)) + p) > 0,
-    ),
+    "chessboard": (lambda x, y, r, a: np.maximum(np.abs(x), np.abs(y)) < 0.8,
+                   lambda x, y, r, a, p: np.sin(10 * x + p) * np.sin(10 * y + p) > 0),
+    "crescent": (lambda x, y, r, a: (r < 1) & (np.hypot(x - 0.6, y) > 0.65),
+                 lambda x, y, r, a, p: (np.sin(12 * x + p) > 0) & (np.sin(12 * y + p) > 0)),
+    "cross": (lambda x, y, r, a: (np.minimum(np.abs(x), np.abs(y)) < 0.38) & (np.maximum(np.abs(x), np.abs(y)) < 1),
+              lambda x, y, r, a, p: np.sin(12 * (y + 0.35 * _zigzag(x)) + p) > 0),
     "fish": (_fish, lambda x, y, r, a, p: np.sin(12 * x + p) > 0),
     "flower": (lambda x, y, r, a: r < 0.8 + 0.22 * np.cos(5 * a), lambda x, y, r, a, p: np.sin(14 * r + p) > 0),
     "gear": (lambda x, y, r, a: r < 0.82 + 0.18 * (np.cos(9 * a) > 0), lambda x, y, r, a, p: np.sin(11 * a + p) > 0),
     "ladder": (lambda x, y, r, a: (np.abs(x) < 0.5) & (np.abs(y) < 1.05), lambda x, y, r, a, p: np.sin(7 * y + p) > 0),
-    "leaf": (
-        lambda x, y, r, a: (np.hypot(x, y - 0.55) < 1.1) & (np.hypot(x, y + 0.55) < 1.1),
-        lambda x, y, r, a, p: np.sin(12 * (x - np.abs(y)) + p) > 0,
-    ),
+    "leaf": (lambda x, y, r, a: (np.hypot(x, y - 0.55) < 1.1) & (np.hypot(x, y + 0.55) < 1.1),
+             lambda x, y, r, a, p: np.sin(12 * (x - np.abs(y)) + p) > 0),
     "spiral": (lambda x, y, r, a: r < 0.95, lambda x, y, r, a, p: np.sin(2 * a + 14 * r + p) > 0),
     "star": (_star, lambda x, y, r, a, p: np.sin(5 * a + p) > 0),
-}
+}  # fmt: skip
 """The classes, sorted like class folders."""
 
 

@@ -92,6 +92,12 @@ def published_recipe(crops: CropsConfig) -> Callable[[Image.Image], list[Tensor]
     return lambda image: [each(image) for each in views]
 
 
+def _stacked(crop: MultiCrop, files: Sequence[EncodedImage], *, seed: int) -> list[Tensor]:
+    """What the training loader makes of a batch."""
+    items = [crop(file, seed=seed, epoch=0, index=index) for index, file in enumerate(files)]
+    return [torch.stack(parts) for parts in zip(*items, strict=True)]
+
+
 def ways_of(crops: CropsConfig, crop: MultiCrop, *, seed: int) -> dict[str, Way]:
     """The methods that are compared."""
     random.seed(seed)
@@ -103,19 +109,16 @@ def ways_of(crops: CropsConfig, crop: MultiCrop, *, seed: int) -> dict[str, Way]
             with Image.open(io.BytesIO(file.file)) as image:
                 published(image.convert("RGB"))
 
-    def on_cpu(files: Sequence[EncodedImage]) -> None:
-        items = [crop(file, seed=seed, epoch=0, index=index) for index, file in enumerate(files)]
-        crop.finish([torch.stack(parts) for parts in zip(*items, strict=True)])
-
-    def device_share(files: Sequence[EncodedImage]) -> None:
-        items = [on_device(file, seed=seed, epoch=0, index=index) for index, file in enumerate(files)]
-        _ = [torch.stack(parts) for parts in zip(*items, strict=True)]
-
     def decode(files: Sequence[EncodedImage]) -> None:
         for file in files:
             file.pixels()
 
-    return {"published": by_published, "cpu": on_cpu, "device_share": device_share, "decode": decode}
+    return {
+        "published": by_published,
+        "cpu": lambda files: crop.finish(_stacked(crop, files, seed=seed)),
+        "device_share": lambda files: _stacked(on_device, files, seed=seed),
+        "decode": decode,
+    }
 
 
 def measure(ways: dict[str, Way], files: Sequence[EncodedImage], *, batch_size: int, repetitions: int) -> dict[str, float]:
@@ -171,8 +174,8 @@ def measure_device(
     """Images per second of the device's part of the device path, for batches that are there already."""
     on_device = replace(crop, on_device=True)
     size = cfg.device_batch or (4 if device.type == "cpu" else 128)
-    items = [on_device(files[i % len(files)], seed=cfg.seed, epoch=0, index=i) for i in range(size)]
-    parts = [torch.stack(part).to(device) for part in zip(*items, strict=True)]
+    stacked = _stacked(on_device, [files[i % len(files)] for i in range(size)], seed=cfg.seed)
+    parts = [part.to(device) for part in stacked]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     def finish() -> None:

@@ -8,10 +8,7 @@ the next k.
 Bare products: each product of unit features is computed once in float32, in tiles that fit in the
 processor's cache, and dropped. Any exact search without pruning costs at least that, except for
 queries that are their own gallery: half of their symmetric matrix is enough, so Recall@k can be
-faster.
-
-Features are normally distributed around class centers. Peak memory is that of a new process that
-makes them and computes Recall@k once.
+faster. Features are normally distributed around class centers.
 
 N images of Recall@k, M of the bank, T test images, D width, C classes.
 """
@@ -85,8 +82,7 @@ def main(cfg: BenchKnnConfig) -> None:
 
 
 def measure_recall(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
-    """Seconds of Recall@k, alone and with R-precision and MAP@R, beside the bare products; peak
-    memory in GB."""
+    """Seconds of Recall@k, R-precision and MAP@R beside the bare products, and peak memory in GB."""
     features, labels = make_features(cfg.images, cfg.products, cfg=cfg, seed=1)
     features = features.to(device)
     ways: dict[str, Callable[[], Any]] = {
@@ -140,7 +136,8 @@ def measure_knn(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory(cfg: BenchKnnConfig) -> float:
-    """Largest resident memory, in GB of 10**9 bytes, of a new process that computes Recall@k only."""
+    """Largest resident memory, in GB of 10**9 bytes, of a new process that makes the features and
+    computes Recall@k once."""
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     process = context.Process(target=_recall_alone, args=(cfg, queue))

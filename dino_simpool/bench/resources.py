@@ -10,10 +10,8 @@ class of their own), attention products, powers and minima. Columns:
     macs_full       also 2 n^2 D for each attention layer of n tokens, and 2 N D for SimPool
     macs_executed   the same with W_k folded into SimPool's query, as this package computes it
 
-The forward pass runs on torch's meta device, which computes sizes only and so needs no time and
-memory for any encoder.
-
-Letters: N pooled positions, D width.
+The forward pass runs on torch's meta device, which computes sizes only and so takes no time and
+memory. Letters: N pooled positions, D width.
 """
 
 from __future__ import annotations

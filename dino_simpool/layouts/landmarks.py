@@ -28,15 +28,13 @@ def landmarks(name: str, root: str) -> tuple[ImageSet, ImageSet, list[dict[str, 
 
 def _read(folder: Path, problems: Problems, *, name: str) -> Parts:
     truth = read_ground_truth(folder, name)
-    chosen = {
-        part: [(f"jpg/{image}.jpg", "") for image in names]
-        for part, names in (("database", truth.database), ("queries", truth.queries))
-    }
+    images = {"database": truth.database, "queries": truth.queries}
+    chosen = {part: [(f"jpg/{image}.jpg", "") for image in names] for part, names in images.items()}
     named = [path for pairs in chosen.values() for path, _ in pairs]
     parts = listed_images(folder, "the ground truth", chosen, problems, named=named)
     if "queries" in parts:
         parts["queries"] = dataclasses.replace(parts["queries"], boxes=truth.boxes)
-    return {part: lenient(images) for part, images in parts.items()}
+    return {part: lenient(each) for part, each in parts.items()}
 
 
 LANDMARKS = {

@@ -1,4 +1,4 @@
-"""Data sets for metric learning: CUB-200-2011, Cars-196, SOP, In-Shop."""
+"""Data sets for metric learning: CUB-200-2011, Cars-196, SOP, In-Shop, class folders."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_simpool.data import ImageSet
-from dino_simpool.layouts.classes import FOLDER
+from dino_simpool.data import ImageSet, class_folder
 from dino_simpool.layouts.layout import Layout, Parts, Problems, listed_images, load, read_table
 
 
@@ -80,7 +79,7 @@ FINE_GRAINED = {
         Layout("cars196", _cars196, "cars196", "cars_annos.mat", {"queries": 8_131, "classes": 98}),
         Layout("sop", _sop, "Stanford_Online_Products", "Ebay_test.txt", {"queries": 60_502, "classes": 11_316}),
         Layout("inshop", _inshop, "Inshop_Clothes", "Eval", {"queries": 14_218, "gallery": 12_612, "classes": 3_985}),
-        FOLDER,
+        Layout("folder", lambda folder, problems: {"queries": class_folder(str(folder))}),
     )
 }
 """The layouts with labels for metric learning, by name."""

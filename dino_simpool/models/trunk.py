@@ -150,11 +150,10 @@ def _convnext(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
     trunk.stages = trunk.stages[:num_stages]
     trunk.num_features = trunk.feature_info[num_stages - 1]["num_chs"]
     if cfg.stem == "small":
-        norm = trunk.stem[-1]
         convolution = nn.Conv2d(3, trunk.feature_info[0]["num_chs"], 3, padding=1)
         nn.init.trunc_normal_(convolution.weight, std=0.02)
         assert convolution.bias is not None
         nn.init.zeros_(convolution.bias)
-        trunk.stem = nn.Sequential(convolution, norm)
+        trunk.stem = nn.Sequential(convolution, trunk.stem[-1])
     eps, trunk.head = trunk.head.norm.eps, nn.Identity()
     return trunk, partial(nn.LayerNorm, eps=eps)

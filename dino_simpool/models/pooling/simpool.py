@@ -169,8 +169,7 @@ def attach_simpool(
         model.attn_pool = pool = new(model.num_features)
         model.pool_include_prefix = False
         return pool
-    owners: tuple[Any, Any] = (model, getattr(model, "head", None))
-    for owner in owners:  # timm CNN: the pooling belongs to the model or to its head
+    for owner in (model, getattr(model, "head", model)):  # timm CNN: the pooling belongs to the model or to its head
         old = getattr(owner, "global_pool", None)
         if isinstance(old, nn.Module):
             pool = new(model.num_features)
