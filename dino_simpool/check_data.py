@@ -98,7 +98,7 @@ def main(cfg: CheckDataConfig) -> None:
 
 
 def report_layout(layout: str, root: str) -> None:
-    """Print what a public data set in `root` lacks, one line each; ValueError if it lacks something."""
+    """Print what a public data set in `root` lacks. ValueError if it lacks something."""
     if not root:
         raise ValueError(f"no data is given: give --data DIR, the folder that holds {layout}")
     problems = check_layout(layout, root)

@@ -15,6 +15,7 @@ a the same in polar form.
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import functools
 import json
 import math
@@ -101,7 +102,7 @@ def _color(rng: np.random.Generator, value: float) -> tuple[float, ...]:
 
 
 def _clutter(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Background (side, side, 3) in 0..255: strokes, arcs, corners and splinters on uneven ground."""
+    """Background (side, side, 3) in 0..255: strokes, arcs, corners, splinters on uneven ground."""
     noise = rng.normal(0, 1, (10, 10))
     noise = np.clip(128 + 20 * (noise - noise.mean()) / noise.std(), 0, 255).astype(np.uint8)
     canvas = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
@@ -196,7 +197,10 @@ def write_dataset(
     counts = {"classes": classes, "train_per_class": train_per_class, "val_per_class": val_per_class}
     settings = {"format": FORMAT, "seed": seed, **counts, "size": size}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if _settings_of(folder) != settings:
+        held = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            held = json.loads((folder / "annotations.json").read_text())["settings"]
+        if held != settings:
             raise ValueError(f"{folder} is not empty and does not hold the set {settings}: give another folder or remove it")
         print(f"{folder} already holds this set: nothing was drawn", file=sys.stderr)
         return
@@ -226,13 +230,6 @@ def _write_class(tree: Path, split: str, class_id: int, numbers: range, *, seed:
         box = [int(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)]
         records.append({"image": path, "mask": f"masks/{path}", "split": split, "class": name, "box": box})
     return records
-
-
-def _settings_of(folder: Path) -> object:
-    try:
-        return json.loads((folder / "annotations.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def main(cfg: SyntheticConfig) -> None:

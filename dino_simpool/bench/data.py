@@ -1,10 +1,10 @@
 """Time from image files to the views of a training run, in processor time of one core, as a whole
 and part by part.
 
-    published      the recipe of facebookresearch/dino and billpsomas/simpool: torchvision's transforms on Pillow images
-    cpu            this package, all on the CPU: decode, crop, colors, and the normalization of the batch
+    published      recipe of facebookresearch/dino and billpsomas/simpool: torchvision on Pillow images
+    cpu            this package, all on the CPU: decode, crop, colors, normalization of the batch
     device_share   the CPU's part if colors are applied on the device: decode and crop
-    decode         decoding alone, at full size: only large JPEG files that the paths decode smaller can be faster
+    decode         decoding alone, at full size: only paths that decode large JPEGs smaller are faster
 
 All start from the bytes of the files in memory. Every batch goes through all four in turn, so that
 other load on the machine affects them alike. Times are processor time of this process, not
@@ -67,7 +67,7 @@ def measure_all(cfg: BenchDataConfig, device: torch.device) -> dict[str, Any]:
 
 
 def published_recipe(crops: CropsConfig) -> Callable[[Image.Image], list[Tensor]]:
-    """The published augmentation of one image, with its torchvision transforms and Pillow's blur."""
+    """The published augmentation of one image: torchvision's transforms and Pillow's blur."""
 
     def sometimes(probability: float, change: Callable[[Image.Image], Image.Image]) -> Callable[[Image.Image], Image.Image]:
         return lambda image: change(image) if random.random() < probability else image
@@ -171,7 +171,7 @@ def _parts(crop: MultiCrop, file: EncodedImage, *, seed: int, index: int) -> Ite
 def measure_device(
     cfg: BenchDataConfig, crop: MultiCrop, files: Sequence[EncodedImage], device: torch.device
 ) -> dict[str, Any]:
-    """Images per second of the device's part of the device path, for batches that are there already."""
+    """Images per second of the device's part of the device path, for batches already there."""
     on_device = replace(crop, on_device=True)
     size = cfg.device_batch or (4 if device.type == "cpu" else 128)
     stacked = _stacked(on_device, [files[i % len(files)] for i in range(size)], seed=cfg.seed)

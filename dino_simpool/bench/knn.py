@@ -82,7 +82,7 @@ def main(cfg: BenchKnnConfig) -> None:
 
 
 def measure_recall(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
-    """Seconds of Recall@k, R-precision and MAP@R beside the bare products, and peak memory in GB."""
+    """Seconds of Recall@k, R-precision and MAP@R beside the bare products; peak memory in GB."""
     features, labels = make_features(cfg.images, cfg.products, cfg=cfg, seed=1)
     features = features.to(device)
     ways: dict[str, Callable[[], Any]] = {

@@ -111,8 +111,8 @@ class Encoder(nn.Module):
         return maps if per_head else maps[:, 0]
 
     def pool_input(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """What is pooled, tokens (B, N, D) or a map (B, D, h, w), and the grid (h, w) of positions. For
-        class-token pooling the tokens begin with the class token and the registers."""
+        """What is pooled, tokens (B, N, D) or a map (B, D, h, w), and the grid (h, w) of positions.
+        For class-token pooling the tokens begin with the class token and the registers."""
         if not self.config.is_vit:
             x = self.trunk.forward_features(images)
             return x, tuple(x.shape[-2:])

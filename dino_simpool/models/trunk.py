@@ -91,7 +91,7 @@ def _vit(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
 
 
 def _stages(cfg: ModelConfig, argument: str) -> dict[str, Any]:
-    """timm's argument for the blocks in each of four stages, if given; stages left out have none."""
+    """timm's argument for the blocks of each of four stages, if given; a stage left out has none."""
     if cfg.depth is None:
         return {}
     depth = cfg.depth if isinstance(cfg.depth, tuple) else (cfg.depth,) * 4
@@ -105,9 +105,9 @@ def _stages(cfg: ModelConfig, argument: str) -> dict[str, Any]:
 class SubsampledConv(nn.Conv2d):
     """A strided 1x1 convolution, computed as one of stride 1 on the positions that it visits.
 
-    The sums are the same. oneDNN (3.12, with torch 2.14) computes the weight gradient of the strided one out of bounds if
-    the channels are last and fewer than its vectors hold (at most 16): processes crash, or train on
-    wrong numbers. See github.com/uxlfoundation/oneDNN/issues/6035.
+    The sums are the same. oneDNN (3.12, with torch 2.14) computes the weight gradient of the
+    strided one out of bounds if the channels are last and fewer than its vectors hold (at most 16):
+    processes crash, or train on wrong numbers. See github.com/uxlfoundation/oneDNN/issues/6035.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class ClsPool(nn.Module):
         self.out_dim = dim
 
     def forward(self, x: Tensor, return_attention: ReturnAttention = False) -> Tensor | tuple[Tensor, None]:
-        """First token (B, D) of (B, 1 + N, D). Its attention, which `Encoder.attention` computes, is
-        that of the last block, so None here."""
+        """First token (B, D) of (B, 1 + N, D). Its attention is None here: it is that of the last
+        block, which `Encoder.attention` computes."""
         if x.ndim != 3:
             raise ValueError(f"class-token pooling got a tensor of shape {tuple(x.shape)}: give tokens (B, 1 + N, D)")
         return (x[:, 0], None) if return_attention else x[:, 0]
