@@ -2,7 +2,7 @@
 
 Training replaces broken images, and evaluation stops at the first one. This command finds all of
 them beforehand, with all cores, and counts unusual images (decode.examine has the list). With a
-layout it instead reports what a public data set lacks (layouts/), in a second and without decoding.
+layout it instead reports what a public data set lacks, in a second and without decoding.
 """
 
 from __future__ import annotations
@@ -65,23 +65,24 @@ class Summary:
 
     def merge(self, other: Summary) -> None:
         """Add the findings of another part."""
+
+        def ends(sizes: set[int]) -> set[int]:
+            return {min(sizes), max(sizes)} if sizes else sizes
+
         self.readable += other.readable
-        self.widths, self.heights = _ends(self.widths | other.widths), _ends(self.heights | other.heights)
+        self.widths, self.heights = ends(self.widths | other.widths), ends(self.heights | other.heights)
         self.kinds.update(other.kinds)
         self.broken |= other.broken
 
 
 def main(cfg: CheckDataConfig) -> None:
-    """Print the number of images, what is unusual about them, and the broken ones.
-
-    Under torchrun or SLURM each process takes a part of the images. ValueError if images are
-    broken.
-    """
+    """Print what was found. Under torchrun or SLURM each process takes a part of the images.
+    ValueError if images are broken."""
     distributed.setup("cpu")
     if cfg.layout is not None:
         assert isinstance(cfg.data, str), "checked by the options"
         return report_layout(cfg.layout, cfg.data)
-    images = find_images(list(cfg.data) if isinstance(cfg.data, tuple) else cfg.data)
+    images = find_images(cfg.data)
     if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
         raise ValueError(f"{cfg.out} cannot be written because its folder does not exist: give another --out")
     started = time.monotonic()
@@ -97,10 +98,7 @@ def main(cfg: CheckDataConfig) -> None:
 
 
 def report_layout(layout: str, root: str) -> None:
-    """Print what a public data set in `root` lacks, one line each, or that it is complete.
-
-    ValueError if it lacks something.
-    """
+    """Print what a public data set in `root` lacks. ValueError if it lacks something."""
     if not root:
         raise ValueError(f"no data is given: give --data DIR, the folder that holds {layout}")
     problems = check_layout(layout, root)
@@ -113,21 +111,17 @@ def report_layout(layout: str, root: str) -> None:
 
 
 def check(images: ImageSet, *, workers: int, max_pixels: int) -> Summary:
-    """Examine a set of images; every process gets the whole result.
-
-    workers: loader processes of this process.   ValueError if one of them dies, which no image
-    should cause.
-    """
-    own = range(distributed.rank(), len(images), distributed.world_size())
+    """Examine a set of images; every process gets the whole result. ValueError if a loader process
+    dies, which no image should cause."""
     loader = DataLoader(
         ExaminedImages(images, max_pixels),
-        sampler=own,
+        sampler=range(distributed.rank(), len(images), distributed.world_size()),
         batch_size=_BATCH,
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=start_worker,
     )
-    part, summary, index = Summary(), Summary(), 0
+    part, index = Summary(), 0
     try:
         with progress(len(loader), 0, "check-data", images_per_step=_BATCH * distributed.world_size()) as bar:
             for batch in loader:
@@ -139,16 +133,14 @@ def check(images: ImageSet, *, workers: int, max_pixels: int) -> Summary:
             f"a process died at an image shortly after {images.name(index)} (out of memory, or a fault in the decoder): "
             "use fewer --workers"
         ) from error
+    summary = Summary()
     for each in distributed.gather_objects(part):
         summary.merge(each)
     return summary
 
 
 def describe(summary: Summary, broken: list[tuple[str, str]], *, seconds: float) -> str:
-    """The text to print: counts, sizes, kinds, and the first broken images.
-
-    broken: names and what is wrong.
-    """
+    """The printed text: counts, sizes, kinds, and the first broken images (names and reasons)."""
     total = summary.readable + len(broken)
     lines = [f"check-data: {total:,} images in {seconds:.1f} s, {total / max(seconds, 1e-9):.0f} images/s"]
     for side, sizes in (("width", summary.widths), ("height", summary.heights)):
@@ -161,7 +153,3 @@ def describe(summary: Summary, broken: list[tuple[str, str]], *, seconds: float)
     if len(broken) > SHOWN:
         lines.append(f"and {len(broken) - SHOWN:,} more: --out FILE lists all")
     return "\n".join(lines)
-
-
-def _ends(sizes: set[int]) -> set[int]:
-    return {min(sizes), max(sizes)} if sizes else sizes

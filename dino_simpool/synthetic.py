@@ -15,6 +15,7 @@ a the same in polar form.
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import functools
 import json
 import math
@@ -67,29 +68,21 @@ SHAPES: dict[str, tuple[Region, Structure]] = {
     # name: (outline, structure). The second color is painted where the structure is true. This is
     # about half of the object, so the two colors average to the ground and only the pattern shows
     # the class. It is fine enough to be seen in every local crop.
-    "chessboard": (
-        lambda x, y, r, a: np.maximum(np.abs(x), np.abs(y)) < 0.8,
-        lambda x, y, r, a, p: np.sin(10 * x + p) * np.sin(10 * y + p) > 0,
-    ),
-    "crescent": (
-        lambda x, y, r, a: (r < 1) & (np.hypot(x - 0.6, y) > 0.65),
-        lambda x, y, r, a, p: (np.sin(12 * x + p) > 0) & (np.sin(12 * y + p) > 0),
-    ),
-    "cross": (
-        lambda x, y, r, a: (np.minimum(np.abs(x), np.abs(y)) < 0.38) & (np.maximum(np.abs(x), np.abs(y)) < 1),
-        lambda x, y, r, a, p: np.sin(12 * (y + 0.35 * _zigzag(x)) + p) > 0,
-    ),
+    "chessboard": (lambda x, y, r, a: np.maximum(np.abs(x), np.abs(y)) < 0.8,
+                   lambda x, y, r, a, p: np.sin(10 * x + p) * np.sin(10 * y + p) > 0),
+    "crescent": (lambda x, y, r, a: (r < 1) & (np.hypot(x - 0.6, y) > 0.65),
+                 lambda x, y, r, a, p: (np.sin(12 * x + p) > 0) & (np.sin(12 * y + p) > 0)),
+    "cross": (lambda x, y, r, a: (np.minimum(np.abs(x), np.abs(y)) < 0.38) & (np.maximum(np.abs(x), np.abs(y)) < 1),
+              lambda x, y, r, a, p: np.sin(12 * (y + 0.35 * _zigzag(x)) + p) > 0),
     "fish": (_fish, lambda x, y, r, a, p: np.sin(12 * x + p) > 0),
     "flower": (lambda x, y, r, a: r < 0.8 + 0.22 * np.cos(5 * a), lambda x, y, r, a, p: np.sin(14 * r + p) > 0),
     "gear": (lambda x, y, r, a: r < 0.82 + 0.18 * (np.cos(9 * a) > 0), lambda x, y, r, a, p: np.sin(11 * a + p) > 0),
     "ladder": (lambda x, y, r, a: (np.abs(x) < 0.5) & (np.abs(y) < 1.05), lambda x, y, r, a, p: np.sin(7 * y + p) > 0),
-    "leaf": (
-        lambda x, y, r, a: (np.hypot(x, y - 0.55) < 1.1) & (np.hypot(x, y + 0.55) < 1.1),
-        lambda x, y, r, a, p: np.sin(12 * (x - np.abs(y)) + p) > 0,
-    ),
+    "leaf": (lambda x, y, r, a: (np.hypot(x, y - 0.55) < 1.1) & (np.hypot(x, y + 0.55) < 1.1),
+             lambda x, y, r, a, p: np.sin(12 * (x - np.abs(y)) + p) > 0),
     "spiral": (lambda x, y, r, a: r < 0.95, lambda x, y, r, a, p: np.sin(2 * a + 14 * r + p) > 0),
     "star": (_star, lambda x, y, r, a, p: np.sin(5 * a + p) > 0),
-}
+}  # fmt: skip
 """The classes, sorted like class folders."""
 
 
@@ -109,10 +102,7 @@ def _color(rng: np.random.Generator, value: float) -> tuple[float, ...]:
 
 
 def _clutter(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Background (side, side, 3) in 0..255, of one kind for all images.
-
-    Uneven ground under strokes, arcs, corners and splinters.
-    """
+    """Background (side, side, 3) in 0..255: strokes, arcs, corners, splinters on uneven ground."""
     noise = rng.normal(0, 1, (10, 10))
     noise = np.clip(128 + 20 * (noise - noise.mean()) / noise.std(), 0, 255).astype(np.uint8)
     canvas = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
@@ -137,10 +127,7 @@ def _clutter(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _pose(rng: np.random.Generator, class_id: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """(2, 2) matrix from object coordinates to pixels, and (2,) position of the origin.
-
-    The whole object is inside the image.
-    """
+    """(2, 2) matrix from object coordinates to pixels, (2,) origin. The whole object is inside."""
     points = _outline_points(class_id)
     angle, shear, stretch = rng.uniform((-ROTATION, -0.15, -0.1), (ROTATION, 0.15, 0.1))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -158,8 +145,7 @@ def _pose(rng: np.random.Generator, class_id: int, side: int) -> tuple[np.ndarra
 def draw_image(seed: int, class_id: int, number: int, *, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Image `number` of class `class_id`: rgb (S, S, 3) uint8 and the object's mask (S, S) bool.
 
-    The same arguments give the same image. ValueError for a class that does not exist, a negative
-    seed or number, or a size below 16 pixels.
+    The same arguments give the same image. ValueError if an argument is out of range.
     """
     if not 0 <= class_id < len(SHAPES) or min(seed, number) < 0 or size < 16:
         raise ValueError(
@@ -198,9 +184,9 @@ def write_dataset(
     """Write {train,val}/<class>/<name>.png, masks/ of the same form, and annotations.json.
 
     The annotations are the class and box of each image. A box is (x0, y0, x1, y1) in pixels, x1 and
-    y1 exclusive. The folder gets its name only when it is complete. A folder that already holds the
-    set with the same settings is kept, with a message. Any other folder that is not empty raises
-    ValueError, and so do settings out of range.
+    y1 exclusive. The folder gets its name only when it is complete. One that already holds the set
+    with the same settings is kept, with a message. ValueError if it holds anything else, or for
+    settings out of range.
     """
     folder = Path(folder)
     if not 1 <= classes <= len(SHAPES) or not 0 < train_per_class <= FIRST_VAL_NUMBER or val_per_class < 0:
@@ -208,16 +194,13 @@ def write_dataset(
             f"classes {classes}, train_per_class {train_per_class}, val_per_class {val_per_class}: give 1 to "
             f"{len(SHAPES)} classes, 1 to {FIRST_VAL_NUMBER} images of each to train and 0 or more to evaluate"
         )
-    settings = {
-        "format": FORMAT,
-        "seed": seed,
-        "classes": classes,
-        "train_per_class": train_per_class,
-        "val_per_class": val_per_class,
-        "size": size,
-    }
+    counts = {"classes": classes, "train_per_class": train_per_class, "val_per_class": val_per_class}
+    settings = {"format": FORMAT, "seed": seed, **counts, "size": size}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if _settings_of(folder) != settings:
+        held = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            held = json.loads((folder / "annotations.json").read_text())["settings"]
+        if held != settings:
             raise ValueError(f"{folder} is not empty and does not hold the set {settings}: give another folder or remove it")
         print(f"{folder} already holds this set: nothing was drawn", file=sys.stderr)
         return
@@ -249,16 +232,8 @@ def _write_class(tree: Path, split: str, class_id: int, numbers: range, *, seed:
     return records
 
 
-def _settings_of(folder: Path) -> object:
-    """The settings of the set in a folder, or None if there is no set."""
-    try:
-        return json.loads((folder / "annotations.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def main(cfg: SyntheticConfig) -> None:
-    """The command synthetic. ValueError if no folder is given, or it holds something else."""
+    """The command synthetic."""
     if not cfg.out:
         raise ValueError("no folder is given: use `dino-simpool synthetic DIR`")
     write_dataset(cfg.out, seed=cfg.seed, train_per_class=cfg.train_per_class, val_per_class=cfg.val_per_class, size=cfg.size)

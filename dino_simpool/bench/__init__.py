@@ -7,6 +7,7 @@ Medians over the rounds are compared.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import time
@@ -16,8 +17,21 @@ from typing import Any
 
 import torch
 
+from dino_simpool import distributed
+from dino_simpool.files import write_json
 from dino_simpool.logs import say
-from dino_simpool.results import versions
+from dino_simpool.results import results_folder, versions
+
+
+def run(
+    name: str, cfg: Any, measure: Callable[[torch.device], dict[str, Any]], describe: Callable[[dict[str, Any]], str]
+) -> None:
+    """Measure on the device, write the record to cfg.out/<name>.json, and print its description."""
+    device = distributed.setup(cfg.device)
+    path = results_folder(cfg.out, "") / f"{name}.json"  # fails before the measurements if it cannot write there
+    record = {"benchmark": name, "config": dataclasses.asdict(cfg), "machine": machine(device)} | measure(device)
+    write_json(path, record)
+    print(f"{describe(record)}\nwritten to {path}")
 
 
 def interleave(
@@ -43,16 +57,13 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Everything the times depend on: device, threads, current load (one-minute average, in
-    processes), library versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    settings = {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MKL_", "OPENBLAS_"))}
+    """What the times depend on. `load` is the one-minute average, in processes."""
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
-        "environment": settings,
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MKL_", "OPENBLAS_"))},
         "versions": versions(),
     }
 
@@ -63,7 +74,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _processor() -> str:
-    """The name of the processor on Linux, elsewhere `cpu`."""
+    """The processor's name on Linux, elsewhere `cpu`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

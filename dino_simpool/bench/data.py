@@ -1,10 +1,10 @@
 """Time from image files to the views of a training run, in processor time of one core, as a whole
 and part by part.
 
-    published      the recipe of facebookresearch/dino and billpsomas/simpool: torchvision's transforms on Pillow images
-    cpu            this package, all on the CPU: decode, crop, colors, and the normalization of the batch
+    published      recipe of facebookresearch/dino and billpsomas/simpool: torchvision on Pillow images
+    cpu            this package, all on the CPU: decode, crop, colors, normalization of the batch
     device_share   the CPU's part if colors are applied on the device: decode and crop
-    decode         decoding alone, at full size: only large JPEG files that the paths decode smaller can be faster
+    decode         decoding alone, at full size: only paths that decode large JPEGs smaller are faster
 
 All start from the bytes of the files in memory. Every batch goes through all four in turn, so that
 other load on the machine affects them alike. Times are processor time of this process, not
@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import io
 import random
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,33 +26,33 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from dino_simpool import distributed
-from dino_simpool.bench import interleave, machine, medians
+from dino_simpool.bench import interleave, medians, run
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, BenchDataConfig, CropsConfig
 from dino_simpool.data import ImageSet, default_workers, evenly, find_images, keep_freed_memory, train_loader
 from dino_simpool.data.augment import MultiCrop, batch, pixels
 from dino_simpool.data.decode import EncodedImage
-from dino_simpool.files import write_json
 from dino_simpool.logs import text_table
-from dino_simpool.results import results_folder
+
+Way = Callable[[Sequence[EncodedImage]], Any]
+"""A method that is measured; it takes the files of a batch."""
 
 
 def main(cfg: BenchDataConfig) -> None:
     """The command bench data."""
-    device = distributed.setup(cfg.device)
-    results_folder(cfg.out, "")  # fails before the measurements if it cannot write there
     torch.set_num_threads(1)
     keep_freed_memory()
-    images = find_images(list(cfg.data) if isinstance(cfg.data, tuple) else cfg.data)
+    run("data", cfg, lambda device: measure_all(cfg, device), describe)
+
+
+def measure_all(cfg: BenchDataConfig, device: torch.device) -> dict[str, Any]:
+    """All measurements, for the record."""
+    images = find_images(cfg.data)
     files = [images.encoded(index) for index in evenly(len(images), cfg.images).tolist()]
     for file in files:
         file.rgb()  # names a broken image, which the published recipe would not
     crop = MultiCrop(**asdict(cfg.crops), mean=IMAGENET_MEAN, std=IMAGENET_STD)
     seconds = measure(ways_of(cfg.crops, crop, seed=cfg.seed), files, batch_size=cfg.batch_size, repetitions=cfg.repetitions)
-    record: dict[str, Any] = {
-        "benchmark": "data",
-        "config": asdict(cfg),
-        "machine": machine(device),
+    found: dict[str, Any] = {
         "images": len(files),
         "ms_per_image_and_core": {name: 1000 * value for name, value in seconds.items()},
         "images_per_second_and_core": {name: 1 / value for name, value in seconds.items()},
@@ -63,15 +62,12 @@ def main(cfg: BenchDataConfig) -> None:
         "device": measure_device(cfg, crop, files, device),
     }
     if cfg.loader_seconds:
-        record["loader"] = measure_loader(cfg, crop, images)
-    path = Path(cfg.out) / "data.json"
-    write_json(path, record)
-    print(f"{describe(record)}\nwritten to {path}")
+        found["loader"] = measure_loader(cfg, crop, images)
+    return found
 
 
 def published_recipe(crops: CropsConfig) -> Callable[[Image.Image], list[Tensor]]:
-    """The published augmentation of one image, with the same torchvision transforms as its code,
-    and Pillow's blur."""
+    """The published augmentation of one image: torchvision's transforms and Pillow's blur."""
 
     def sometimes(probability: float, change: Callable[[Image.Image], Image.Image]) -> Callable[[Image.Image], Image.Image]:
         return lambda image: change(image) if random.random() < probability else image
@@ -96,8 +92,14 @@ def published_recipe(crops: CropsConfig) -> Callable[[Image.Image], list[Tensor]
     return lambda image: [each(image) for each in views]
 
 
-def ways_of(crops: CropsConfig, crop: MultiCrop, *, seed: int) -> dict[str, Callable[[Sequence[EncodedImage]], Any]]:
-    """The methods that are compared. Each takes the files of a batch."""
+def _stacked(crop: MultiCrop, files: Sequence[EncodedImage], *, seed: int) -> list[Tensor]:
+    """What the training loader makes of a batch."""
+    items = [crop(file, seed=seed, epoch=0, index=index) for index, file in enumerate(files)]
+    return [torch.stack(parts) for parts in zip(*items, strict=True)]
+
+
+def ways_of(crops: CropsConfig, crop: MultiCrop, *, seed: int) -> dict[str, Way]:
+    """The methods that are compared."""
     random.seed(seed)
     torch.manual_seed(seed)
     published, on_device = published_recipe(crops), replace(crop, on_device=True)
@@ -107,30 +109,21 @@ def ways_of(crops: CropsConfig, crop: MultiCrop, *, seed: int) -> dict[str, Call
             with Image.open(io.BytesIO(file.file)) as image:
                 published(image.convert("RGB"))
 
-    def on_cpu(files: Sequence[EncodedImage]) -> None:
-        items = [crop(file, seed=seed, epoch=0, index=index) for index, file in enumerate(files)]
-        crop.finish([torch.stack(parts) for parts in zip(*items, strict=True)])
-
-    def device_share(files: Sequence[EncodedImage]) -> None:
-        items = [on_device(file, seed=seed, epoch=0, index=index) for index, file in enumerate(files)]
-        _ = [torch.stack(parts) for parts in zip(*items, strict=True)]
-
     def decode(files: Sequence[EncodedImage]) -> None:
         for file in files:
             file.pixels()
 
-    return {"published": by_published, "cpu": on_cpu, "device_share": device_share, "decode": decode}
+    return {
+        "published": by_published,
+        "cpu": lambda files: crop.finish(_stacked(crop, files, seed=seed)),
+        "device_share": lambda files: _stacked(on_device, files, seed=seed),
+        "decode": decode,
+    }
 
 
-def measure(
-    ways: dict[str, Callable[[Sequence[EncodedImage]], Any]],
-    files: Sequence[EncodedImage],
-    *,
-    batch_size: int,
-    repetitions: int,
-) -> dict[str, float]:
+def measure(ways: dict[str, Way], files: Sequence[EncodedImage], *, batch_size: int, repetitions: int) -> dict[str, float]:
     """Seconds of processor time per image of each method, the median over the rounds."""
-    rounds: dict[str, list[float]] = {name: [] for name in ways}
+    rounds = []
     for _ in range(repetitions):
         spent = dict.fromkeys(ways, 0.0)
         for start in range(0, len(files), batch_size):
@@ -139,70 +132,64 @@ def measure(
                 started = time.process_time()
                 way(fresh)
                 spent[name] += time.process_time() - started
-        for name, value in spent.items():
-            rounds[name].append(value / len(files))
-    return medians(rounds)
+        rounds.append(spent)
+    return medians({name: [spent[name] / len(files) for spent in rounds] for name in ways})
 
 
 def measure_parts(crop: MultiCrop, files: Sequence[EncodedImage], *, seed: int, repetitions: int) -> dict[str, float]:
     """Milliseconds per image of each part of both paths in sequence, median over the rounds."""
-    rounds: dict[str, list[float]] = {}
+    rounds: list[dict[str, float]] = []
     for _ in range(repetitions):
-        spent: dict[str, float] = {}
-        started = time.process_time()
-
-        def stop(name: str, spent: dict[str, float] = spent) -> None:
-            nonlocal started
-            spent[name] = spent.get(name, 0.0) + time.process_time() - started
-            started = time.process_time()
-
+        rounds.append(defaultdict(float))
         for index, file in enumerate(map(replace, files)):
             started = time.process_time()
-            _ = file.jpeg_size
-            stop("header")
-            image = file.pixels()
-            stop("decode")
-            draw = crop.draw(*image.shape[:2], seed=seed, epoch=0, index=index)
-            stop("draw")
-            views = [
-                pixels.resized_crop(image, tuple(box), kind.size)
-                for box, kind in zip(draw.box.tolist(), crop.kinds, strict=True)
-            ]
-            stop("crop and resize")
-            batch.pack(draw, radius=crop.blur_radius)
-            stop("pack (device path)")
-            done = [torch.from_numpy(pixels.apply_colors(view, draw, i)) for i, view in enumerate(views)]
-            stop("flip, colours, blur (cpu path)")  # a key of data.json, which keeps its spelling
-            crop.finish([view[None] for view in done])
-            stop("normalise (cpu path)")
-        for name, value in spent.items():
-            rounds.setdefault(name, []).append(1000 * value / len(files))
-    return medians(rounds)
+            for name in _parts(crop, file, seed=seed, index=index):
+                rounds[-1][name] += time.process_time() - started
+                started = time.process_time()
+    return medians({name: [1000 * spent[name] / len(files) for spent in rounds] for name in rounds[0]})
+
+
+def _parts(crop: MultiCrop, file: EncodedImage, *, seed: int, index: int) -> Iterator[str]:
+    """Go through both paths, and yield the name of each part when it is done."""
+    _ = file.jpeg_size
+    yield "header"
+    image = file.pixels()
+    yield "decode"
+    draw = crop.draw(*image.shape[:2], seed=seed, epoch=0, index=index)
+    yield "draw"
+    boxes = zip(draw.box.tolist(), crop.kinds, strict=True)
+    views = [pixels.resized_crop(image, tuple(box), kind.size) for box, kind in boxes]
+    yield "crop and resize"
+    batch.pack(draw, radius=crop.blur_radius)
+    yield "pack (device path)"
+    done = [torch.from_numpy(pixels.apply_colors(view, draw, i)) for i, view in enumerate(views)]
+    yield "flip, colours, blur (cpu path)"  # a key of data.json, which keeps its spelling
+    crop.finish([view[None] for view in done])
+    yield "normalise (cpu path)"
 
 
 def measure_device(
     cfg: BenchDataConfig, crop: MultiCrop, files: Sequence[EncodedImage], device: torch.device
 ) -> dict[str, Any]:
-    """Images per second of the device's part of the device path, for whole batches that are on the
-    device already."""
+    """Images per second of the device's part of the device path, for batches already there."""
     on_device = replace(crop, on_device=True)
     size = cfg.device_batch or (4 if device.type == "cpu" else 128)
-    items = [on_device(files[i % len(files)], seed=cfg.seed, epoch=0, index=i) for i in range(size)]
-    parts = [torch.stack(part).to(device) for part in zip(*items, strict=True)]
+    stacked = _stacked(on_device, [files[i % len(files)] for i in range(size)], seed=cfg.seed)
+    parts = [part.to(device) for part in stacked]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     def finish() -> None:
         on_device.finish(parts, dtype=dtype, compiled=cfg.compile)
 
     finish()  # compiles, and allocates memory
-    seconds, _ = interleave({"finish on the device": finish}, repetitions=max(5, cfg.repetitions), device=device)
-    middle = statistics.median(seconds["finish on the device"])
-    return {"images_per_second": size / middle, "batch": size, "dtype": str(dtype), "compiled": cfg.compile}
+    name = "finish on the device"
+    seconds, _ = interleave({name: finish}, repetitions=max(5, cfg.repetitions), device=device)
+    speed = size / medians(seconds)[name]
+    return {"images_per_second": speed, "batch": size, "dtype": str(dtype), "compiled": cfg.compile}
 
 
 def measure_loader(cfg: BenchDataConfig, crop: MultiCrop, images: ImageSet) -> dict[str, Any]:
-    """Images per second from the training loader with all its processes, in wall-clock time,
-    reading files included."""
+    """Images per second from the training loader, files included, in wall-clock time."""
     workers = default_workers() if cfg.workers is None else cfg.workers
     size = min(cfg.batch_size, len(images))
     speeds: dict[str, Any] = {"workers": workers}
@@ -241,16 +228,10 @@ def describe(record: dict[str, Any]) -> str:
         "decode": "decoding alone",
     }
     rows = [["method", "ms/image/core", "images/s/core", "times published", "share of the decode limit"]]
-    rows += [
-        [
-            title,
-            f"{record['ms_per_image_and_core'][name]:.2f}",
-            f"{record['images_per_second_and_core'][name]:.0f}",
-            f"{record['times_published'][name]:.2f}",
-            f"{100 * record['share_of_decode_limit'][name]:.0f} %",
-        ]
-        for name, title in names.items()
-    ]
+    for name, title in names.items():
+        ms, speed = record["ms_per_image_and_core"][name], record["images_per_second_and_core"][name]
+        times, share = record["times_published"][name], record["share_of_decode_limit"][name]
+        rows.append([title, f"{ms:.2f}", f"{speed:.0f}", f"{times:.2f}", f"{100 * share:.0f} %"])
     parts = [["part", "ms/image"], *([name, f"{value:.3f}"] for name, value in record["parts_ms"].items())]
     device = record["device"]
     lines = [text_table(rows, rule=True), "", text_table(parts, rule=True), ""]

@@ -8,10 +8,7 @@ the next k.
 Bare products: each product of unit features is computed once in float32, in tiles that fit in the
 processor's cache, and dropped. Any exact search without pruning costs at least that, except for
 queries that are their own gallery: half of their symmetric matrix is enough, so Recall@k can be
-faster.
-
-Features are normally distributed around class centers. Peak memory is that of a new process that
-makes them and computes Recall@k once.
+faster. Features are normally distributed around class centers.
 
 N images of Recall@k, M of the bank, T test images, D width, C classes.
 """
@@ -22,7 +19,6 @@ import multiprocessing
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,26 +28,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_simpool import distributed
-from dino_simpool.bench import interleave, machine, medians
+from dino_simpool.bench import interleave, medians, run
 from dino_simpool.config import BenchKnnConfig
 from dino_simpool.eval.knn import knn_rank, vote_each_k
 from dino_simpool.eval.recall import first_positive, precision_at_r, recall_of
 from dino_simpool.features.neighbors import full_precision
 from dino_simpool.features.ranking import DEVICE_TILE, TILE
-from dino_simpool.files import write_json
 from dino_simpool.logs import text_table
-from dino_simpool.results import results_folder
 
 TEMPERATURE = 0.07
 RECALL_KS = (1, 10, 100)
 
 
 def published_knn(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int, num_classes: int, parts: int) -> Tensor:
-    """Classes of each query by descending vote, (T, C), as published, except that remaining queries
-    form a last chunk.
+    """Classes of each query by descending vote, (T, C), as published, but with a last chunk for
+    remaining queries.
 
-    bank: (M, D) and queries: (T, D) of unit length, labels: (M,). parts: number of chunks that the
-    queries are split into.
+    bank: (M, D) and queries: (T, D) of unit length, labels: (M,). parts: chunks of the queries.
     """
     columns, found = bank.T, []
     for chunk in queries.split(max(1, len(queries) // parts)):
@@ -75,8 +68,7 @@ def bare_products(rows: Tensor, columns: Tensor) -> None:
 
 
 def make_features(count: int, num_classes: int, *, cfg: BenchKnnConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """Unit features (count, D) and classes (count,). The centers depend on cfg.seed only, so that
-    two sets can share them."""
+    """Unit features (count, D) and classes (count,). The centers depend on cfg.seed only."""
     centers = torch.randn(num_classes, cfg.width, generator=torch.Generator().manual_seed(cfg.seed))
     generator = torch.Generator().manual_seed(1 + cfg.seed + seed)
     labels = torch.randint(num_classes, (count,), generator=generator)
@@ -86,18 +78,11 @@ def make_features(count: int, num_classes: int, *, cfg: BenchKnnConfig, seed: in
 
 def main(cfg: BenchKnnConfig) -> None:
     """The command bench knn."""
-    device = distributed.setup(cfg.device)
-    results_folder(cfg.out, "")  # fails before the measurements if it cannot write there
-    record = {"benchmark": "knn", "config": asdict(cfg), "machine": machine(device)}
-    record["recall"], record["knn"] = measure_recall(cfg, device), measure_knn(cfg, device)
-    path = Path(cfg.out) / "knn.json"
-    write_json(path, record)
-    print(f"{describe(record)}\nwritten to {path}")
+    run("knn", cfg, lambda device: {"recall": measure_recall(cfg, device), "knn": measure_knn(cfg, device)}, describe)
 
 
 def measure_recall(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
-    """Seconds of Recall@k, alone and with R-precision and MAP@R, beside the bare products; peak
-    memory in GB."""
+    """Seconds of Recall@k, R-precision and MAP@R beside the bare products; peak memory in GB."""
     features, labels = make_features(cfg.images, cfg.products, cfg=cfg, seed=1)
     features = features.to(device)
     ways: dict[str, Callable[[], Any]] = {
@@ -136,24 +121,23 @@ def measure_knn(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
     middle = medians(seconds)
     comparisons: dict[str, dict[str, float]] = {}
     for parts in cfg.published_chunks:
+        total, differing_total = 0.0, 0
         for k in cfg.k:
             ours, published = f"ours, k = {k}", f"published, {parts} chunks, k = {k}"
             differing = int((results[ours][:, 0] != results[published][:, 0]).sum())
             times = middle[published] / middle[ours]
             comparisons[f"{parts} chunks, k = {k}"] = {"times_as_fast": times, "differing_predictions": differing}
-        total = sum(middle[f"published, {parts} chunks, k = {k}"] for k in cfg.k)
-        differing = sum(int(comparisons[f"{parts} chunks, k = {k}"]["differing_predictions"]) for k in cfg.k)
-        comparisons[f"{parts} chunks, all k"] = {
-            "times_as_fast": total / middle["ours, all k"],
-            "differing_predictions": differing,
-        }
+            total += middle[published]
+            differing_total += differing
+        times = total / middle["ours, all k"]
+        comparisons[f"{parts} chunks, all k"] = {"times_as_fast": times, "differing_predictions": differing_total}
     accuracy = {str(k): 100 * results[f"ours, k = {k}"][:, 0].cpu().eq(truth).double().mean().item() for k in cfg.k}
     return {"seconds": seconds, "medians": middle, "comparisons": comparisons, "accuracy": accuracy}
 
 
 def peak_memory(cfg: BenchKnnConfig) -> float:
-    """Largest resident memory, in GB of 10**9 bytes, of a process that only computes Recall@k,
-    libraries included."""
+    """Largest resident memory, in GB of 10**9 bytes, of a new process that makes the features and
+    computes Recall@k once."""
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     process = context.Process(target=_recall_alone, args=(cfg, queue))
@@ -166,16 +150,12 @@ def peak_memory(cfg: BenchKnnConfig) -> float:
 
 def _recall_alone(cfg: BenchKnnConfig, queue: Any) -> None:
     features, labels = make_features(cfg.images, cfg.products, cfg=cfg, seed=1)
-    device = distributed.setup(cfg.device)
-    first_positive(features.to(device), labels)
-    queue.put(_largest_memory() / 1e9)
-
-
-def _largest_memory() -> int:
-    """Largest resident memory of this process in bytes."""
+    first_positive(features.to(distributed.setup(cfg.device)), labels)
     if sys.platform == "linux":  # ru_maxrss here includes the process that started this one
-        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        largest = 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    else:
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    queue.put(largest / 1e9)
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -10,10 +10,8 @@ class of their own), attention products, powers and minima. Columns:
     macs_full       also 2 n^2 D for each attention layer of n tokens, and 2 N D for SimPool
     macs_executed   the same with W_k folded into SimPool's query, as this package computes it
 
-The forward pass runs on torch's meta device, which computes sizes only and so needs no time and
-memory for any encoder.
-
-Letters: N pooled positions, D width.
+The forward pass runs on torch's meta device, which computes sizes only and so takes no time and
+memory. Letters: N pooled positions, D width.
 """
 
 from __future__ import annotations
@@ -57,8 +55,8 @@ def resources(encoder: Encoder, *, image_size: int | None = None, num_classes: i
 def count_multiply_adds(cfg: ModelConfig, image_size: int) -> Counter[str]:
     """Multiply-adds for one square image: layers, norms (SimPool's included) and attention.
 
-    For SimPool also pool_layers and pool_attention, and pool_executed, which replaces these two
-    when the keys are folded.
+    For SimPool also pool_layers and pool_attention, and pool_executed, which replaces both when the
+    keys are folded.
     """
     with torch.device("meta"):
         encoder = build_encoder(cfg).eval()
@@ -101,6 +99,12 @@ def main(cfg: ResourcesConfig) -> None:
     folder = results_folder(cfg.out, cfg.checkpoint) if cfg.out or cfg.checkpoint else None
     image_size = cfg.image_size or encoder.config.image_size
     metrics = resources(encoder, image_size=image_size, num_classes=cfg.num_classes)
+    if not distributed.is_main():
+        return
+    print(describe(encoder.config, metrics, image_size=image_size, num_classes=cfg.num_classes))
+    if folder is None:
+        print("  not written: no --out DIR and no checkpoint")
+        return
     record = {
         "evaluator": "resources",
         "dataset": None,
@@ -111,23 +115,14 @@ def main(cfg: ResourcesConfig) -> None:
         "num_classes": cfg.num_classes,
         "model": source,
     }
-    if not distributed.is_main():
-        return
-    print(describe(encoder.config, metrics, image_size=image_size, num_classes=cfg.num_classes))
-    if folder is None:
-        print("  not written: no --out DIR and no checkpoint")
-        return
-    path = folder / "resources.json"
-    write_record(path, record, cfg)
-    print(f"  written to {path}")
+    write_record(folder / "resources.json", record, cfg)
+    print(f"  written to {folder / 'resources.json'}")
 
 
 def encoder_of(cfg: ResourcesConfig) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder of the checkpoint, recipe or model options, and its record.
-
-    ValueError if more than one of them is given.
-    """
-    given = {"checkpoint": cfg.checkpoint, "recipe": cfg.recipe, "model": cfg.model if cfg.model != ModelConfig() else None}
+    """The encoder of the checkpoint, recipe or model options, and its record. ValueError if more
+    than one of them is given."""
+    given = {"checkpoint": cfg.checkpoint, "recipe": cfg.recipe, "model": cfg.model != ModelConfig()}
     names = [name for name, value in given.items() if value]
     if len(names) > 1:
         raise ValueError(

@@ -13,14 +13,10 @@ classes 101 to 200 of CUB, 99 to 196 of Cars, Ebay_test.txt of SOP, and all imag
 In-Shop has queries and a gallery, and the landmarks have queries and a database. These are the
 splits of metric learning, where training and test have different classes. For CUB and Cars this is
 not the official split, which divides the images of each class. The images are those that the lists
-name, in that order; other files are not used, and `check_layout` only counts them. Only the test
-part is read.
+name, in that order; other files are only counted, by `check_layout`. Only the test part is read.
 
 Missing or damaged files stop a reader. Counts that differ from the official ones are only reported,
 by `check_layout` and the evaluators, so a part of a data set can be used.
-
-A layout is one `Layout` (layout.py), next to its reader: classes.py, metric_learning.py,
-landmarks.py. lists.py reads files that list images, ground_truth.py the files of landmarks.
 """
 
 from __future__ import annotations
@@ -43,10 +39,8 @@ def check_layout(layout: str, root: str) -> Problems:
     """
     if layout not in LAYOUTS:
         raise ValueError(f"there is no layout {layout}: known are {', '.join(LAYOUTS)}")
-    problems = Problems()
-    parts = LAYOUTS[layout].read(LAYOUTS[layout].home(root), problems)
-    if parts:
-        problems += differing_counts(layout, part_counts(parts))
+    parts, problems = LAYOUTS[layout].parts(root)
+    problems += differing_counts(layout, part_counts(parts))
     return problems
 
 

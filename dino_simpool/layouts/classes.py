@@ -1,20 +1,12 @@
-"""Data sets of class folders: ImageNet, and any folder of the form CLASS/IMAGE."""
+"""Data sets for classification: ImageNet."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from dino_simpool.data import class_folder, find_images, folder_or_archive
+from dino_simpool.data import find_images, folder_or_archive
 from dino_simpool.layouts.layout import Layout, Parts, Problems
-
-
-def _read_folder(folder: Path, problems: Problems) -> Parts:
-    try:
-        return {"queries": class_folder(str(folder))}
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
-        return {}
 
 
 def _read_imagenet(folder: Path, problems: Problems) -> Parts:
@@ -42,5 +34,4 @@ def _read_imagenet(folder: Path, problems: Problems) -> Parts:
     return parts
 
 
-FOLDER = Layout("folder", _read_folder)
 IMAGENET = Layout("imagenet", _read_imagenet, counts={"train": 1_281_167, "val": 50_000, "classes": 1_000})

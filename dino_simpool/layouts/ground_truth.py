@@ -23,8 +23,7 @@ import numpy as np
 
 KINDS = ("easy", "hard", "junk")
 MOST_BYTES = 2**24
-"""The largest pickle. Published files have less than 2**20 bytes. A byte may become 64 in
-memory."""
+"""The largest pickle. Published ones have less than 2**20 bytes. A byte may take 64 in memory."""
 MOST_PIXELS = 2**16
 """The longest side of an image; larger boxes are invalid. (JPEG has 16 bits for it.)"""
 
@@ -40,15 +39,11 @@ class GroundTruth:
     boxes: np.ndarray
     """(queries, 4) float64 left, top, right, bottom of the landmark in the query, in pixels."""
     relevant: list[dict[str, np.ndarray]]
-    """For each query, its easy, hard and junk images: int64 numbers in `database`. Others are
-    negatives."""
+    """Easy, hard and junk images of each query: int64 numbers in `database`. Others: negatives."""
 
 
 def read_ground_truth(folder: Path, name: str) -> GroundTruth:
-    """The ground truth in gnd_<name>.json if it exists, else in gnd_<name>.pkl.
-
-    ValueError if it is missing or damaged.
-    """
+    """gnd_<name>.json if it exists, else gnd_<name>.pkl. ValueError if missing or damaged."""
     path = folder / f"gnd_{name}.json"
     if not path.is_file():
         path = path.with_suffix(".pkl")
@@ -74,8 +69,8 @@ def read_ground_truth(folder: Path, name: str) -> GroundTruth:
 def load_plain_pickle(file: BinaryIO) -> Any:
     """The content of a pickle, if it has only containers, strings, numbers and numpy arrays.
 
-    UnpicklingError names the first other thing, which is not even imported, or says that the file
-    is too large. Python 2 strings are decoded as Latin-1.
+    UnpicklingError if it has anything else, which is not even imported, or is too large. Python 2
+    strings are decoded as Latin-1.
     """
     data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
@@ -95,25 +90,13 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 def _dtype(kind: str, align: object = False, copy: object = True) -> np.dtype[Any]:
-    """A dtype of numbers, text or objects.
-
-    A copy and not the one that numpy shares, since its byte order may be set next.
-    """
     if not isinstance(kind, str) or not _PLAIN_DTYPE.fullmatch(kind):
         raise pickle.UnpicklingError(f"the dtype {kind!r} is not one of numbers, text or objects")
-    return np.dtype(kind, copy=True)
-
-
-def _reconstruct(_kind: object, _shape: object, _typecode: object) -> np.ndarray:
-    """An empty array, filled later by `_build`."""
-    return np.empty(0, np.uint8)
+    return np.dtype(kind, copy=True)  # not the one that numpy shares, since its byte order may be set next
 
 
 def _content(data: Any, dtype: Any, shape: Any) -> Any:
-    """The bytes that fill an array, or the list for an array of objects.
-
-    UnpicklingError if they do not fit.
-    """
+    """The bytes that fill an array, or the list for an array of objects, if they fit it."""
     if not isinstance(dtype, np.dtype) or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
         raise pickle.UnpicklingError("an array in it has no plain dtype and shape")
     data = data.encode("latin1") if isinstance(data, str) else data
@@ -124,15 +107,10 @@ def _content(data: Any, dtype: Any, shape: Any) -> Any:
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
-    """An array of numbers or text from its bytes."""
     content = _content(data, dtype, shape)
     if dtype.hasobject:
         raise pickle.UnpicklingError("it makes an array of objects from bytes")
     return np.ndarray(shape, dtype, content, order="F" if order == "F" else "C").copy(order="K")
-
-
-def _scalar(dtype: Any, data: Any) -> Any:
-    return _array(data, dtype, ())[()]
 
 
 def _bytes(*arguments: Any) -> bytes:
@@ -146,8 +124,8 @@ _PLAIN_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16|[SU][0-9]{1,6}|O
 _CALLABLE: dict[str, Any] = {
     "numpy.ndarray": "numpy.ndarray",  # only named as an argument, and cannot be called
     "numpy.dtype": _dtype,
-    "numpy._core.multiarray._reconstruct": _reconstruct,
-    "numpy._core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray._reconstruct": lambda kind, shape, typecode: np.empty(0, np.uint8),  # filled by _build
+    "numpy._core.multiarray.scalar": lambda dtype, data: _array(data, dtype, ())[()],
     "numpy._core.numeric._frombuffer": _array,
     "_codecs.encode": _encode,
     "builtins.set": set,
@@ -176,7 +154,7 @@ def _build(machine: Any) -> None:
 
 
 def _bytearray(machine: Any) -> None:
-    """A bytearray made from the bytes that are there, after reading them."""
+    """A bytearray of the bytes that are there. (The original first takes the memory asked for.)"""
     machine.append(bytearray(machine.read(int.from_bytes(machine.read(8), "little"))))
 
 
@@ -185,10 +163,8 @@ def _refuse(machine: Any) -> None:
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Looks up only what sets, numpy arrays and scalars (old and new) need. Makes no other objects.
-
-    It is the standard module's Python version, whose operations can be replaced. (The C version
-    also allocates as much memory as a short file asks for.)
+    """The standard module's Python version, with replaced operations and nothing to look up but
+    `_CALLABLE`. (The C version also allocates as much memory as a short file asks for.)
     """
 
     dispatch: ClassVar[dict[int, Any]] = {
@@ -200,18 +176,13 @@ class _PlainUnpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        old_and_new = {"numpy.core": "numpy._core", "__builtin__": "builtins"}
-        for old, new in old_and_new.items():
-            if module == old or module.startswith(f"{old}."):
-                module = new + module.removeprefix(old)
-        try:
-            return _CALLABLE[f"{module}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it wants to use {module}.{name}, which plain data does not need") from None
+        new = re.sub(r"^numpy\.core\b", "numpy._core", module).replace("__builtin__", "builtins")
+        if (wanted := f"{new}.{name}") not in _CALLABLE:
+            raise pickle.UnpicklingError(f"it wants to use {wanted}, which plain data does not need")
+        return _CALLABLE[wanted]
 
 
 def _checked(content: Any) -> GroundTruth:
-    """The content as arrays. ValueError, TypeError or KeyError if it is anything else."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")
     database, queries = (_names(content[key], key) for key in ("imlist", "qimlist"))

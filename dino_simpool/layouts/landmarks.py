@@ -12,8 +12,7 @@ from PIL import Image, ImageFile
 
 from dino_simpool.data import ImageSet
 from dino_simpool.layouts.ground_truth import read_ground_truth
-from dino_simpool.layouts.layout import Layout, Parts, Problems, load
-from dino_simpool.layouts.lists import listed_images
+from dino_simpool.layouts.layout import Layout, Parts, Problems, listed_images, load
 
 
 def landmarks(name: str, root: str) -> tuple[ImageSet, ImageSet, list[dict[str, np.ndarray]]]:
@@ -28,20 +27,14 @@ def landmarks(name: str, root: str) -> tuple[ImageSet, ImageSet, list[dict[str, 
 
 
 def _read(folder: Path, problems: Problems, *, name: str) -> Parts:
-    try:
-        truth = read_ground_truth(folder, name)
-    except ValueError as error:
-        problems.append(str(error))
-        return {}
-    chosen = {
-        part: [(f"jpg/{image}.jpg", "") for image in names]
-        for part, names in (("database", truth.database), ("queries", truth.queries))
-    }
+    truth = read_ground_truth(folder, name)
+    images = {"database": truth.database, "queries": truth.queries}
+    chosen = {part: [(f"jpg/{image}.jpg", "") for image in names] for part, names in images.items()}
     named = [path for pairs in chosen.values() for path, _ in pairs]
     parts = listed_images(folder, "the ground truth", chosen, problems, named=named)
     if "queries" in parts:
         parts["queries"] = dataclasses.replace(parts["queries"], boxes=truth.boxes)
-    return {part: lenient(images) for part, images in parts.items()}
+    return {part: lenient(each) for part, each in parts.items()}
 
 
 LANDMARKS = {
@@ -55,7 +48,7 @@ class LenientImageSet(ImageSet):
     """Images that may be truncated. Missing rows become gray, with a warning, as published."""
 
     def read(self, index: int) -> Image.Image:
-        """One image as RGB, cropped to its box, if any. ValueError if no part of it can be read."""
+        """Like ImageSet.read, with a ValueError only if no part of the image can be read."""
         try:
             return super().read(index)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Data sets for metric learning: CUB-200-2011, Cars-196, SOP, In-Shop."""
+"""Data sets for metric learning: CUB-200-2011, Cars-196, SOP, In-Shop, class folders."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_simpool.data import ImageSet
-from dino_simpool.layouts.classes import FOLDER
-from dino_simpool.layouts.layout import Layout, Parts, Problems, load
-from dino_simpool.layouts.lists import listed_images, read_table
+from dino_simpool.data import ImageSet, class_folder
+from dino_simpool.layouts.layout import Layout, Parts, Problems, listed_images, load, read_table
 
 
 def fine_grained(layout: str, root: str) -> tuple[ImageSet, ImageSet | None]:
     """The test images of a metric-learning data set, with labels: (queries, gallery).
 
-    layout: cub200, cars196, sop, inshop or folder. The gallery is None if the queries are their own
-    gallery. Both sets have the same class numbers. ValueError, in one line, if something is missing
-    or damaged.
+    layout: a name in FINE_GRAINED. The gallery is None if the queries are their own gallery. Both
+    sets have the same class numbers. ValueError, in one line, if something is missing or damaged.
     """
     parts = load(layout, root, FINE_GRAINED)
     return parts["queries"], parts.get("gallery")
@@ -31,8 +28,7 @@ def _cub200(folder: Path, problems: Problems) -> Parts:
     names = [path.partition("/")[0] for path in paths]
     unnumbered = [name for name in names if not name.partition(".")[0].isdecimal()]
     if unnumbered:
-        problems.append(f"{folder / 'images.txt'}: folder {unnumbered[0]} has no class number, as in 101.White_Pelican")
-        return {}
+        raise ValueError(f"{folder / 'images.txt'}: folder {unnumbered[0]} has no class number, as in 101.White_Pelican")
     test = [(f"images/{path}", name) for path, name in zip(paths, names, strict=True) if int(name.partition(".")[0]) > 100]
     return listed_images(folder, "images.txt", {"queries": test}, problems, named=[f"images/{path}" for _, path in rows])
 
@@ -41,16 +37,15 @@ def _cars196(folder: Path, problems: Problems) -> Parts:
     """The flag `test` in the file divides the images of each class, so it is not used."""
     path = folder / "cars_annos.mat"
     if not path.is_file():
-        problems.append(f"{path} is missing: get it with the data set")
-        return {}
+        raise ValueError(f"{path} is missing: get it with the data set")
     from scipy.io import loadmat  # imported here, because it is slow and only needed for this file
 
     try:
         found = np.atleast_1d(loadmat(str(path), variable_names=["annotations"], squeeze_me=True)["annotations"])
         pairs = [(str(name), int(number)) for name, number in zip(found["relative_im_path"], found["class"], strict=True)]
     except Exception as error:  # a damaged file raises almost anything
-        problems.append(f"{path} holds no annotations with relative_im_path and class ({type(error).__name__}: {error})")
-        return {}
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} holds no annotations with relative_im_path and class ({said}): get it again") from error
     test = [(name, str(number)) for name, number in pairs if number > 98]
     return listed_images(folder, path.name, {"queries": test}, problems, named=[name for name, _ in pairs])
 
@@ -80,23 +75,11 @@ def _inshop(folder: Path, problems: Problems) -> Parts:
 FINE_GRAINED = {
     layout.name: layout
     for layout in (
-        Layout("cub200", _cub200, folder="CUB_200_2011", content="images.txt", counts={"queries": 5_924, "classes": 100}),
-        Layout("cars196", _cars196, folder="cars196", content="cars_annos.mat", counts={"queries": 8_131, "classes": 98}),
-        Layout(
-            "sop",
-            _sop,
-            folder="Stanford_Online_Products",
-            content="Ebay_test.txt",
-            counts={"queries": 60_502, "classes": 11_316},
-        ),
-        Layout(
-            "inshop",
-            _inshop,
-            folder="Inshop_Clothes",
-            content="Eval",
-            counts={"queries": 14_218, "gallery": 12_612, "classes": 3_985},
-        ),
-        FOLDER,
+        Layout("cub200", _cub200, "CUB_200_2011", "images.txt", {"queries": 5_924, "classes": 100}),
+        Layout("cars196", _cars196, "cars196", "cars_annos.mat", {"queries": 8_131, "classes": 98}),
+        Layout("sop", _sop, "Stanford_Online_Products", "Ebay_test.txt", {"queries": 60_502, "classes": 11_316}),
+        Layout("inshop", _inshop, "Inshop_Clothes", "Eval", {"queries": 14_218, "gallery": 12_612, "classes": 3_985}),
+        Layout("folder", lambda folder, problems: {"queries": class_folder(str(folder))}),
     )
 }
 """The layouts with labels for metric learning, by name."""

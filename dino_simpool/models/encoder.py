@@ -40,17 +40,18 @@ def position_matrix(native: Grid, grid: Grid, rule: str, *, device: torch.device
 
     native, grid: positions (down, across).   rule: "size" resamples from grid to grid, antialiased
     like timm; "dino" (and "dino_always") is the published rule, scale (h + 0.1) / native, not
-    antialiased; "dino_legacy" divides by the square root of (rows + 1) instead, as an early version
-    of the published code did, which counted the missing class token as a position (ValueError for
-    grids that it cannot make: 40 positions or more from 14).
+    antialiased; "dino_legacy" divides by sqrt(rows + 1) instead, as an early version of the
+    published code did, which counted the missing class token as a position (ValueError for grids
+    that it cannot make: 40 positions or more from 14).
     """
     # A trace must neither fill the cache, with tensors that are not real, nor read real ones there.
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(torch.empty(0)) is not Tensor
-    make = _make_position_matrix if traced else _cached_position_matrix
+    make = _cached_position_matrix.__wrapped__ if traced else _cached_position_matrix
     return make(native, grid, rule, device, dtype)
 
 
-def _make_position_matrix(native: Grid, grid: Grid, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+@lru_cache(maxsize=32)
+def _cached_position_matrix(native: Grid, grid: Grid, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     rows = native[0] * native[1]
     with torch.inference_mode(False), torch.no_grad():
         one_hot = torch.eye(rows, dtype=torch.float64, device="cpu").view(1, rows, *native)
@@ -64,9 +65,6 @@ def _make_position_matrix(native: Grid, grid: Grid, rule: str, device: torch.dev
         if matrix.shape[-2:] != grid:  # only dino_legacy, whose scale is a little too small for large grids
             raise ValueError(f"model.pos_interp {rule} has no positions for {grid[0]} x {grid[1]} patches: use smaller images")
         return matrix.view(rows, -1).T.contiguous().to(dtype).to(device)
-
-
-_cached_position_matrix = lru_cache(maxsize=32)(_make_position_matrix)
 
 
 class Encoder(nn.Module):
@@ -89,19 +87,18 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, embed_dim)."""
         pooled = self.pool(self.pool_input(images)[0])
-        return pooled if self._norm_first else self.norm(pooled)
+        return pooled if self.config.norm_order == "norm_then_pool" else self.norm(pooled)
 
     def tokens(self, images: Tensor) -> Tensor:
         """The tokens (B, N, D) that are pooled, without class token and registers; row by row."""
         x, _ = self.pool_input(images)
-        return x[:, self._prefix :] if isinstance(self.pool, ClsPool) else as_tokens(x)
+        return x[:, self.trunk.num_prefix_tokens :] if isinstance(self.pool, ClsPool) else as_tokens(x)
 
     def attention(self, images: Tensor, *, per_head: bool = False) -> Tensor:
         """Attention maps (B, h, w), means over heads; per_head: (B, heads, h, w). Each sums to 1.
 
-        The attention is that of the pooling (global average: uniform, one head). For the class
-        token it is its self-attention in the last block, patches only. ValueError if the pooling
-        has no attention.
+        They are those of the pooling (global average: uniform, one head), or of the class token's
+        self-attention in the last block. ValueError if the pooling has no attention.
         """
         if isinstance(self.pool, ClsPool):
             weights, grid = self._class_attention(images, per_head=per_head)
@@ -115,25 +112,15 @@ class Encoder(nn.Module):
 
     def pool_input(self, images: Tensor) -> tuple[Tensor, Grid]:
         """What is pooled, tokens (B, N, D) or a map (B, D, h, w), and the grid (h, w) of positions.
-
-        For class-token pooling the tokens begin with the class token and the registers.
-        """
+        For class-token pooling the tokens begin with the class token and the registers."""
         if not self.config.is_vit:
             x = self.trunk.forward_features(images)
             return x, tuple(x.shape[-2:])
         tokens, grid = self._embed(images)
         tokens = self.trunk.blocks(tokens)
-        if self._norm_first:
+        if self.config.norm_order == "norm_then_pool":
             tokens = self.norm(tokens)
-        return tokens if isinstance(self.pool, ClsPool) else tokens[:, self._prefix :], grid
-
-    @property
-    def _norm_first(self) -> bool:
-        return self.config.norm_order == "norm_then_pool"
-
-    @property
-    def _prefix(self) -> int:
-        return self.trunk.num_prefix_tokens
+        return tokens if isinstance(self.pool, ClsPool) else tokens[:, self.trunk.num_prefix_tokens :], grid
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens (B, prefix + N, D) that enter the first block of a ViT, and their grid."""
@@ -147,7 +134,7 @@ class Encoder(nn.Module):
         x = trunk.patch_embed(images[..., : grid[0] * patch, : grid[1] * patch]).flatten(1, 2)
         prefix = [token.expand(len(x), -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None]
         if trunk.pos_embed is not None:
-            rows = 0 if trunk.no_embed_class else self._prefix
+            rows = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
             for_prefix, for_patches = trunk.pos_embed[0].split([rows, trunk.pos_embed.shape[1] - rows])
             x = x + self._positions(for_patches, grid, square=height == width)
             if rows:
@@ -157,8 +144,7 @@ class Encoder(nn.Module):
     def _positions(self, embedding: Tensor, grid: Grid, *, square: bool) -> Tensor:
         """Position embedding (h * w, D) for a grid from the stored one (rows, D)."""
         native, rule = self.trunk.patch_embed.grid_size, self.config.pos_interp
-        # The published shortcut needs a square image too.
-        # parity: test_model.py::test_positions_match_the_published_ones
+        # The published shortcut needs a square image too (test_positions_match_the_published_ones).
         if grid == native and (rule == "size" or (rule == "dino" and square)):
             return embedding
         matrix = position_matrix(native, grid, rule, device=embedding.device, dtype=embedding.dtype)
@@ -168,8 +154,8 @@ class Encoder(nn.Module):
     def _class_attention(self, images: Tensor, *, per_head: bool) -> tuple[Tensor, Grid]:
         """Attention (B, heads or 1, N) of the class token to patches in the last block; the grid.
 
-        It is computed here because fused kernels do not return it. Attention to class token and
-        registers is left out, the rest scaled to sum 1.
+        Fused kernels do not return it. What goes to class token and registers is left out, the rest
+        scaled to sum 1.
         """
         block = self.trunk.blocks[-1]
         layer = getattr(block, "attn", None)
@@ -181,14 +167,13 @@ class Encoder(nn.Module):
         query, key, _ = layer.qkv(block.norm1(tokens)).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
         scores = layer.q_norm(query[:, :, :1]) * layer.scale @ layer.k_norm(key).transpose(-2, -1)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        weights = scores.softmax(-1)[:, :, 0, self._prefix :]
+        weights = scores.softmax(-1)[:, :, 0, self.trunk.num_prefix_tokens :]
         weights = weights if per_head else weights.mean(1, keepdim=True)
         return weights / weights.sum(-1, keepdim=True), grid
 
 
 def build_encoder(cfg: ModelConfig) -> Encoder:
-    """A freshly initialized encoder, made here and nowhere else. ValueError if the options do not
-    go together."""
+    """A new encoder, made here and nowhere else. ValueError if the options do not go together."""
     trunk, make_norm = build_trunk(cfg)
     pool = build_pool(cfg, trunk.num_features)
     width = trunk.num_features if cfg.norm_order == "norm_then_pool" else pool.out_dim

@@ -27,17 +27,11 @@ SHORT_NAMES = {f"vit_{size}": f"vit_{size}_patch16_224" for size in ("tiny", "sm
 
 
 def find_arch(arch: str) -> tuple[str, str]:
-    """Family ("vit", "resnet" or "convnext") and timm name of an architecture.
-
-    ValueError, with the nearest name, if timm does not know it.
-    """
+    """Family ("vit", "resnet" or "convnext") and timm name of an architecture. ValueError, with the
+    nearest name, if timm does not know it."""
     name = SHORT_NAMES.get(arch, arch)
-    known = {
-        model: "vit"
-        for module in ("vision_transformer", "deit")
-        for model in timm.list_models(module=module)
-        if is_vit(model) and "distilled" not in model
-    }
+    vits = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+    known = {model: "vit" for model in vits if is_vit(model) and "distilled" not in model}
     known |= {model: family for family in ("resnet", "convnext") for model in timm.list_models(module=family)}
     if name in known:
         return known[name], name
@@ -48,11 +42,8 @@ def find_arch(arch: str) -> tuple[str, str]:
 
 
 def build_trunk(cfg: ModelConfig) -> tuple[Any, MakeNorm]:
-    """Trunk without pooling and classifier, and what makes the norm that goes with it.
-
-    `trunk.num_features` is the width D. ValueError if the architecture does not exist or the sizes
-    do not fit it.
-    """
+    """Trunk of width `trunk.num_features`, and what makes its norm. ValueError if the architecture
+    does not exist or the sizes do not fit it."""
     family, name = find_arch(cfg.arch)
     return {"vit": _vit, "resnet": _resnet, "convnext": _convnext}[family](name, cfg)
 
@@ -99,8 +90,8 @@ def _vit(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
     return trunk, partial(norm.__class__, eps=norm.eps)
 
 
-def _stages(cfg: ModelConfig) -> dict[str, Any]:
-    """Number of blocks in each of the four stages of a CNN, if given; stages left out have none."""
+def _stages(cfg: ModelConfig, argument: str) -> dict[str, Any]:
+    """timm's argument for the blocks of each of four stages, if given; a stage left out has none."""
     if cfg.depth is None:
         return {}
     depth = cfg.depth if isinstance(cfg.depth, tuple) else (cfg.depth,) * 4
@@ -108,16 +99,15 @@ def _stages(cfg: ModelConfig) -> dict[str, Any]:
         raise ValueError(
             f"model.depth is {cfg.depth}: give one to four numbers of blocks, each 1 or more, at least two blocks in all"
         )
-    return {"depth": depth + (0,) * (4 - len(depth))}
+    return {argument: depth + (0,) * (4 - len(depth))}
 
 
 class SubsampledConv(nn.Conv2d):
-    """A strided 1x1 convolution, computed as one of stride 1 on the positions that it visits: the
-    same sums.
+    """A strided 1x1 convolution, computed as one of stride 1 on the positions that it visits.
 
-    oneDNN (3.12, with torch 2.14) computes the weight gradient of the strided one out of bounds if
-    the channels are last and fewer than its vectors hold (at most 16): processes crash, or train on
-    wrong numbers. See github.com/uxlfoundation/oneDNN/issues/6035.
+    The sums are the same. oneDNN (3.12, with torch 2.14) computes the weight gradient of the
+    strided one out of bounds if the channels are last and fewer than its vectors hold (at most 16):
+    processes crash, or train on wrong numbers. See github.com/uxlfoundation/oneDNN/issues/6035.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,18 +116,16 @@ class SubsampledConv(nn.Conv2d):
 
 
 def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
-    sizes: dict[str, Any] = {"layers": stages["depth"]} if (stages := _stages(cfg)) else {}
-    plain_stem = False
+    sizes = _stages(cfg, "layers")
     if cfg.width:
         if cfg.width % 2:
             raise ValueError(f"model.width is {cfg.width}: give an even number for {cfg.arch}")
-        plain_stem = isinstance(_on_meta(name).conv1, nn.Conv2d)
         # timm has a width for deep stems only; the single convolution is put back below.
         sizes |= {"channels": tuple(cfg.width * 2**i for i in range(4)), "stem_width": cfg.width // 2, "stem_type": "deep"}
     trunk: Any = timm.create_model(
         name, num_classes=0, global_pool="", zero_init_last=False, drop_path_rate=cfg.drop_path, **sizes
     )
-    if plain_stem or cfg.stem == "small":
+    if cfg.stem == "small" or (cfg.width and isinstance(_on_meta(name).conv1, nn.Conv2d)):
         last = trunk.conv1 if isinstance(trunk.conv1, nn.Conv2d) else trunk.conv1[-1]
         kernel, stride = (3, 1) if cfg.stem == "small" else (7, 2)
         trunk.conv1 = nn.Conv2d(3, last.out_channels, kernel, stride, kernel // 2, bias=False)
@@ -152,7 +140,7 @@ def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
 
 
 def _convnext(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
-    sizes: dict[str, Any] = {"depths": stages["depth"]} if (stages := _stages(cfg)) else {}
+    sizes = _stages(cfg, "depths")
     if cfg.width:
         sizes |= {"dims": tuple(cfg.width * 2**i for i in range(4))}
     trunk: Any = timm.create_model(
@@ -162,11 +150,10 @@ def _convnext(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
     trunk.stages = trunk.stages[:num_stages]
     trunk.num_features = trunk.feature_info[num_stages - 1]["num_chs"]
     if cfg.stem == "small":
-        norm = trunk.stem[-1]
         convolution = nn.Conv2d(3, trunk.feature_info[0]["num_chs"], 3, padding=1)
         nn.init.trunc_normal_(convolution.weight, std=0.02)
         assert convolution.bias is not None
         nn.init.zeros_(convolution.bias)
-        trunk.stem = nn.Sequential(convolution, norm)
+        trunk.stem = nn.Sequential(convolution, trunk.stem[-1])
     eps, trunk.head = trunk.head.norm.eps, nn.Identity()
     return trunk, partial(nn.LayerNorm, eps=eps)

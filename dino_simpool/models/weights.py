@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import pathlib
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from pathlib import Path, PosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -92,21 +91,14 @@ COLUMNS = {"dino": 0, "supervised": 1, "ours": 2}
 def load_official(path: str | Path) -> dict[str, Any]:
     """The content of a published .pth file, with its tensors on the CPU.
 
-    Other than tensors it may hold only the plain values that published files have. ValueError if
-    loading it could run code, or if it is broken or not a dictionary.
+    ValueError if it is broken, not a dictionary, or holds more than tensors and the plain values of
+    published files, since loading that could run code.
     """
     # It makes NumPy scalars, as which learning rates were saved, in old files under another name.
     scalar: Any = np.float64(0).__reduce__()[0]
-    harmless = [
-        argparse.Namespace,
-        pathlib.PosixPath,
-        np.dtype,
-        np.dtypes.Float64DType,
-        scalar,
-        (scalar, "numpy.core.multiarray.scalar"),
-    ]
+    scalars = [np.dtype, np.dtypes.Float64DType, scalar, (scalar, "numpy.core.multiarray.scalar")]
     try:
-        with torch.serialization.safe_globals(harmless):
+        with torch.serialization.safe_globals([argparse.Namespace, PosixPath, *scalars]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -122,25 +114,26 @@ def load_official(path: str | Path) -> dict[str, Any]:
 def from_official(checkpoint: Mapping[str, Any], *, which: Literal["teacher", "student"] = "teacher") -> dict[str, Tensor]:
     """Weights under our names, from the content of a published file or ours, or a bare state dict.
 
-    which: teacher or student of a self-supervised file; of a supervised file, teacher is the moving
-    average if there is one. ValueError for names that no table knows.
+    which: of a supervised file, teacher is the moving average if there is one. ValueError for names
+    that no table knows.
     """
-    state = {_strip(name): value for name, value in _choose(checkpoint, which).items() if ".aux_bn." not in name}
+    state = {
+        name.replace("_orig_mod.", "").removeprefix("module."): value
+        for name, value in _choose(checkpoint, which).items()
+        if ".aux_bn." not in name
+    }
     if any(name.startswith(("encoder.trunk.", "trunk.")) for name in state):
         ours = ("encoder.", "head.", "classifier.")
         return {name if name.startswith(ours) else f"encoder.{name}": value for name, value in state.items()}
-    if any(name.startswith(("backbone.", "head.mlp.")) for name in state):
-        encoder, head = _section(state, "backbone."), _section(state, "head.")
-        if stray := [name for name in state if not name.startswith(("backbone.", "head."))]:
-            raise ValueError(f"unknown names of weights: {_first(stray)}")
-    elif "last_layer.weight_g" in state:
-        encoder, head = {}, state
-    else:
-        encoder, head = state, {}
+    if not any(name.startswith(("backbone.", "head.mlp.")) for name in state):  # an encoder or a head alone
+        prefix = "head." if "last_layer.weight_g" in state else "backbone."
+        state = {prefix + name: value for name, value in state.items()}
+    if stray := [name for name in state if not name.startswith(("backbone.", "head."))]:
+        raise ValueError(f"unknown names of weights: {_first(stray)}")
+    encoder, head = _section(state, "backbone."), _section(state, "head.")
     result: dict[str, Tensor] = {}
     if encoder:
-        rows = ENCODERS[_family(encoder)]
-        renamed = _rename(_without_class_position(encoder), rows, "ours")
+        renamed = _rename(_without_class_position(encoder), ENCODERS[_family(encoder)], "ours")
         result |= {name if name.startswith("classifier.") else f"encoder.{name}": value for name, value in renamed.items()}
     if head:
         result |= {f"head.{name}": value for name, value in _rename(head, _head_rows(head), "ours").items()}
@@ -148,11 +141,10 @@ def from_official(checkpoint: Mapping[str, Any], *, which: Literal["teacher", "s
 
 
 def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict[str, Tensor]:
-    """Weights under published names.
+    """Weights under published names, from those of a DinoModel, an encoder or a head under ours.
 
-    state: of a whole DinoModel, an encoder or a head, under our names.   layout: "dino" has the
-    prefixes backbone. and head.; "supervised" has none, as in the fork of timm, and no place for a
-    head (ValueError).
+    layout: "dino" has the prefixes backbone. and head.; "supervised" has none, as in the fork of
+    timm, and no place for a head (ValueError).
     """
     bare = ("trunk.", "pool.", "norm.")
     state = {f"encoder.{name}" if name.startswith(bare) else name: value for name, value in state.items()}
@@ -170,9 +162,7 @@ def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
     """Load all weights of a module. ValueError, with the first five that differ, unless all match.
-
-    source: what the message calls the state, such as a path.
-    """
+    The message calls the state `source`."""
     own = module.state_dict()
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
@@ -197,72 +187,56 @@ def _choose(checkpoint: Mapping[str, Any], which: str) -> Mapping[str, Tensor]:
     raise ValueError(f"the checkpoint has no {which}: it has {_first(checkpoint)}, and one of {', '.join(places)} is needed")
 
 
-def _strip(name: str) -> str:
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
 def _section(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _family(names: Iterable[str]) -> str:
-    names = list(names)
-    for name, family in FAMILY_KEYS.items():
-        if name in names:
-            return family
-    raise ValueError(f"no ViT, ResNet or ConvNeXt has these weights: {_first(names)}")
+def _family(names: Mapping[str, Tensor]) -> str:
+    found = [family for name, family in FAMILY_KEYS.items() if name in names]
+    if not found:
+        raise ValueError(f"no ViT, ResNet or ConvNeXt has these weights: {_first(names)}")
+    return found[0]
 
 
-def _head_rows(names: Iterable[str]) -> tuple[Row, ...]:
-    names = list(names)
+def _head_rows(names: Mapping[str, Tensor]) -> tuple[Row, ...]:
     if "mlp.weight" in names or ("fc1.weight" in names and "fc2.weight" not in names):
         return HEADS["one layer"]
     return HEADS["batch norm" if any(name.startswith("bn1.") or name.endswith("running_mean") for name in names) else "plain"]
 
 
-def _without_class_position(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_class_position(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Drops the first position of early SimPool files: that of a class token that they lack."""
-    state = dict(state)
-    if "pos_embed" in state and "cls_token" not in state:
-        rows = state["pos_embed"].shape[1]
-        if math.isqrt(rows) ** 2 != rows and math.isqrt(rows - 1) ** 2 == rows - 1:
-            warnings.warn(
-                f"pos_embed has {rows} rows but there is no class token, as in early SimPool files: the first row is "
-                "dropped, and model.pos_interp dino_legacy repeats their interpolation",
-                stacklevel=3,
-            )
-            state["pos_embed"] = state["pos_embed"][:, 1:]
-    return state
+    rows = state["pos_embed"].shape[1] if "pos_embed" in state and "cls_token" not in state else 0
+    if math.isqrt(rows) ** 2 == rows or math.isqrt(rows - 1) ** 2 != rows - 1:
+        return state
+    warnings.warn(
+        f"pos_embed has {rows} rows but there is no class token, as in early SimPool files: the first row is "
+        "dropped, and model.pos_interp dino_legacy repeats their interpolation",
+        stacklevel=3,
+    )
+    return {**state, "pos_embed": state["pos_embed"][:, 1:]}
 
 
 def _rename(state: Mapping[str, Tensor], rows: tuple[Row, ...], target: str) -> dict[str, Tensor]:
     """Renames all weights: to ours from the layout that knows all names, or from ours to target."""
-    unknown: dict[str, list[str]] = {}
+    unknown: list[list[str]] = []
     for source in ("dino", "supervised") if target == "ours" else ("ours",):
-        pairs = [(_pattern(row[COLUMNS[source]]), row[COLUMNS[target]]) for row in rows]
+        pairs = [(row[COLUMNS[source]], row[COLUMNS[target]]) for row in rows]
         names = {name: _translate(name, pairs) for name in state}
-        unknown[source] = [name for name, new in names.items() if new is None]
-        if not unknown[source]:
+        unknown.append([name for name, new in names.items() if new is None])
+        if not unknown[-1]:
             assert len(set(names.values())) == len(names)
             return {new: state[name] for name, new in names.items() if new is not None}
-    fewest = min(unknown.values(), key=len)
-    raise ValueError(f"unknown names of weights: {_first(fewest)}")
+    raise ValueError(f"unknown names of weights: {_first(min(unknown, key=len))}")
 
 
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)"))
-
-
-def _translate(name: str, pairs: list[tuple[re.Pattern[str], str]]) -> str | None:
-    for pattern, template in pairs:
-        if match := pattern.fullmatch(name):
-            for part in match.groups():
-                template = re.sub(r"[#*]", part, template, count=1)
-            return template
+def _translate(name: str, pairs: list[tuple[str, str]]) -> str | None:
+    for theirs, ours in pairs:
+        pattern = re.escape(theirs).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)")
+        if match := re.fullmatch(pattern, name):
+            return re.sub("[#*]", "{}", ours).format(*match.groups())
     return None
 
 
-def _first(names: Iterable[str]) -> str:
-    """The first five names, with dots if there are more."""
-    names = list(names)
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def _first(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,9 +1,9 @@
 """Poolings: many tokens in, one feature out. A pooling is a module with
 
-    pool.out_dim                        width of the feature
-    pool(x)                             feature (B, out_dim) of tokens (B, N, D) or maps (B, D, H, W)
-    pool(x, return_attention=True)      feature and attention: (B, N) or (B, H, W), sum 1
-    pool(x, return_attention="heads")   the same for each head: (B, heads, ...); one head may be left out
+    pool.out_dim                       width of the feature
+    pool(x)                            feature (B, out_dim) of tokens (B, N, D) or maps (B, D, H, W)
+    pool(x, return_attention=True)     feature and attention: (B, N) or (B, H, W), sum 1
+    pool(x, return_attention="heads")  the same for each head: (B, heads, ...); one may be left out
 
 The attention is None if the pooling has none. Importing this package needs torch only.
 """

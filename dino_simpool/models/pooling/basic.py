@@ -19,8 +19,7 @@ class GapPool(nn.Module):
         self.out_dim = dim
 
     def forward(self, x: Tensor, return_attention: ReturnAttention = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Mean (B, D) over the positions of tokens (B, N, D) or maps (B, D, H, W); the attention is
-        1/N everywhere."""
+        """Mean (B, D) over the positions of tokens or maps; the attention is 1/N everywhere."""
         tokens = as_tokens(x)
         # Under autocast the result is float32, as from the other poolings and their norm.
         dtype = torch.float32 if not x.is_meta and torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -39,11 +38,8 @@ class ClsPool(nn.Module):
         self.out_dim = dim
 
     def forward(self, x: Tensor, return_attention: ReturnAttention = False) -> Tensor | tuple[Tensor, None]:
-        """First token (B, D) of tokens (B, 1 + N, D).
-
-        Its attention is None here: it is that of the last block, which `Encoder.attention`
-        computes.
-        """
+        """First token (B, D) of (B, 1 + N, D). Its attention is None here: it is that of the last
+        block, which `Encoder.attention` computes."""
         if x.ndim != 3:
             raise ValueError(f"class-token pooling got a tensor of shape {tuple(x.shape)}: give tokens (B, 1 + N, D)")
         return (x[:, 0], None) if return_attention else x[:, 0]

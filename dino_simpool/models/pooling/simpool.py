@@ -30,8 +30,7 @@ ReturnAttention = bool | Literal["heads"]
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Context in which products on the device of x keep their dtype."""
-    # The meta device has no autocast to turn off.
+    """Context in which products on the device of x keep their dtype. (Meta has no autocast.)"""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
@@ -82,13 +81,11 @@ class SimPool(nn.Module):
         """Pools tokens (B, N, D) or maps (B, D, H, W) to (B, D).
 
         return_attention: True also returns the mean attention over heads, (B, N), or (B, H, W) for
-        maps; "heads" that of each head, (B, heads, N) or (B, heads, H, W). Its sum over positions
-        is 1. Half-precision input is computed in float32, also under autocast; both results have
-        the dtype of the parameters.
+        maps; "heads" that of each head, (B, heads, N) or (B, heads, H, W). It sums to 1. Half
+        precision is computed in float32, also under autocast; results have the parameters' dtype.
         """
-        precision = self._precision()
         with without_autocast(x):
-            tokens = as_tokens(x).to(precision)
+            tokens = as_tokens(x).to(self._precision())
             values = self._normalize(tokens)
             attention = self._attention(tokens, values)
             pooled = self._pool(values, attention).to(self.norm.weight.dtype)
@@ -166,15 +163,13 @@ def attach_simpool(
     parameter: Tensor = next(model.parameters())
 
     def new(dim: int) -> SimPool:
-        pool = SimPool(dim, gamma=gamma, num_heads=num_heads, beta=beta, min_over=min_over)
-        return pool.to(parameter.device, parameter.dtype)
+        return SimPool(dim, gamma=gamma, num_heads=num_heads, beta=beta, min_over=min_over).to(parameter)
 
     if hasattr(model, "attn_pool") and hasattr(model, "num_prefix_tokens"):  # timm ViT
         model.attn_pool = pool = new(model.num_features)
         model.pool_include_prefix = False
         return pool
-    owners: tuple[Any, Any] = (model, getattr(model, "head", None))
-    for owner in owners:  # timm CNN: the pooling belongs to the model or to its head
+    for owner in (model, getattr(model, "head", model)):  # timm CNN: the pooling belongs to the model or to its head
         old = getattr(owner, "global_pool", None)
         if isinstance(old, nn.Module):
             pool = new(model.num_features)
