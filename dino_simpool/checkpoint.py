@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dino_simpool.config import ModelConfig, from_dict, to_dict
-from dino_simpool.files import write_atomically
+from dino_simpool.files import write_atomically, write_json
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import load_strict
 
@@ -67,8 +67,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for broken files; the cause is kept
         said = [line.strip().split(". ")[0] for line in str(error).splitlines()]
-        # The first line about a refused pickle advises how to run it anyway. The cause comes below
-        # it.
+        # The first line about a refused pickle advises how to run it anyway, the cause comes later.
         reason = next((line for line in said if "Unpickler error" in line or "GLOBAL" in line), said[0] if said else "")
         name = type(error).__name__
         raise ValueError(
@@ -83,11 +82,10 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def newest_state(out: Path, announce: Callable[[str], object]) -> dict[str, Any] | None:
-    """The state to resume from: OUT/last.pth, else OUT/prev.pth (announced). None if there is
-    neither.
+    """The state to resume from, OUT/last.pth, else OUT/prev.pth (announced); None without either.
 
-    The name of the file is its entry "file". ValueError if there are files but none can be read:
-    starting over must be the user's choice.
+    Its entry "file" is the name. ValueError if there are files but none can be read: starting over
+    must be the user's choice.
     """
     failures = []
     for path in (out / "last.pth", out / "prev.pth"):
@@ -140,8 +138,7 @@ def export_encoder(out: Path, encoder: Encoder, *, seed: int = 0, epochs: float 
     about = {"run": json.dumps({"seed": seed, "epochs": epochs})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     write_atomically(out / "backbone.safetensors", lambda path: save_file(tensors, path, metadata=about))
-    text = json.dumps(to_dict(encoder.config), indent=2) + "\n"
-    write_atomically(out / "model.json", lambda path: path.write_text(text))
+    write_json(out / "model.json", to_dict(encoder.config))
 
 
 def load_encoder(

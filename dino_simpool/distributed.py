@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce as sum_with_gradient
 
 GATHER_BYTES = 2**26
 """Rows of one process that `gather_by_index` sends at a time."""
@@ -182,22 +183,6 @@ def gather_by_index(rows: Tensor, indices: Tensor, total: int) -> Tensor:
     return gathered
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """Sum over the processes. Its gradient is the sum over the processes, too."""
-
-    @staticmethod
-    def forward(context: torch.autograd.function.FunctionCtx, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(context: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of all processes, for CPU groups: torch's own refuses CPU tensors.
 
@@ -220,9 +205,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = x.numel() // x.shape[1] * world_size()
         # Two passes: the variance about the common mean does not cancel, as E[x^2] - E[x]^2 would
         # in float32.
-        mean = _SumOverProcesses.apply(x.sum(over)) / count
+        mean = sum_with_gradient(x.sum(over)) / count
         centered = x - mean.view(shape)
-        variance = _SumOverProcesses.apply(centered.square().sum(over)) / count
+        variance = sum_with_gradient(centered.square().sum(over)) / count
         if self.track_running_stats:
             with torch.no_grad():
                 assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
@@ -252,7 +237,7 @@ def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
             synced.weight, synced.bias, synced.num_batches_tracked = child.weight, child.bias, child.num_batches_tracked
             synced.running_mean, synced.running_var = child.running_mean, child.running_var
             # timm fuses an activation into its BatchNorm layers: keep what follows the
-            # normalisation.
+            # normalization.
             after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
             setattr(module, name, nn.Sequential(synced, *after) if after else synced)
         else:
