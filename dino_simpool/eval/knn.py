@@ -15,25 +15,21 @@ M training images (the bank), T test images, D width, C classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dino_simpool import distributed
 from dino_simpool.config import KnnConfig
 from dino_simpool.data import EvalTransform, ImageSet
 from dino_simpool.eval import class_folders, classes_of, run
-from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import extract_features, preprocessing
+from dino_simpool.features import chunks
+from dino_simpool.features.encode import Forward, device_of, extract_features, preprocessing
 from dino_simpool.features.neighbors import check_ks, neighbors
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
-
-KS = (10, 20, 100, 200)
-"""Numbers of neighbors in the published evaluation; the paper reports 10."""
 
 
 def knn_rank(
@@ -42,7 +38,7 @@ def knn_rank(
     test_x: Tensor,
     *,
     k: int,
-    temperature: float = 0.07,
+    temperature: float = KnnConfig.temperature,
     num_classes: int | None = None,
     top: int = 5,
 ) -> Tensor:
@@ -52,7 +48,7 @@ def knn_rank(
     train_x: (M, D), train_y: (M,) classes 0..C-1, test_x: (T, D). Features may have any length;
     they are normalized here. num_classes: C, by default the highest class + 1. Classes with equal
     votes, or with none, are ordered by number. k above M counts as M, with a warning. ValueError if
-    k, temperature, a label or a feature is invalid. Source: eval_knn.py of facebookresearch/dino.
+    k, temperature, a label or a feature is invalid.
     """
     num_classes = int(train_y.max()) + 1 if num_classes is None and len(train_y) else num_classes or 0
     if k > len(train_x) > 0:
@@ -65,10 +61,7 @@ def vote_each_k(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, *, ks: Sequence[int], temperature: float, num_classes: int, top: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """knn_rank for several k with one search: {k: (classes (T, min(top, C)), their votes)}, on the
-    CPU, without a warning.
-
-    Votes are relative to that of the nearest neighbor, which counts 1.
-    """
+    CPU, without a warning. The nearest neighbor has 1 vote."""
     check_settings(ks, temperature)
     if not len(train_y) == len(train_x) > 0:
         raise ValueError(
@@ -81,16 +74,7 @@ def vote_each_k(
     return {k: _vote(similarity[:, :k], labels[:, :k], temperature=temperature, num_classes=num_classes, top=top) for k in ks}
 
 
-def check_settings(ks: Sequence[int], temperature: float) -> None:
-    """ValueError unless there is a k, every k is 1 or more, and the temperature is above 0."""
-    check_ks(ks)
-    if not temperature > 0:
-        raise ValueError(f"the k-NN temperature is {temperature}: give a number above 0 (published: 0.07)")
-
-
 def _vote(similarity: Tensor, labels: Tensor, *, temperature: float, num_classes: int, top: int) -> tuple[Tensor, Tensor]:
-    """The classes (T, min(top, C)) with the most votes, and their votes, from neighbors (T, k) in
-    descending similarity."""
     top = min(top, num_classes)
     classes = torch.empty(len(labels), top, dtype=torch.int64)
     votes = torch.empty(len(labels), top, dtype=torch.float64)
@@ -104,18 +88,21 @@ def _vote(similarity: Tensor, labels: Tensor, *, temperature: float, num_classes
     return classes, votes
 
 
+def check_settings(ks: Sequence[int], temperature: float) -> None:
+    """ValueError unless there is a k, every k is 1 or more, and the temperature is above 0."""
+    check_ks(ks)
+    if not temperature > 0:
+        raise ValueError(f"the k-NN temperature is {temperature}: give a number above 0 (published: 0.07)")
+
+
 def knn_accuracy(
     encoder: nn.Module,
     train_set: ImageSet,
     val_set: ImageSet,
+    forward: Forward,
     *,
-    transform: Callable[[Image.Image], Tensor],
-    ks: Sequence[int] = KS,
-    temperature: float = 0.07,
-    batch_size: int,
-    workers: int | None,
-    device: torch.device,
-    precision: str = "fp32",
+    ks: Sequence[int] = KnnConfig.k,
+    temperature: float = KnnConfig.temperature,
     skip_broken: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Accuracy in % on val_set, with train_set as the bank: {"10": {"top1": ..., "top5": ...}, ...}
@@ -126,56 +113,31 @@ def knn_accuracy(
     raising BrokenImage. ValueError names a class of val_set that train_set lacks.
     """
     check_settings(ks, temperature)
-    train_y, labels = torch.from_numpy(train_set.labels), classes_of(val_set, train_set)
+    sets = {"bank": (train_set, torch.from_numpy(train_set.labels)), "val": (val_set, classes_of(val_set, train_set))}
     if max(ks) > len(train_set):
         say(f"warning: k = {max(ks)} is more than the {len(train_set)} training images; all of them vote")
-    sets = {"bank": train_set, "val": val_set}
-    broken: dict[str, set[int]] = {name: set() for name in sets}
-    train_x, test_x = (
-        extract_features(
-            encoder,
-            images,
-            transform=transform,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            precision=precision,
-            description=f"k-NN {name}",
-            broken=broken[name] if skip_broken else None,
+    used: list[tuple[Tensor, Tensor]] = []
+    for name, (images, labels) in sets.items():
+        broken: set[int] = set()
+        features = extract_features(
+            encoder, images, forward, description=f"k-NN {name}", broken=broken if skip_broken else None
         )
-        for name, images in sets.items()
-    )
-    for name, images in sets.items():
-        if numbers := sorted(broken[name]):
-            first = images.path(numbers[0])
-            if len(numbers) == len(images):
+        if broken:
+            first = images.path(min(broken))
+            if len(broken) == len(images):
                 raise ValueError(f"no image of {images.root} can be read, such as {first}: `dino-simpool check-data` says why")
-            say(f"warning: k-NN {name} leaves out {len(numbers)} broken image(s), such as {first}")
-    train_x, train_y = (without(rows, broken["bank"]) for rows in (train_x, train_y))
-    test_x, labels = (without(rows, broken["val"]) for rows in (test_x, labels))
+            say(f"warning: k-NN {name} leaves out {len(broken)} broken image(s), such as {first}")
+            intact = [number for number in range(len(images)) if number not in broken]
+            features, labels = features[intact], labels[intact]
+        used.append((features, labels))
+    (train_x, train_y), (test_x, labels) = used
     mine = torch.arange(distributed.rank(), len(labels), distributed.world_size())
-    voted = vote_each_k(
-        train_x,
-        train_y,
-        test_x[mine].to(device),
-        ks=ks,
-        temperature=temperature,
-        num_classes=len(train_set.classes),
-        top=5,
-    )
+    test_x = test_x[mine].to(device_of(encoder))
+    voted = vote_each_k(train_x, train_y, test_x, ks=ks, temperature=temperature, num_classes=len(train_set.classes), top=5)
     hits = [((classes == labels[mine, None]) & (votes > 0)) for classes, votes in voted.values()]
     counts = torch.stack([torch.stack([hit[:, 0], hit.any(1)], 1) for hit in hits], 1)  # (T, ks, 2)
     percent = 100 * distributed.gather_by_index(counts, mine, len(labels)).double().mean(0)
     return {str(k): {"top1": percent[i, 0].item(), "top5": percent[i, 1].item()} for i, k in enumerate(voted)}
-
-
-def without(rows: Tensor, numbers: Collection[int]) -> Tensor:
-    """The rows (M, ...) except those with these numbers."""
-    if not numbers:
-        return rows
-    kept = torch.ones(len(rows), dtype=torch.bool)
-    kept[list(numbers)] = False
-    return rows[kept]
 
 
 class Pixels(nn.Module):
@@ -190,31 +152,19 @@ class Pixels(nn.Module):
 
 
 def main(cfg: KnnConfig) -> None:
-    """The command knn."""
+    """The command `dino-simpool knn`."""
     run("knn", evaluate, cfg)
 
 
 def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
     """k-NN accuracy in % on cfg.data: top1_k10, top5_k10, ..., and the `counts` behind them."""
     check_settings(cfg.k, cfg.temperature)
-    model = None if encoder is None else encoder.config
-    settings = preprocessing(model, image_size=cfg.image_size, resize=cfg.resize)
+    settings = preprocessing(None if encoder is None else encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     train_set, val_set = class_folders(cfg)
-    device = torch.device("cpu") if encoder is None else next(encoder.parameters()).device
     features = encoder if cfg.features == "encoder" else Pixels(settings["image_size"])
     assert features is not None
-    accuracy = knn_accuracy(
-        features,
-        train_set,
-        val_set,
-        transform=EvalTransform(**settings),
-        ks=cfg.k,
-        temperature=cfg.temperature,
-        batch_size=cfg.batch_size,
-        workers=cfg.workers,
-        device=device,
-        precision=cfg.precision,
-    )
+    forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
+    accuracy = knn_accuracy(features, train_set, val_set, forward, ks=cfg.k, temperature=cfg.temperature)
     metrics = {f"{name}_k{k}": value for k, names in accuracy.items() for name, value in names.items()}
     counts = {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)}
     return metrics | {"split": cfg.val, "preprocessing": settings, "counts": counts}

@@ -25,7 +25,7 @@ from dino_simpool import distributed
 from dino_simpool.config import MasksConfig
 from dino_simpool.data import EvalTransform, class_folder, evenly
 from dino_simpool.eval import run
-from dino_simpool.features.encode import preprocessing
+from dino_simpool.features.encode import Forward, preprocessing
 from dino_simpool.features.maps import attention_maps, cell_coverage, seen_box, shares
 from dino_simpool.models.encoder import Encoder
 
@@ -38,28 +38,20 @@ def main(cfg: MasksConfig) -> None:
 def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
     """attention_in_mask and mask_area in %, means over images, and `ratio`, the first by the second.
 
-    encoder: on the device to run on.   Images whose object is completely cropped away are left out
-    and counted.   ValueError if a mask is missing or does not fit, or if no image is left.
+    Images whose object is completely cropped away are left out and counted. ValueError if a mask is
+    missing or does not fit, or if no image is left.
     """
     if not cfg.data:
-        raise ValueError("no data is given: say --data DIR, a folder with val/ and masks/val/")
+        raise ValueError("no data is given: give --data DIR, a folder with val/ and masks/val/")
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     images = class_folder(str(Path(cfg.data) / cfg.val))
-    images = images.with_decoding(
-        max_pixels=cfg.max_pixels, exif_orientation=False
-    )  # masks are of the pixels as they are stored
+    # Masks are of the pixels as they are stored.
+    images = images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=False)
     chosen = evenly(len(images), cfg.max_images)
     positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     rows = []
-    for maps, _, indices in attention_maps(
-        encoder,
-        images,
-        chosen[positions],
-        transform=EvalTransform(**settings),
-        batch_size=cfg.batch_size,
-        workers=cfg.workers,
-        precision=cfg.precision,
-    ):
+    forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
+    for maps, _, indices in attention_maps(encoder, images, chosen[positions], forward):
         for index, cells in zip(indices.tolist(), maps.double().numpy(), strict=True):
             mask = read_mask(mask_path(cfg.data, cfg.val, images.name(index)), images.path(index), images.read_bytes(index))
             box = seen_box(encoder, mask.shape, resize=settings["resize"], crop=settings["image_size"])

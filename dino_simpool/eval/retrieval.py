@@ -29,6 +29,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_simpool.config import RetrievalConfig
-from dino_simpool.data import ImageSet, find_images
+from dino_simpool.data import find_images
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.eval import decoded, run
-from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import extract_features
+from dino_simpool.features import chunks
+from dino_simpool.features.encode import Forward, extract_features
 from dino_simpool.features.neighbors import UNIT
 from dino_simpool.features.whitening import Whitening, unit, whitening_set
 from dino_simpool.layouts import differing_counts, part_counts
@@ -132,7 +133,6 @@ def evaluate_ranks(
 
 
 def _score(ranking: np.ndarray, positive: np.ndarray, junk: np.ndarray, kappas: Sequence[int]) -> list[float]:
-    """Average precision and the precisions of one query."""
     if not len(positive):
         return [math.nan] * (1 + len(kappas))
     found = np.flatnonzero(np.isin(ranking, positive))
@@ -157,19 +157,11 @@ def rank(queries: Tensor, database: Tensor) -> Tensor:
     return order
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """The longest side shrunk to `image_size` with Lanczos (Image.thumbnail), then normalized."""
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """(3, H, W) float32 from an RGB image. It is never enlarged."""
-        image = image.copy()
-        image.thumbnail((self.image_size, self.image_size), Image.Resampling.LANCZOS)
-        return to_tensor([image], mean=self.mean, std=self.std)[0]
+def thumbnail(image: Image.Image, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(3, H, W) float32 of an RGB image, its longest side shrunk with Lanczos, normalized."""
+    image = image.copy()
+    image.thumbnail((image_size, image_size), Image.Resampling.LANCZOS)
+    return to_tensor([image], mean=mean, std=std)[0]
 
 
 class MultiScale(nn.Module):
@@ -185,8 +177,7 @@ class MultiScale(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D) of images (B, 3, H, W)."""
-        features = [self._at(images, scale) for scale in self.scales]
-        return torch.stack(features).sum(0) / len(features)
+        return torch.stack([self._at(images, scale) for scale in self.scales]).sum(0) / len(self.scales)
 
     def _at(self, images: Tensor, scale: float) -> Tensor:
         if scale != 1:
@@ -194,28 +185,22 @@ class MultiScale(nn.Module):
         try:
             return self.encoder(images)
         except RuntimeError as error:
-            # A ConvNeXt, ours or the published one, cannot take a side below 32 pixels; torch
-            # raises its own error for it.
-            if "Kernel size" not in str(error):
+            if "Kernel size" not in str(error):  # torch's own error for a ConvNeXt and a side below 32 pixels
                 raise
             size = f"{images.shape[-2]} x {images.shape[-1]} pixels at scale {scale:.2g}"
             raise ValueError(f"{size} are too small for the encoder: give a larger image_size, or multi_scale false") from error
 
 
 def main(cfg: RetrievalConfig) -> None:
-    """The command retrieval."""
+    """The command `dino-simpool retrieval`."""
     run("retrieval", evaluate, cfg)
 
 
 def resolve(cfg: RetrievalConfig) -> dict[str, Any]:
     """image_size, multi_scale and query_crop: those given, else the preset's. ValueError for boxes
     in rotated images."""
-    image_size, multi_scale, query_crop = PRESETS[cfg.preset][cfg.dataset]
-    settings = {
-        "image_size": image_size if cfg.image_size is None else cfg.image_size,
-        "multi_scale": multi_scale if cfg.multi_scale is None else cfg.multi_scale,
-        "query_crop": query_crop if cfg.query_crop is None else cfg.query_crop,
-    }
+    preset = zip(("image_size", "multi_scale", "query_crop"), PRESETS[cfg.preset][cfg.dataset], strict=True)
+    settings = {name: default if getattr(cfg, name) is None else getattr(cfg, name) for name, default in preset}
     if settings["query_crop"] and cfg.exif_orientation:
         raise ValueError("exif_orientation must be false with query_crop: boxes belong to the pixels as they are stored")
     return settings
@@ -229,7 +214,7 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
     which no query has positives has no metric.
     """
     if not cfg.data:
-        raise ValueError("no data is given: say --data DIR, the folder that holds roxford5k/ or rparis6k/")
+        raise ValueError("no data is given: give --data DIR, the folder that holds roxford5k/ or rparis6k/")
     settings = resolve(cfg)
     database_set, query_set, truth = landmarks(cfg.dataset, cfg.data)
     counts = part_counts({"database": database_set, "queries": query_set})
@@ -242,10 +227,15 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
     others, dim = whitening_set(cfg.whitening_data, encoder.embed_dim, dim=cfg.whitening_dim)
 
     scales = SCALES if settings["multi_scale"] else SCALES[:1]
-    transform = Thumbnail(settings["image_size"], encoder.config.mean, encoder.config.std)
-    found = {"database": database_set, "queries": query_set} | more | ({} if others is None else {"whitening": others})
-    sets = {name: decoded(images, cfg) for name, images in found.items()}
-    features = _features(encoder, sets, scales=scales, transform=transform, cfg=cfg)
+    normalization: dict[str, Any] = {"mean": encoder.config.mean, "std": encoder.config.std}
+    sets = {"database": database_set, "queries": query_set} | more | ({} if others is None else {"whitening": others})
+    transform = partial(thumbnail, image_size=settings["image_size"], **normalization)
+    forward = Forward(transform, 1, cfg.workers, cfg.precision)  # each image has its own size
+    encoder_at_scales = MultiScale(encoder, scales)
+    features = {
+        name: extract_features(encoder_at_scales, decoded(images, cfg), forward, description=name)
+        for name, images in sets.items()
+    }
     distractors = features["distractors"] if distractors is None else distractors
     database, queries = torch.cat([features["database"], distractors]), features["queries"]
     if others is not None:
@@ -258,33 +248,12 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
         "split": "test",
         "counts": {name: len(images) for name, images in sets.items()} | {"distractors": len(distractors)},
         "count_warnings": warnings,
-        "preprocessing": preparation | {"mean": transform.mean, "std": transform.std},
+        "preprocessing": preparation | normalization,
         "whitening": None if others is None else {"data": cfg.whitening_data, "dimensions": dim},
     }
 
 
-def _features(
-    encoder: Encoder, sets: dict[str, ImageSet], *, scales: Sequence[float], transform: Thumbnail, cfg: RetrievalConfig
-) -> dict[str, Tensor]:
-    """The features of each set, one image at a time."""
-    device = next(encoder.parameters()).device
-    return {
-        name: extract_features(
-            MultiScale(encoder, scales),
-            images,
-            transform=transform,
-            batch_size=1,  # each image has its own size
-            workers=cfg.workers,
-            device=device,
-            precision=cfg.precision,
-            description=name,
-        )
-        for name, images in sets.items()
-    }
-
-
 def _scored(order: Tensor, truth: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """The results of rankings (Q, M)."""
     result: dict[str, Any] = {"ranks": order[:, :TOP].contiguous(), "kappas": KAPPAS, "queries_with_positives": {}}
     for protocol, scores in evaluate_ranks(order.T, truth).items():
         result["queries_with_positives"][protocol] = int((~np.isnan(scores.ap)).sum())

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dino_simpool.features.chunks import MAX_BYTES, chunks
+from dino_simpool.features import MAX_BYTES, chunks
 from dino_simpool.features.neighbors import UNIT, full_precision, keys_of, lengths_of, margin
 
 TILE = 1024
@@ -40,7 +40,7 @@ class Labeled:
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor) -> Labeled:
-        """Features (M, D) and labels (M,) in any order. ValueError if a feature is not finite."""
+        """Features and labels in any order. ValueError if a feature is not finite."""
         labels, order = labels.to(features.device).long().sort(stable=True)
         rows = features[order]
         return cls(rows, lengths_of(rows), labels, order)
@@ -83,11 +83,11 @@ def best_positive(queries: Labeled, gallery: Labeled, *, own: bool) -> Tensor:
 def count_nearer(
     queries: Labeled, gallery: Labeled, best: Tensor, *, own: bool, tile: int | None, part: tuple[int, int]
 ) -> Tensor:
-    """The number of gallery images that are nearer than the best positive, (Q, 2) int64: in the
+    """The number of gallery images that are nearer than the `best_positive`, (Q, 2) int64: in the
     stable order, and strictly.
 
-    queries, gallery, own: as in `best_positive`, which returns `best`. tile: side of a tile, None
-    for what suits the device. part: (i, n) counts only every n-th tile, starting at tile i.
+    tile: side of a tile, None for what suits the device. part: (i, n) counts only every n-th tile,
+    starting at tile i.
     """
     device = queries.rows.device
     side = tile or (TILE if device.type == "cpu" else DEVICE_TILE)

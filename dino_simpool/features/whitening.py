@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_simpool.data import ImageSet, find_images
-from dino_simpool.features.chunks import chunks
+from dino_simpool.features import chunks
 from dino_simpool.layouts.landmarks import lenient
 
 
