@@ -33,10 +33,8 @@ def result_name(evaluator: str, cfg: EvalConfig) -> str:
 
 
 def results_folder(out: str, checkpoint: str) -> Path:
-    """The folder for results: `out`, or results/ beside the checkpoint. The main process creates it.
-
-    ValueError if neither is given, or if nothing can be written there, before hours of work.
-    """
+    """The folder for results: `out`, or results/ beside the checkpoint. ValueError if neither is
+    given, or if the main process cannot write there: better now than after hours of work."""
     if not out and not checkpoint:
         raise ValueError("without a checkpoint there is no folder for the results: give --out DIR")
     folder = Path(out) if out else Path(checkpoint).parent / "results"

@@ -14,7 +14,7 @@ single heads followed by _head0, _head1, ...):
     .json         sizes, entropy, and boxes around the parts of the mask, in pixels of the image
 
 <out>/attention.png shows them together. <out>/attention.json holds every setting and the .json of
-each image. Pictures have the size of what the encoder saw; with fit native that is the image itself.
+each image. Pictures have the size of what the encoder saw.
 
 h, w: cells of a map, N = h * w; H, W: pixels of an image.
 """

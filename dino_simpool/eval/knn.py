@@ -4,10 +4,7 @@ The k training images with the highest cosine similarity s to a test image vote 
 with weight exp(s / temperature), temperature 0.07 (facebookresearch/dino and billpsomas/simpool,
 eval_knn.py). The published code leaves some cases open. Here, of equal similarities the lower
 training index is nearer, and of equal votes the lower class wins. A top-5 hit needs at least one
-vote for its class. Any number of images and classes works, and a k larger than the bank means all
-of it.
-
-The search is exact (neighbors.py): blocks, batches and processes do not change the result.
+vote for its class. A k larger than the bank means all of it. The search is exact (neighbors.py).
 
 M training images (the bank), T test images, D width, C classes.
 """
@@ -43,12 +40,11 @@ def knn_rank(
     top: int = 5,
 ) -> Tensor:
     """Classes of each test image by descending vote of its k nearest training images, (T, min(top,
-    C)) int64.
+    C)) int64. Classes with equal votes, or with none, are ordered by number.
 
-    train_x: (M, D), train_y: (M,) classes 0..C-1, test_x: (T, D). Features may have any length;
-    they are normalized here. num_classes: C, by default the highest class + 1. Classes with equal
-    votes, or with none, are ordered by number. k above M counts as M, with a warning. ValueError if
-    k, temperature, a label or a feature is invalid.
+    train_x: (M, D), train_y: (M,) classes 0..C-1, test_x: (T, D). Features may have any length.
+    num_classes: C, by default the highest class + 1. k above M counts as M, with a warning.
+    ValueError if k, temperature, a label or a feature is invalid.
     """
     num_classes = int(train_y.max()) + 1 if num_classes is None and len(train_y) else num_classes or 0
     if k > len(train_x) > 0:
@@ -71,21 +67,19 @@ def vote_each_k(
         raise ValueError(f"training labels are {int(train_y.min())} to {int(train_y.max())}: allowed is 0 to {num_classes - 1}")
     similarity, index = neighbors(train_x, test_x, k=min(max(ks), len(train_x)))
     labels = train_y.cpu().long()[index]
-    return {k: _vote(similarity[:, :k], labels[:, :k], temperature=temperature, num_classes=num_classes, top=top) for k in ks}
-
-
-def _vote(similarity: Tensor, labels: Tensor, *, temperature: float, num_classes: int, top: int) -> tuple[Tensor, Tensor]:
-    top = min(top, num_classes)
-    classes = torch.empty(len(labels), top, dtype=torch.int64)
-    votes = torch.empty(len(labels), top, dtype=torch.float64)
-    for rows in chunks(len(labels), 32 * num_classes):
-        # A small temperature would overflow without the shift by the highest similarity, which does
-        # not change the order.
-        weight = ((similarity[rows] - similarity[rows, :1]) / temperature).exp()
-        sums = torch.zeros(len(weight), num_classes, dtype=torch.float64).scatter_add_(1, labels[rows], weight)
-        ordered, order = sums.sort(dim=1, descending=True, stable=True)
-        classes[rows], votes[rows] = order[:, :top], ordered[:, :top]
-    return classes, votes
+    top, found = min(top, num_classes), {}
+    for k in ks:
+        classes = torch.empty(len(test_x), top, dtype=torch.int64)
+        votes = torch.empty(len(test_x), top, dtype=torch.float64)
+        for rows in chunks(len(test_x), 32 * num_classes):
+            # A small temperature would overflow without the shift by the highest similarity, which
+            # does not change the order.
+            weight = ((similarity[rows, :k] - similarity[rows, :1]) / temperature).exp()
+            sums = torch.zeros(len(weight), num_classes, dtype=torch.float64).scatter_add_(1, labels[rows, :k], weight)
+            ordered, order = sums.sort(dim=1, descending=True, stable=True)
+            classes[rows], votes[rows] = order[:, :top], ordered[:, :top]
+        found[k] = classes, votes
+    return found
 
 
 def check_settings(ks: Sequence[int], temperature: float) -> None:
@@ -108,9 +102,9 @@ def knn_accuracy(
     """Accuracy in % on val_set, with train_set as the bank: {"10": {"top1": ..., "top5": ...}, ...}
     for each k.
 
-    All processes call it together; each searches for its share of val_set, and all return the same.
-    Classes are matched by name. skip_broken: leave out broken images, with a warning, instead of
-    raising BrokenImage. ValueError names a class of val_set that train_set lacks.
+    All processes call it together; each searches for its share of val_set. Classes are matched by
+    name; ValueError for one that train_set lacks. skip_broken: leave out broken images, with a
+    warning, instead of raising BrokenImage.
     """
     check_settings(ks, temperature)
     sets = {"bank": (train_set, torch.from_numpy(train_set.labels)), "val": (val_set, classes_of(val_set, train_set))}
@@ -140,15 +134,12 @@ def knn_accuracy(
     return {str(k): {"top1": percent[i, 0].item(), "top5": percent[i, 1].item()} for i, k in enumerate(voted)}
 
 
-class Pixels(nn.Module):
+class Pixels(nn.Flatten):
     """Not an encoder: the normalized pixels themselves, (B, 3, S, S) -> (B, 3 * S * S)."""
 
     def __init__(self, image_size: int):
         super().__init__()
         self.embed_dim = 3 * image_size**2
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
 
 
 def main(cfg: KnnConfig) -> None:
@@ -161,8 +152,7 @@ def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
     check_settings(cfg.k, cfg.temperature)
     settings = preprocessing(None if encoder is None else encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     train_set, val_set = class_folders(cfg)
-    features = encoder if cfg.features == "encoder" else Pixels(settings["image_size"])
-    assert features is not None
+    features = Pixels(settings["image_size"]) if encoder is None or cfg.features == "pixels" else encoder
     forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
     accuracy = knn_accuracy(features, train_set, val_set, forward, ks=cfg.k, temperature=cfg.temperature)
     metrics = {f"{name}_k{k}": value for k, names in accuracy.items() for name, value in names.items()}

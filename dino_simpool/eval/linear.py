@@ -51,7 +51,7 @@ INIT_STD = 0.01
 
 
 class Heads:
-    """Independent softmax regressions with one learning rate each: weight (H, C, D), bias (H, C)."""
+    """Independent softmax regressions, a learning rate each: weight (H, C, D), bias (H, C)."""
 
     def __init__(self, learning_rates: Sequence[float], num_classes: int, dim: int, *, seed: int, device: torch.device):
         # Drawn once on the CPU and repeated: every head starts from the same weights on any device.
@@ -83,8 +83,20 @@ class Heads:
             parameter.sub_(rate * velocity)
         return _sum_over_processes(loss)
 
+    def fit(self, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, seed: int) -> Heads:
+        """Train on features (M, D) and labels (M,) on any device, cosine to 0 by epoch."""
+        device = self.bias.device
+        with progress(epochs * math.ceil(len(features) / batch_size), 0, "linear probes", images_per_step=batch_size) as bar:
+            for epoch in range(epochs):
+                for size, parts in _batches(len(features), epoch, seed=seed, batch_size=batch_size, forward_size=batch_size):
+                    index = parts[0] if parts else np.empty(0, np.int64)
+                    x, y = features[index].to(device), labels[index].to(device)
+                    self.step(x, y, batch_size=size, decay=cosine(epoch, epochs))
+                    bar.update()
+        return self
+
     def accuracy(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Top-1 and top-5 accuracy in % of each head, both (H,), of features (M, D) on any device."""
+        """Top-1 and top-5 accuracy in % of each head, both (H,); features may be on any device."""
         correct = torch.zeros(2, len(self.bias), dtype=torch.float64)
         for rows in chunks(len(features), 16 * self.bias.numel()):
             logits = self.logits(features[rows].to(self.weight.device))
@@ -99,7 +111,7 @@ def _sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def cosine(epoch: int, epochs: int) -> float:
-    """Factor of the learning rate in an epoch (from 0): half a cosine, 1 first, 0 after the last."""
+    """Factor of the learning rate in an epoch: half a cosine, 1 in epoch 0, 0 after the last."""
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
@@ -123,12 +135,11 @@ def main(cfg: LinearConfig) -> None:
 
 
 def evaluate(encoder: Encoder, cfg: LinearConfig) -> dict[str, Any]:
-    """Accuracy in % of the linear probe on cfg.data, its settings (`probe`), and the head: `weight`
-    (C, D) and `bias` (C,).
+    """Accuracy in % of the linear probe on cfg.data (no top5 with fewer than 5 classes), its
+    settings (`probe`), and the head: `weight` (C, D) and `bias` (C,).
 
-    paper: best_top1, last_top1, the top5 of these epochs, the `curve` over the epochs, and the head
-    of the last epoch. grid: top1, top5, the `grid` of held-out accuracies, and the head of the
-    chosen rate. There is no top5 with fewer than 5 classes.
+    paper: best_top1, last_top1, the top5 of these epochs, the `curve` over the epochs, and the last
+    head. grid: top1, top5, the `grid` of held-out accuracies, and the head of the chosen rate.
     """
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     train, val = class_folders(cfg)
@@ -213,17 +224,14 @@ def _grid(
     rates = sorted(set(cfg.grid))
     batch_size = _batch_size(cfg, len(learn))
     scaled = [rate * batch_size / 256 for rate in rates]
-    fit = partial(
-        fit_heads,
-        num_classes=len(train.classes),
-        epochs=cfg.epochs,
-        batch_size=batch_size,
-        seed=cfg.seed,
-        device=device_of(encoder),
-    )
-    held_top1, _ = fit(train_x[learn], train_y[learn], learning_rates=scaled).accuracy(train_x[held], train_y[held])
+
+    def fit(x: Tensor, y: Tensor, rates: list[float]) -> Heads:
+        heads = Heads(rates, len(train.classes), encoder.embed_dim, seed=cfg.seed, device=device_of(encoder))
+        return heads.fit(x, y, epochs=cfg.epochs, batch_size=batch_size, seed=cfg.seed)
+
+    held_top1, _ = fit(train_x[learn], train_y[learn], scaled).accuracy(train_x[held], train_y[held])
     chosen = int(held_top1.argmax())  # the first of equals
-    heads = fit(train_x, train_y, learning_rates=scaled[chosen : chosen + 1])
+    heads = fit(train_x, train_y, scaled[chosen : chosen + 1])
     top1, top5 = (accuracy.item() for accuracy in heads.accuracy(val_x, val_y))
     result = {
         "evaluator": "linear_grid",
@@ -236,35 +244,9 @@ def _grid(
     return result, heads
 
 
-def fit_heads(
-    features: Tensor,
-    labels: Tensor,
-    *,
-    learning_rates: Sequence[float],
-    num_classes: int,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-) -> Heads:
-    """Train one head per learning rate on features (M, D) and labels (M,), cosine to 0 by epoch."""
-    heads = Heads(learning_rates, num_classes, features.shape[1], seed=seed, device=device)
-    with progress(epochs * math.ceil(len(features) / batch_size), 0, "linear probes", images_per_step=batch_size) as bar:
-        for epoch in range(epochs):
-            for size, parts in _batches(len(features), epoch, seed=seed, batch_size=batch_size, forward_size=batch_size):
-                index = parts[0] if parts else np.empty(0, np.int64)
-                heads.step(features[index].to(device), labels[index].to(device), batch_size=size, decay=cosine(epoch, epochs))
-                bar.update()
-    return heads
-
-
 def split_held_out(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to learn from and indices held out, both ascending: about `share` of each class,
-    drawn from the seed.
-
-    A class of two or more images has at least one image in both parts; a class of one image is
-    learned from. ValueError if nothing is held out.
-    """
+    """Indices to learn from and indices held out, both ascending: about `share` of each class, at
+    least one image if it has two or more, but never all. ValueError if nothing is held out."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
     sizes = [0 if len(rows) < 2 else min(max(round(share * len(rows)), 1), len(rows) - 1) for rows in by_class]

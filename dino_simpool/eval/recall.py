@@ -14,7 +14,8 @@ counts in the denominator, as in the published code (which stops with an error i
 gallery). Its R-precision and MAP@R are 0. `ties` decides about equal similarities:
 
     stable       the lower index is nearer; the default if queries are their own gallery
-    optimistic   a positive is nearer than equally similar negatives; the default with a gallery, as published for In-Shop
+    optimistic   a positive is nearer than equally similar negatives; the default with a gallery,
+                 as published for In-Shop
 
 R-precision and MAP@R always use the stable order.
 
@@ -89,9 +90,8 @@ def first_positive(
     """The rank of the nearest gallery image of each query's class, (Q,) int32 on the CPU: 1 is the
     best, 0 means there is none.
 
-    Arguments as in `recall_at_k`; the device of the features computes. tile: side of the blocks of
-    the product, by default what suits the device. shared: all processes call it together with the
-    same arguments, and each computes a share.
+    Arguments as in `recall_at_k`; the device of the features computes. tile: as in `count_nearer`.
+    shared: all processes call it together with the same arguments, and each computes a share.
     """
     own = gallery_features is None
     bank, bank_labels = _gallery(features, labels, gallery_features, gallery_labels)
@@ -171,12 +171,8 @@ def main(cfg: RecallConfig) -> None:
 
 
 def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
-    """recall_<k>, r_precision and map_at_r in %, counts, and the choices that the paper leaves
-    open.
-
-    Tensor: `first_positive` (Q,) int32, the rank of the nearest image of each query's class, 0 if
-    there is none.
-    """
+    """recall_<k>, r_precision and map_at_r in %, counts, the choices that the paper leaves open,
+    and the tensor of `first_positive`."""
     if not cfg.data:
         raise ValueError(f"no data is given: give --data DIR, the folder that holds {cfg.layout} (layout folder: CLASS/IMAGE)")
     ks = cfg.k or KS[cfg.layout]

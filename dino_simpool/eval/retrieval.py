@@ -11,9 +11,8 @@ images are removed from the ranking, and all others are negatives:
 Images: the paper does not say how they are prepared, so there are presets that follow public
 scripts (`PRESETS`). All of them shrink an image to a longest side with Pillow's thumbnail (Lanczos,
 never enlarged) and process one image at a time, like the published eval_image_retrieval.py.
-Multi-scale features are the mean of the vectors of three scales, not normalized before the mean.
-Each mean is then normalized (the published code divides by the length of the whole batch, which is
-the same for one image).
+Multi-scale features are the mean of the vectors of three scales, which is then normalized (the
+published code divides by the length of the whole batch, which is the same for one image).
 
 The published code leaves some cases open. Here, equal similarities are ranked by image number;
 similarities are float64 rounded to 2**-30, so that duplicates tie. An image that is named twice
@@ -88,11 +87,11 @@ class Scores:
 
 
 def average_precision(ranks: Sequence[int] | np.ndarray, num_positives: int) -> float:
-    """Area under the precision-recall curve by trapezoids, 0 to 1.
+    """Area under the precision-recall curve by trapezoids, 0 to 1, as compute_ap of revisitop: the
+    mean over the positives of the precisions just before and just after each.
 
     ranks: those of the found positives, from 0, ascending, without junk. num_positives: the number
-    that exists, at least 1. Source: compute_ap of revisitop: the mean over the positives of the
-    precisions just before and just after each.
+    that exists, at least 1.
     """
     if num_positives < max(1, len(ranks)):
         raise ValueError(f"{num_positives} positives cannot give an average precision at {len(ranks)} ranks")
@@ -143,10 +142,7 @@ def _score(ranking: np.ndarray, positive: np.ndarray, junk: np.ndarray, kappas: 
 
 def rank(queries: Tensor, database: Tensor) -> Tensor:
     """The numbers (Q, M) int32 of the database images in descending cosine similarity to each
-    query; ties by number.
-
-    queries: (Q, D), database: (M, D), of any length; they are normalized here, in float64.
-    """
+    query; ties by number. queries: (Q, D), database: (M, D), of any length."""
     order = torch.empty(len(queries), len(database), dtype=torch.int32)
     for rows in chunks(len(queries), 32 * len(database)):
         query = unit(queries[rows])
@@ -165,10 +161,8 @@ def thumbnail(image: Image.Image, *, image_size: int, mean: Sequence[float], std
 
 
 class MultiScale(nn.Module):
-    """The mean of an encoder's features of an image at several scales.
-
-    Source: multi_scale in utils.py of dino and simpool, without its normalization.
-    """
+    """The mean of an encoder's features of an image at several scales: multi_scale in utils.py of
+    dino and simpool, without its normalization."""
 
     def __init__(self, encoder: nn.Module, scales: Sequence[float]):
         super().__init__()
@@ -176,7 +170,6 @@ class MultiScale(nn.Module):
         self.embed_dim: int = encoder.embed_dim  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, D) of images (B, 3, H, W)."""
         return torch.stack([self._at(images, scale) for scale in self.scales]).sum(0) / len(self.scales)
 
     def _at(self, images: Tensor, scale: float) -> Tensor:
@@ -207,11 +200,11 @@ def resolve(cfg: RetrievalConfig) -> dict[str, Any]:
 
 
 def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
-    """map_<protocol> and mp1_, mp5_, mp10_<protocol> in %, counts and the settings behind them.
+    """map_<protocol> and mp1_, mp5_, mp10_<protocol> in % (none if no query has positives), counts
+    and settings.
 
     Tensors: `ranks` (Q, 100) int32, numbers of database images (distractors are numbered after
-    them), and `ap_<protocol>` (Q,) float64 in %, NaN for queries without positives. A protocol in
-    which no query has positives has no metric.
+    them), and `ap_<protocol>` (Q,) float64 in %, NaN for queries without positives.
     """
     if not cfg.data:
         raise ValueError("no data is given: give --data DIR, the folder that holds roxford5k/ or rparis6k/")
@@ -243,7 +236,15 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
         database, queries = whitening(database), whitening(queries)
 
     preparation = {"preset": cfg.preset, **settings, "scales": scales, "resize": "longest side, Lanczos, never enlarged"}
-    return _scored(rank(queries, database), truth) | {
+    order = rank(queries, database)
+    result: dict[str, Any] = {"ranks": order[:, :TOP].contiguous(), "kappas": KAPPAS, "queries_with_positives": {}}
+    for protocol, scores in evaluate_ranks(order.T, truth).items():
+        result["queries_with_positives"][protocol] = int((~np.isnan(scores.ap)).sum())
+        result[f"ap_{protocol}"] = torch.from_numpy(100 * scores.ap)
+        if not math.isnan(scores.map):
+            result[f"map_{protocol}"] = 100 * scores.map
+            result |= {f"mp{kappa}_{protocol}": 100 * float(value) for kappa, value in zip(KAPPAS, scores.mp, strict=True)}
+    return result | {
         "dataset": cfg.dataset,
         "split": "test",
         "counts": {name: len(images) for name, images in sets.items()} | {"distractors": len(distractors)},
@@ -253,20 +254,8 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
     }
 
 
-def _scored(order: Tensor, truth: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    result: dict[str, Any] = {"ranks": order[:, :TOP].contiguous(), "kappas": KAPPAS, "queries_with_positives": {}}
-    for protocol, scores in evaluate_ranks(order.T, truth).items():
-        result["queries_with_positives"][protocol] = int((~np.isnan(scores.ap)).sum())
-        result[f"ap_{protocol}"] = torch.from_numpy(100 * scores.ap)
-        if not math.isnan(scores.map):
-            result[f"map_{protocol}"] = 100 * scores.map
-            result |= {f"mp{kappa}_{protocol}": 100 * float(value) for kappa, value in zip(KAPPAS, scores.mp, strict=True)}
-    return result
-
-
 def _distractors(file: str, width: int) -> Tensor | None:
-    """The features (images, width) float32 in a .npy file, no rows without a file, or None if it is
-    a source of images."""
+    """The features (images, width) in a .npy file, none without a file, or None for images."""
     if not file:
         return torch.empty(0, width)
     if not file.endswith((".npy", ".npz")):

@@ -1,7 +1,5 @@
 """Encoder in, arrays out: features, attention, neighbors. Here: large arrays in parts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 MAX_BYTES = 2**28

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,11 @@ class Forward:
     """fp32, or bf16 for the encoder's matrix products."""
 
     def batches(
-        self, images: ImageSet, indices: Sequence[int] | np.ndarray, device: torch.device, *, skip_broken: bool = False
+        self, images: ImageSet, order: Sequence[int] | np.ndarray, device: torch.device, *, skip_broken: bool = False
     ) -> DataLoader:
-        """The `index_loader` of these images."""
-        sizes: dict[str, Any] = {"batch_size": self.batch_size, "workers": self.workers}
-        return index_loader(images, self.transform, indices, **sizes, device=device, skip_broken=skip_broken)
+        """The `index_loader` of these images, in this order."""
+        load = partial(index_loader, images, self.transform, order, batch_size=self.batch_size, workers=self.workers)
+        return load(device=device, skip_broken=skip_broken)
 
 
 @contextmanager
@@ -96,12 +97,7 @@ def encode(encoder: nn.Module, images: Tensor, *, precision: str, method: Callab
 
 
 def extract_features(
-    encoder: nn.Module,
-    images: ImageSet,
-    forward: Forward,
-    *,
-    description: str = "features",
-    broken: set[int] | None = None,
+    encoder: nn.Module, images: ImageSet, forward: Forward, *, description: str = "features", broken: set[int] | None = None
 ) -> Tensor:
     """Features (M, D) of all images, float32 on the CPU, on every process, in the order of the set.
 

@@ -1,8 +1,7 @@
-"""Writes the features of any images to a folder. Map them with `numpy.load(OUT / "features.npy",
-mmap_mode="r")`.
+"""Writes the features of any images to a folder.
 
     OUT/
-        features.npy           float32, one row per image, in the order of the set
+        features.npy           float32, one row per image; numpy.load(FILE, mmap_mode="r") maps it
         ids.txt                the name of the image of each row, one per line
         meta.json              `settings` that determine the numbers, their `hash`, and the `source`
                                of weights and images
@@ -33,7 +32,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import faiss
 import numpy as np
@@ -55,8 +54,6 @@ from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.pooling.simpool import SimPool
 from dino_simpool.results import versions
-
-Level = Literal["global", "tokens", "keys", "attention"]
 
 
 def main(cfg: ExtractConfig) -> None:
@@ -112,7 +109,7 @@ def extract(
     images: ImageSet,
     out: str | Path,
     *,
-    level: Level = "global",
+    level: str = "global",
     view: dict[str, Any] | None = None,
     batch_size: int = 128,
     workers: int | None = None,
@@ -123,13 +120,12 @@ def extract(
     mapped from the file. Features that `out` already holds with the same settings are kept and
     completed. All processes call it together.
 
-    batch_size, workers, precision: as in `Forward`. view: the argument of
-    `make_transform`, None for the view of the model. source: written to meta.json; `search` needs
-    checkpoint, sha256, which, data and max_pixels. The source of the last call is kept: it does not
-    change the numbers, only whether there are any. ValueError or OSError, before anything is
-    computed, if the level or the size does not suit the encoder, if the disk is too small, or if
-    `out` was made with other settings, which are named. Later for a broken image or features that
-    are not finite.
+    batch_size, workers, precision: as in `Forward`. view: the argument of `make_transform`, None
+    for that of the model. source: written to meta.json; `search` needs checkpoint, sha256, which,
+    data and max_pixels. The last one is kept: it does not change the numbers, only whether there
+    are any. ValueError or OSError, before anything is computed, if the level or the size does not
+    suit the encoder, if the disk is too small, or if `out` was made with other settings, which are
+    named. Later for a broken image or features that are not finite.
     """
     view = view or {"view": "crop", **preprocessing(encoder.config)}
     method, size, device = level_of(encoder, level), view["image_size"], device_of(encoder)
@@ -157,7 +153,7 @@ def extract(
         with rows, progress(len(images), len(images) - len(rows.rows_of(missing)), "extract") as bar:
             for number, (batch, indices) in zip(mine.tolist(), batches, strict=True):
                 values = encode(encoder, batch, precision=precision, method=method).cpu()
-                _require_finite(values, [images.name(index) for index in indices.tolist()])
+                _require_finite(values, images, indices)
                 rows.write(number, values.numpy())
                 bar.update(min(distributed.world_size() * len(values), len(images) - bar.n))
         distributed.barrier()
@@ -168,7 +164,7 @@ def extract(
     return finished
 
 
-def level_of(encoder: Encoder, level: Level) -> Callable[[Tensor], Tensor]:
+def level_of(encoder: Encoder, level: str) -> Callable[[Tensor], Tensor]:
     """The function from images (B, 3, S, S) to a level. ValueError for keys without SimPool."""
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "global": encoder,
@@ -278,10 +274,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
     return ", ".join(text for text in found if text)
 
 
-def _require_finite(values: Tensor, names: Sequence[str]) -> None:
-    damaged = torch.nonzero(~values.flatten(1).sum(1).isfinite())
-    if len(damaged):
-        name = names[int(damaged[0])]
+def _require_finite(values: Tensor, images: ImageSet, indices: Tensor) -> None:
+    damaged = indices[~values.flatten(1).sum(1).isfinite()].tolist()
+    if damaged:
+        name = images.name(damaged[0])
         raise ValueError(f"the features of {name} are not finite: check the weights and that image, and use precision fp32")
 
 

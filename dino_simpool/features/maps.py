@@ -1,7 +1,4 @@
-"""Attention maps of images, and measures on them: masks, connected parts, boxes, share on an object.
-
-`attention_maps` yields the maps of a set of images by batch, for evaluators and the report;
-`attention_of` is one batch, for images that are already loaded.
+"""Attention maps of images, and measures on them: masks, parts, boxes, share on an object.
 
 Source of the masks: visualize_attention.py of facebookresearch/dino. Ours: sums in float64, since
 float32 moves the border of large masks.
@@ -32,12 +29,7 @@ ROUNDING = 1e-12
 
 
 def attention_maps(
-    encoder: Encoder,
-    images: ImageSet,
-    indices: Sequence[int] | np.ndarray,
-    forward: Forward,
-    *,
-    per_head: bool = False,
+    encoder: Encoder, images: ImageSet, indices: Sequence[int] | np.ndarray, forward: Forward, *, per_head: bool = False
 ) -> Iterator[tuple[Tensor, Any, Tensor]]:
     """Attention maps of the images `indices` in this order, by batch.
 
@@ -57,8 +49,8 @@ def attention_of(
 ) -> Tensor:
     """Attention maps of one batch of normalized images (B, 3, H, W), as in `attention_maps`.
 
-    names: of the images, for errors. ValueError names an image whose attention is not finite. It
-    names the first image if the encoder cannot take images of this size, or has no attention.
+    ValueError names an image whose attention is not finite, or the first one if the encoder cannot
+    take images of this size or has no attention.
     """
     try:
         maps = encode(encoder, pixels, precision=precision, method=partial(encoder.attention, per_head=per_head)).cpu()
@@ -91,11 +83,8 @@ def entropy(attention: np.ndarray) -> float:
 
 
 def connected_parts(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of a mask (h, w), each as its cells (n, 2) row and column.
-
-    Largest first, then first from the top. Cells that share a side are connected; cells that only
-    meet at a corner are not.
-    """
+    """The connected parts of a mask (h, w), each as its cells (n, 2) row and column: largest first,
+    then first from the top. Cells that share a side are connected."""
     labels, _ = ndimage.label(mask)  # numbered in the order of their first cells
     parts = [
         np.argwhere(labels[rows, columns] == number) + (rows.start, columns.start)
@@ -160,7 +149,7 @@ def seen_box(encoder: Encoder, shape: tuple[int, int], *, resize: int, crop: int
 
 
 def cell_coverage(mask: np.ndarray, box: Box, *, grid: tuple[int, int]) -> np.ndarray:
-    """The share of each of `grid` = (h, w) equal cells of `box` that the mask covers: (h, w) in 0..1.
+    """The share of each of `grid` = (h, w) equal cells of `box` that the mask covers: (h, w).
 
     mask: (H, W) bool. box: in pixels of the mask; outside the mask nothing is covered.
     """
@@ -171,10 +160,8 @@ def cell_coverage(mask: np.ndarray, box: Box, *, grid: tuple[int, int]) -> np.nd
 
 
 def shares(attention: np.ndarray, coverage: np.ndarray) -> tuple[float, float]:
-    """The share of the attention inside the mask and the mask's share of the area, both in 0..1.
-
-    attention: (h, w), not negative. coverage: (h, w) from cell_coverage.
-    """
+    """The share of the attention (h, w) inside the mask and the mask's share of the area, both in
+    0..1. coverage: from `cell_coverage`."""
     return float((attention * coverage).sum() / attention.sum()), float(coverage.mean())
 
 

@@ -2,8 +2,8 @@
 
 One search in float32 (faiss on the CPU, a blocked product elsewhere) finds candidates, somewhat
 more than k. Their cosines are then computed in float64 and rounded to 2**-30, so that duplicates
-tie. The result is exact and does not depend on blocks, batches or processes. Test images for which
-rounding could have hidden a neighbor (more than 32 near-ties) are searched again in float64.
+tie. Test images for which rounding could have hidden a neighbor (more than 32 near-ties) are
+searched again in float64. So the result does not depend on blocks, batches or processes.
 
 M training images (the bank), T test images, b of them at a time, D width.
 """

@@ -1,5 +1,4 @@
-"""Finds the images of an extracted set that are most similar to others, with the index of `extract
---index`.
+"""Finds the images most similar to others, with the index of `extract --index`.
 
 The index finds candidates in float32. Their cosines are then computed in float64 and rounded to
 1e-6, the precision of float32 features; of equal ones, the lower row is nearer. If rounding could
@@ -188,7 +187,7 @@ def neighbors_of(
 
 
 def tiles(queries: ImageSet, number: int, images: ImageSet, neighbors: list[dict[str, Any]]) -> list[Tile]:
-    """A row of the contact sheet: the query in blue, then its neighbors, the query itself in gold."""
+    """A row of the contact sheet: the query in blue, then its neighbors, itself in gold."""
     row = [Tile(queries.read(number), ("query", os.path.basename(queries.name(number))), BLUE)]
     for neighbor in neighbors:
         itself = neighbor["query_itself"]

@@ -68,7 +68,7 @@ def attention_cards(
         mask_file = mask_path(data, split, path)
         truth = None
         if mask_file.is_file():
-            mask = read_mask(mask_file, images.path(index), images.read_bytes(index))
+            mask = read_mask(mask_file, images, index)
             truth = mask, seen_box(one, mask.shape, resize=settings["resize"], crop=side)
         figures = [figure(panel(side, picture_layer(shown[row], name)), path.parent.name or path.name)]
         for label, attention in relative.items():

@@ -25,7 +25,7 @@ from dino_simpool.config import LinearConfig, ModelConfig
 from dino_simpool.data import class_folder, epoch_order
 from dino_simpool.data.decode import EncodedImage
 from dino_simpool.eval import linear, run
-from dino_simpool.eval.linear import Heads, evaluate, fit_heads, probe_view, split_held_out
+from dino_simpool.eval.linear import Heads, evaluate, probe_view, split_held_out
 from dino_simpool.models.encoder import build_encoder
 
 COUNTS = {"a": 4, "b": 3, "c": 1, "d": 2, "e": 3}
@@ -41,6 +41,11 @@ def data(tmp_path: Path) -> Path:
 def config(data: Path, **options: Any) -> LinearConfig:
     plain = {"epochs": 6, "probe_batch_size": 4, "batch_size": 3, "workers": 0, "lr": 2.0, "seed": 5}
     return LinearConfig(data=str(data), **(plain | options))
+
+
+def fit_heads(features: Tensor, labels: Tensor, *, learning_rates: list[float], num_classes: int, device: Any, **options: Any):
+    heads = Heads(learning_rates, num_classes, features.shape[1], seed=options["seed"], device=device)
+    return heads.fit(features, labels, **options)
 
 
 def plain_head(num_classes: int, width: int, seed: int) -> nn.Linear:
