@@ -90,8 +90,7 @@ def decoded(images: ImageSet, cfg: Decoding) -> ImageSet:
 def classes_of(images: ImageSet, train: ImageSet) -> Tensor:
     """The classes (M,) int64 of images, numbered as in `train`. ValueError if `train` lacks one."""
     number = {name: i for i, name in enumerate(train.classes)}
-    missing = [name for name in images.classes if name not in number]
-    if missing:
+    if missing := [name for name in images.classes if name not in number]:
         raise ValueError(
             f"class {missing[0]} of {images.root} is not among the {len(number)} classes of {train.root} "
             f"({len(missing)} such): use the same class folders in both"

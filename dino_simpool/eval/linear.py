@@ -71,6 +71,7 @@ class Heads:
         features (b, D), labels (b,): this process's part (perhaps none) of the batch. decay: factor
         of the learning rates.
         """
+        world = distributed.world_size()
         gradient = self.logits(features).log_softmax(2)
         picked = labels[:, None, None].expand(-1, len(self.bias), 1)
         loss = -gradient.gather(2, picked).sum((0, 2)) / batch_size
@@ -78,10 +79,10 @@ class Heads:
         gradient.scatter_add_(2, picked, gradient.new_full((), -1.0).expand(picked.shape)).div_(batch_size)
         weight = (gradient.flatten(1).T @ features).view_as(self.weight)
         for parameter, velocity, slope in zip((self.weight, self.bias), self._velocity, (weight, gradient.sum(0)), strict=True):
-            velocity.mul_(MOMENTUM).add_(_sum_over_processes(slope))
+            velocity.mul_(MOMENTUM).add_(distributed.all_mean(slope) * world)
             rate = (decay * self.learning_rates).view(-1, *[1] * (parameter.dim() - 1))
             parameter.sub_(rate * velocity)
-        return _sum_over_processes(loss)
+        return distributed.all_mean(loss) * world
 
     def fit(self, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, seed: int) -> Heads:
         """Train on features (M, D) and labels (M,) on any device, cosine to 0 by epoch."""
@@ -104,10 +105,6 @@ class Heads:
             correct += torch.stack([best[..., 0].sum(0), best.any(2).sum(0)]).cpu()
         top1, top5 = 100 * correct / max(1, len(features))
         return top1, top5
-
-
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    return distributed.all_mean(tensor) * distributed.world_size()
 
 
 def cosine(epoch: int, epochs: int) -> float:

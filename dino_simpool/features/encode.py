@@ -124,8 +124,7 @@ def extract_features(
     features = distributed.gather_by_index(rows, indices, total)
     if broken is not None:
         broken.update(*distributed.gather_objects(skipped))
-    damaged = torch.nonzero(~features.sum(1).isfinite())
-    if len(damaged):
+    if len(damaged := torch.nonzero(~features.sum(1).isfinite())):
         raise ValueError(
             f"{len(damaged)} of {total} features are not finite, the first of {images.path(int(damaged[0]))}: "
             "check the weights and that image, and use precision fp32"

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -94,7 +95,10 @@ def main(cfg: ExtractConfig) -> None:
     )
     if distributed.is_main():
         if images.labels is not None:
-            _write_labels(folder, images.labels, images.classes)
+            stored = io.BytesIO()
+            np.save(stored, images.labels)
+            write_atomically(folder / "labels.npy", lambda path: path.write_bytes(stored.getvalue()))
+            _write_names(folder / "classes.txt", images.classes)
         if cfg.index:
             index = build_index(features)
             write_atomically(folder / "index.faiss", lambda path: faiss.write_index(index, str(path)))
@@ -243,8 +247,8 @@ def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[st
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     needed, free = rows.missing_bytes(), shutil.disk_usage(there).free
     if needed > free:
-        sizes_said = f"the features need {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB left"
-        raise ValueError(f"{sizes_said}: free some, or give another --out")
+        said = f"the features need {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB left"
+        raise ValueError(f"{said}: free some, or give another --out")
     distributed.require_agreement(f"what {folder} holds", meta and meta["hash"])
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +269,7 @@ def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[st
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
     """The settings that differ: `level global -> tokens, model.gamma 2.0 -> None`, or empty."""
     found = []
-    for name in [*before, *(name for name in now if name not in before)]:
+    for name in before | now:
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found.append(_differences(old, new, f"{prefix}{name}."))
@@ -275,19 +279,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 
 def _require_finite(values: Tensor, images: ImageSet, indices: Tensor) -> None:
-    damaged = indices[~values.flatten(1).sum(1).isfinite()].tolist()
-    if damaged:
+    if damaged := indices[~values.flatten(1).sum(1).isfinite()].tolist():
         name = images.name(damaged[0])
         raise ValueError(f"the features of {name} are not finite: check the weights and that image, and use precision fp32")
-
-
-def _write_labels(folder: Path, labels: np.ndarray, classes: Sequence[str]) -> None:
-    def save(path: Path) -> None:
-        with open(path, "wb") as file:  # numpy would add a suffix to the name
-            np.save(file, labels)
-
-    write_atomically(folder / "labels.npy", save)
-    _write_names(folder / "classes.txt", classes)
 
 
 def _write_names(path: Path, names: Iterable[str]) -> None:
