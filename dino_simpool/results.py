@@ -15,17 +15,14 @@ from torch import Tensor
 
 from dino_simpool import __version__, distributed
 from dino_simpool.config import EvalConfig, to_dict
-from dino_simpool.files import file_sha256, write_atomically, write_json
+from dino_simpool.files import file_sha256, make_writable, write_atomically, write_json
 from dino_simpool.models.encoder import Encoder
 
 
 def result_name(evaluator: str, cfg: EvalConfig) -> str:
     """The name of the results file without suffix: knn, knn_pixels, knn_untrained, knn_student,
-    knn_epoch_0020 ...
-
-    All checkpoints of a run share the default folder, so the name says which one it is unless it is
-    the newest one.
-    """
+    knn_epoch_0020 ... All checkpoints of a run share the default folder, so it names the checkpoint
+    unless that is the newest one."""
     parts = [evaluator, *cfg.variant]
     if cfg.needs_encoder and cfg.which != "teacher":
         parts.append(cfg.which)
@@ -36,31 +33,17 @@ def result_name(evaluator: str, cfg: EvalConfig) -> str:
 
 
 def results_folder(out: str, checkpoint: str) -> Path:
-    """The folder for results: `out`, or results/ beside the checkpoint.
-
-    The main process creates it and tries to write there, so that a mistake is found before hours of
-    work. ValueError if it cannot, or if neither is given.
-    """
+    """The folder for results: `out`, or results/ beside the checkpoint. ValueError if neither is
+    given, or if the main process cannot write there: better now than after hours of work."""
     if not out and not checkpoint:
         raise ValueError("without a checkpoint there is no folder for the results: give --out DIR")
     folder = Path(out) if out else Path(checkpoint).parent / "results"
-    if distributed.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "writable", lambda path: path.touch())
-            (folder / "writable").unlink()
-        except OSError as error:
-            raise ValueError(f"cannot write to {folder} ({error.strerror}): give another --out") from error
-    return folder
+    return make_writable(folder, "--out") if distributed.is_main() else folder
 
 
 def write_record(path: Path, record: dict[str, Any], cfg: Any, *, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """Add the options and the library versions to a record, and return it; the main process also
-    writes it to `path`.
-
-    tensors: written beside it, under the same name with the suffix .safetensors. Without them, no
-    such file is written.
-    """
+    writes it to `path`, and the tensors, if any, beside it with the suffix .safetensors."""
     record = record | {"config": to_dict(cfg), "versions": versions()}
     if distributed.is_main():
         json.dumps(record, allow_nan=False)  # ValueError before any file is replaced
@@ -71,9 +54,8 @@ def write_record(path: Path, record: dict[str, Any], cfg: Any, *, tensors: dict[
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that the numbers depend on.
+    """Versions of everything that the numbers depend on, without importing it.
 
-    They come from the metadata of the installed packages, so that nothing is imported for them.
     Only torch and torchvision are asked directly: the metadata of their wheels on PyPI lacks the
     build (2.14.1 in place of 2.14.1+cu130).
     """
@@ -93,11 +75,6 @@ def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any
     """The encoder in the record: options, checkpoint with SHA-256, which weights, epochs."""
     source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which, "epochs": encoder.epochs}
     return dataclasses.asdict(encoder.config) | source
-
-
-def device_name(device: torch.device) -> str:
-    """The name of a GPU; cpu or mps."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def describe(record: dict[str, Any], path: Path) -> str:

@@ -37,7 +37,7 @@ from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.feed import Feed, build_feed, colors_on_device
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.failures import NonFiniteLoss, non_finite_names, write_failure
-from dino_simpool.features.encode import try_sizes
+from dino_simpool.features.encode import Forward, try_sizes
 from dino_simpool.features.maps import attention_of
 from dino_simpool.files import make_writable, write_atomically
 from dino_simpool.learners import Learner, build_learner
@@ -177,7 +177,7 @@ def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
     _images_of_one_pass(cfg)
     learner = build_learner(cfg, images, device)
     sizes = {cfg.crops.global_size, cfg.model.image_size} | ({cfg.crops.local_size} if cfg.crops.num_local else set())
-    try_sizes(learner.encoder, sorted(sizes), device=device)
+    try_sizes(learner.encoder, sorted(sizes))
     if not cfg.run.out:
         raise ConfigError("run.out is empty: give the folder of this run")
     out = make_writable(Path(cfg.run.out), "run.out")
@@ -276,15 +276,7 @@ def _end_epoch(run: Run) -> None:
         shown = run.knn_sets[1] if run.knn_sets is not None else run.images
         run.log.image("attention", _attention_strip(run, shown, transform), learner.steps)
     if due and run.knn_sets is not None:
-        record["k-NN"] = knn_accuracy(
-            encoder,
-            *run.knn_sets,
-            transform=transform,
-            batch_size=128,
-            workers=cfg.data.workers,
-            device=run.device,
-            skip_broken=True,
-        )
+        record["k-NN"] = knn_accuracy(encoder, *run.knn_sets, Forward(transform, 128, cfg.data.workers), skip_broken=True)
         top1 = record["k-NN"]["10"]["top1"]
         say(f"epoch {epoch}: k-NN (k = 10) {top1:.2f} %")
         if top1 > run.best:

@@ -338,8 +338,8 @@ def test_missing_checkpoint(here: Path, fails: Fails) -> None:
     assert fails(knn(here, "--checkpoint", f"{here}/run/best.pth")).startswith(
         f"no checkpoint {here}/run/best.pth: give last.pth"
     )
-    assert fails(["knn", "--data", f"{here}/data"]).startswith("no checkpoint is given: say --checkpoint")
-    assert fails(["linear", "--data", f"{here}/data"]).startswith("no checkpoint is given: say --checkpoint")
+    assert fails(["knn", "--data", f"{here}/data"]).startswith("no checkpoint is given: give --checkpoint")
+    assert fails(["linear", "--data", f"{here}/data"]).startswith("no checkpoint is given: give --checkpoint")
 
 
 @pytest.mark.parametrize("name", ["text.pth", "foreign.pth", "empty.pth"])

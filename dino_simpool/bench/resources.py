@@ -61,7 +61,7 @@ def count_multiply_adds(cfg: ModelConfig, image_size: int) -> Counter[str]:
     with torch.device("meta"):
         encoder = build_encoder(cfg).eval()
         image = torch.empty(1, 3, image_size, image_size)
-    try_sizes(encoder, [image_size], device=image.device)
+    try_sizes(encoder, [image_size])
     blocks = encoder.trunk.blocks if cfg.is_vit else ()
     if unknown := [block for block in blocks if not isinstance(getattr(block, "attn", None), Attention)]:
         raise ValueError(f"{cfg.arch} has {type(unknown[0]).__name__}, whose attention is not counted: use a standard ViT")

@@ -1,16 +1,14 @@
 """Evaluators: frozen encoder in, results.json out. `run` is what each command calls; the rest is
 what evaluators share.
 
-An evaluator is a function evaluate(encoder, cfg) -> dict.
+An evaluator is a function evaluate(encoder, cfg) -> dict. The encoder is on its device; it is None
+only if cfg.needs_encoder is false and no checkpoint is given. Of the dict, numbers are metrics, in
+%, except for a `ratio`. Tensors are saved beside the results. Everything else (counts, split,
+preprocessing, curves, what a choice was based on) goes into the record as it is, and may replace a
+general entry that does not fit (evaluator, dataset).
 
-    encoder     on its device. None only if cfg.needs_encoder is false and no checkpoint is given.
-    cfg         its options, an EvalConfig; cfg.variant names the results file.
-    the dict    Numbers are metrics, in %, except for a `ratio`. Tensors are saved beside the results. Everything else (counts,
-                split, preprocessing, curves, what a choice was based on) goes into the record as it is. It may replace a
-                general entry that does not fit (evaluator, dataset).
-
-All processes call it together and all return the same. ValueError or OSError in one line, before
-anything is computed, if an input is missing.
+All processes call it together and all return the same; the main one writes. ValueError or OSError
+in one line, before anything is computed, if an input is missing.
 """
 
 from __future__ import annotations
@@ -28,28 +26,26 @@ from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import ClassificationConfig, Decoding, EvalConfig
 from dino_simpool.data import ImageSet, class_folder
-from dino_simpool.results import describe, device_name, model_record, result_name, results_folder, write_record
+from dino_simpool.results import describe, model_record, result_name, results_folder, write_record
 
 
 def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConfig) -> dict[str, Any]:
     """Evaluate a checkpoint, write the results to cfg.out, print the metrics and return the record.
 
-    name: of the evaluator. evaluate: see the module. The file is <name>.json, with more in its name
-    if cfg.variant or the weights need it (`result_name`), and tensors are in a .safetensors file of
-    the same name. Under torchrun or SLURM all processes take part and the main one writes.
-    ValueError or OSError, in one line and before anything is computed, if an input is missing or
-    the folder cannot be written.
+    name: of the evaluator. The file is <name>.json, with more in its name if cfg.variant or the
+    weights need it (`result_name`). ValueError or OSError, before anything is computed, also if the
+    folder cannot be written.
     """
     started = time.perf_counter()
     device = distributed.setup(cfg.device)
-    encoder = None
+    if cfg.needs_encoder and not cfg.checkpoint:
+        raise ValueError("no checkpoint is given: give --checkpoint RUN/last.pth (or backbone.safetensors)")
+    encoder = model = None
     if cfg.checkpoint:
         encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
-    elif cfg.needs_encoder:
-        raise ValueError("no checkpoint is given: say --checkpoint RUN/last.pth (or backbone.safetensors)")
+        # Before the evaluation: a training run may replace the file in the meantime.
+        model = model_record(encoder, cfg.checkpoint, cfg.which)
     folder = results_folder(cfg.out, cfg.checkpoint)
-    # Before the evaluation: a training run may replace the file in the meantime.
-    model = None if encoder is None else model_record(encoder, cfg.checkpoint, cfg.which)
     torch.manual_seed(cfg.seed)
     result = evaluate(encoder, cfg)
     tensors = {key: value for key, value in result.items() if isinstance(value, Tensor)}
@@ -60,7 +56,7 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
         "metrics": metrics,
         "units": "%",
         "model": model,
-        "device": device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": distributed.world_size(),
         "dtype": cfg.precision,
         "seed": cfg.seed,
@@ -76,12 +72,10 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
 
 
 def class_folders(cfg: ClassificationConfig) -> tuple[ImageSet, ImageSet]:
-    """The labeled images to learn from, limited by cfg.subset_per_class, and those to measure on.
-
-    ValueError if a folder is missing or empty, or if val has a class that train lacks.
-    """
+    """The labeled images to learn from, and those to measure on. ValueError if a folder is missing
+    or empty, or if val has a class that train lacks."""
     if not cfg.data:
-        raise ValueError("no data is given: say --data DIR, a folder with the class folders train/ and val/")
+        raise ValueError("no data is given: give --data DIR, a folder with the class folders train/ and val/")
     train = decoded(class_folder(str(Path(cfg.data) / cfg.train), subset_per_class=cfg.subset_per_class), cfg)
     val = decoded(class_folder(str(Path(cfg.data) / cfg.val)), cfg)
     classes_of(val, train)
@@ -96,8 +90,7 @@ def decoded(images: ImageSet, cfg: Decoding) -> ImageSet:
 def classes_of(images: ImageSet, train: ImageSet) -> Tensor:
     """The classes (M,) int64 of images, numbered as in `train`. ValueError if `train` lacks one."""
     number = {name: i for i, name in enumerate(train.classes)}
-    missing = [name for name in images.classes if name not in number]
-    if missing:
+    if missing := [name for name in images.classes if name not in number]:
         raise ValueError(
             f"class {missing[0]} of {images.root} is not among the {len(number)} classes of {train.root} "
             f"({len(missing)} such): use the same class folders in both"

@@ -13,9 +13,8 @@ single heads followed by _head0, _head1, ...):
     _mask.png     the mask
     .json         sizes, entropy, and boxes around the parts of the mask, in pixels of the image
 
-<out>/attention.png shows them together. <out>/attention.json holds every setting and what is in the
-files of each image. Pictures have the size of what the encoder saw; with fit native that is the
-image itself.
+<out>/attention.png shows them together. <out>/attention.json holds every setting and the .json of
+each image. Pictures have the size of what the encoder saw.
 
 h, w: cells of a map, N = h * w; H, W: pixels of an image.
 """
@@ -26,9 +25,10 @@ import itertools
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from dino_simpool.config import AttentionConfig
 from dino_simpool.data import IMAGE_SUFFIXES, LONGEST, ImageSet, evenly, find_images
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.eval import decoded, run
+from dino_simpool.features.encode import Forward
 from dino_simpool.features.maps import attention_maps, entropy, mass_mask, part_boxes, seen_size
 from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
@@ -57,67 +58,51 @@ def main(cfg: AttentionConfig) -> None:
     run("attention", evaluate, cfg)
 
 
-@dataclass(frozen=True)
-class FitTransform:
-    """Resizes a whole image as `AttentionConfig.fit` says (bicubic, Pillow) and normalizes it.
+def resized(
+    image: Image.Image, *, fit: str, image_size: int, mean: Sequence[float], std: Sequence[float], least: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A whole RGB image, resized as `AttentionConfig.fit` says (bicubic, Pillow) and normalized,
+    (3, H', W') float32, and its own (H, W) as int64.
 
-    A side shorter than a cell of the encoder is enlarged to one cell. With fit shorter, the longer
+    A side below `least`, the pixels of a cell, is enlarged to that. With fit shorter, the longer
     side is limited to LONGEST times image_size, since it could take gigabytes otherwise.
     """
-
-    fit: Literal["square", "shorter", "longer", "native"]
-    image_size: int
-    """Length in pixels; not used by native."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    least: int = 1
-    """Pixels of a cell."""
-
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """(3, H', W') float32 of an RGB image, and its own (H, W) as int64."""
-        size = image.size
-        if self.fit == "square":
-            size = (self.image_size, self.image_size)
-        elif self.fit != "native":
-            side = max(min(size), max(size) / LONGEST) if self.fit == "shorter" else max(size)
-            size = (round(size[0] * self.image_size / side), round(size[1] * self.image_size / side))
-        size = (max(self.least, size[0]), max(self.least, size[1]))
-        resized = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-        return to_tensor([resized], mean=self.mean, std=self.std)[0], torch.tensor([image.height, image.width])
+    size = image.size
+    if fit == "square":
+        size = (image_size, image_size)
+    elif fit != "native":
+        side = max(min(size), max(size) / LONGEST) if fit == "shorter" else max(size)
+        size = (round(size[0] * image_size / side), round(size[1] * image_size / side))
+    size = (max(least, size[0]), max(least, size[1]))
+    changed = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    return to_tensor([changed], mean=mean, std=std)[0], torch.tensor([image.height, image.width])
 
 
 def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
     """Write the files of all images; return means of entropy and mask_area in %, and the records.
 
-    entropy: of a map over ln N, 100 % if it is uniform.   mask_area: cells in the mask over N.
-    encoder: on the device to run on.   ValueError names an image whose attention is not finite.
+    entropy: of a map over ln N, 100 % if it is uniform. mask_area: cells in the mask over N.
+    ValueError names an image whose attention is not finite.
     """
     images = decoded(find_any_images(cfg), cfg)
     chosen = evenly(len(images), cfg.max_images)
-    positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     size = cfg.image_size or 4 * encoder.config.image_size
+    mean, std = encoder.config.mean, encoder.config.std
     least = next(side for side in itertools.count(1) if seen_size(encoder, side))
-    transform = FitTransform(cfg.fit, size, encoder.config.mean, encoder.config.std, least)
     folder = results_folder(cfg.out, cfg.checkpoint) / result_name("attention", cfg)
     folder.mkdir(parents=True, exist_ok=True)
     on_sheet = chosen[evenly(len(chosen), cfg.sheet_images)]
-    batches = attention_maps(
-        encoder,
-        images,
-        chosen[positions],
-        transform=transform,
-        batch_size=cfg.batch_size if cfg.fit == "square" else 1,
-        workers=cfg.workers,
-        precision=cfg.precision,
-        per_head=cfg.heads == "each",
-    )
+    transform = partial(resized, fit=cfg.fit, image_size=size, mean=mean, std=std, least=least)
+    forward = Forward(transform, cfg.batch_size if cfg.fit == "square" else 1, cfg.workers, cfg.precision)
+    mine = chosen[distributed.rank() :: distributed.world_size()]
     written: dict[int, tuple[dict[str, Any], list[Tile]]] = {}
     with progress(len(chosen), 0, "attention") as bar:
-        for maps, (pixels, sizes), indices in batches:
-            shown = unnormalize(pixels, transform.mean, transform.std)
+        for maps, (pixels, sizes), indices in attention_maps(encoder, images, mine, forward, per_head=cfg.heads == "each"):
+            shown = unnormalize(pixels, mean, std)
             for picture, own, original, index in zip(shown, maps, sizes.tolist(), indices.tolist(), strict=True):
                 name = images.name(index)
-                path = folder / f"{index:0{len(str(len(images) - 1))}d}_{_file_name(name)}"
+                stem = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(name))[0])[:80]  # safe for any file system
+                path = folder / f"{index:0{len(str(len(images) - 1))}d}_{stem}"
                 seen = seen_size(encoder, picture.shape[1]), seen_size(encoder, picture.shape[2])
                 heads = own.reshape(-1, *own.shape[-2:]).numpy()
                 record, tiles = write_image(path, picture, heads, name=name, size=original, seen=seen, cfg=cfg)
@@ -126,35 +111,39 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
     everyone = {index: each for part in distributed.gather_objects(written) for index, each in part.items()}
     records, sheet = zip(*(everyone[index] for index in sorted(everyone)), strict=True)
     if distributed.is_main():
-        save_sheet(Path(f"{folder}.png"), [tiles for tiles in sheet if tiles])
-    return _result(encoder, transform, list(records), cfg)
+        rows = [tiles for tiles in sheet if tiles]
+        columns = len(rows[0])  # of one image
+        together = max(1, COLUMNS // columns)
+        rows = [list(itertools.chain(*rows[i : i + together])) for i in range(0, len(rows), together)]
+        contact_sheet(rows, size=TILE, lines=range(columns, together * columns, columns)).save(Path(f"{folder}.png"))
+    return _result(encoder, cfg, list(records), size)
 
 
-def _result(encoder: Encoder, transform: FitTransform, records: list[dict[str, Any]], cfg: AttentionConfig) -> dict[str, Any]:
+def _result(encoder: Encoder, cfg: AttentionConfig, records: list[dict[str, Any]], image_size: int) -> dict[str, Any]:
     maps = [each for record in records for each in record["maps"]]
     source = {"simpool": "SimPool", "cls": "class token, last block", "gap": "global average pooling: uniform by definition"}
-    size = {} if cfg.fit == "native" else {"image_size": transform.image_size}
+    model, size = encoder.config, {} if cfg.fit == "native" else {"image_size": image_size}
     return {
         "entropy": float(np.mean([each["entropy"] for each in maps])),
         "mask_area": float(np.mean([each["mask_area"] for each in maps])),
         "split": cfg.val,
         "counts": {"images": len(records), "maps": len(maps)},
         "attention": {
-            "of": source.get(encoder.config.pool, encoder.config.pool),
+            "of": source.get(model.pool, model.pool),
             "heads": cfg.heads,
             "mask": f"the fewest cells with {cfg.mass:g} of the mass",
             "parts": "cells that share a side",
             "boxes": "left, top, right, bottom in pixels of the image, largest part first",
         },
-        "preprocessing": {"fit": cfg.fit, **size, "mean": list(transform.mean), "std": list(transform.std)},
+        "preprocessing": {"fit": cfg.fit, **size, "mean": list(model.mean), "std": list(model.std)},
         "images": records,
     }
 
 
 def find_any_images(cfg: AttentionConfig) -> ImageSet:
-    """The images of cfg.data/cfg.val, which may be a single file. ValueError if data is not given."""
+    """The images of cfg.data/cfg.val, which may be a single file."""
     if not cfg.data:
-        raise ValueError("no data is given: say --data IMAGE, or a folder of images")
+        raise ValueError("no data is given: give --data IMAGE, or a folder of images")
     path = os.path.join(cfg.data, cfg.val) if cfg.val else cfg.data
     if os.path.isfile(path) and path.lower().endswith(IMAGE_SUFFIXES):
         return ImageSet(os.path.dirname(path), np.array([os.path.basename(path)]))
@@ -166,9 +155,9 @@ def write_image(
 ) -> tuple[dict[str, Any], list[Tile]]:
     """Write all files of one image; return the contents of its .json and its contact sheet tiles.
 
-    path: of the files, without their endings.   picture: (3, H', W') in 0..1, as the encoder saw
-    it.   maps: (heads, h, w).   name, size: name and H, W of the image.   seen: the pixels of
-    the picture, down and across, that the cells cover.
+    path: of the files, without their endings. picture: (3, H', W') in 0..1, as the encoder saw it.
+    maps: (heads, h, w). name, size: name and H, W of the image. seen: the pixels of the picture,
+    down and across, that the cells cover.
     """
     height, width = size
     box = (0.0, 0.0, seen[1] * width / picture.shape[2], seen[0] * height / picture.shape[1])
@@ -200,16 +189,3 @@ def write_image(
 
 def _tile(picture: Tensor, caption: str) -> Tile:
     return Tile(fitted(Image.fromarray(to_bytes(picture)), TILE), (caption,))
-
-
-def save_sheet(path: Path, images: list[list[Tile]]) -> None:
-    """Write the contact sheet: each image with its overlays and masks, several images in a row."""
-    own = len(images[0])
-    together = max(1, COLUMNS // own)
-    rows = [list(itertools.chain(*images[start : start + together])) for start in range(0, len(images), together)]
-    contact_sheet(rows, size=TILE, lines=range(own, together * own, own)).save(path)
-
-
-def _file_name(name: str) -> str:
-    """The last part of an image's name without its suffix, safe for any file system."""
-    return re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(name))[0])[:80]

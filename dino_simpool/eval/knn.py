@@ -4,10 +4,7 @@ The k training images with the highest cosine similarity s to a test image vote 
 with weight exp(s / temperature), temperature 0.07 (facebookresearch/dino and billpsomas/simpool,
 eval_knn.py). The published code leaves some cases open. Here, of equal similarities the lower
 training index is nearer, and of equal votes the lower class wins. A top-5 hit needs at least one
-vote for its class. Any number of images and classes works, and a k larger than the bank means all
-of it.
-
-The search is exact (neighbors.py): blocks, batches and processes do not change the result.
+vote for its class. A k larger than the bank means all of it. The search is exact (neighbors.py).
 
 M training images (the bank), T test images, D width, C classes.
 """
@@ -15,25 +12,21 @@ M training images (the bank), T test images, D width, C classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dino_simpool import distributed
 from dino_simpool.config import KnnConfig
 from dino_simpool.data import EvalTransform, ImageSet
 from dino_simpool.eval import class_folders, classes_of, run
-from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import extract_features, preprocessing
+from dino_simpool.features import chunks
+from dino_simpool.features.encode import Forward, device_of, extract_features, preprocessing
 from dino_simpool.features.neighbors import check_ks, neighbors
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
-
-KS = (10, 20, 100, 200)
-"""Numbers of neighbors in the published evaluation; the paper reports 10."""
 
 
 def knn_rank(
@@ -42,17 +35,16 @@ def knn_rank(
     test_x: Tensor,
     *,
     k: int,
-    temperature: float = 0.07,
+    temperature: float = KnnConfig.temperature,
     num_classes: int | None = None,
     top: int = 5,
 ) -> Tensor:
     """Classes of each test image by descending vote of its k nearest training images, (T, min(top,
-    C)) int64.
+    C)) int64. Classes with equal votes, or with none, are ordered by number.
 
-    train_x: (M, D), train_y: (M,) classes 0..C-1, test_x: (T, D). Features may have any length;
-    they are normalized here. num_classes: C, by default the highest class + 1. Classes with equal
-    votes, or with none, are ordered by number. k above M counts as M, with a warning. ValueError if
-    k, temperature, a label or a feature is invalid. Source: eval_knn.py of facebookresearch/dino.
+    train_x: (M, D), train_y: (M,) classes 0..C-1, test_x: (T, D). Features may have any length.
+    num_classes: C, by default the highest class + 1. k above M counts as M, with a warning.
+    ValueError if k, temperature, a label or a feature is invalid.
     """
     num_classes = int(train_y.max()) + 1 if num_classes is None and len(train_y) else num_classes or 0
     if k > len(train_x) > 0:
@@ -65,10 +57,7 @@ def vote_each_k(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, *, ks: Sequence[int], temperature: float, num_classes: int, top: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """knn_rank for several k with one search: {k: (classes (T, min(top, C)), their votes)}, on the
-    CPU, without a warning.
-
-    Votes are relative to that of the nearest neighbor, which counts 1.
-    """
+    CPU, without a warning. The nearest neighbor has 1 vote."""
     check_settings(ks, temperature)
     if not len(train_y) == len(train_x) > 0:
         raise ValueError(
@@ -78,7 +67,19 @@ def vote_each_k(
         raise ValueError(f"training labels are {int(train_y.min())} to {int(train_y.max())}: allowed is 0 to {num_classes - 1}")
     similarity, index = neighbors(train_x, test_x, k=min(max(ks), len(train_x)))
     labels = train_y.cpu().long()[index]
-    return {k: _vote(similarity[:, :k], labels[:, :k], temperature=temperature, num_classes=num_classes, top=top) for k in ks}
+    top, found = min(top, num_classes), {}
+    for k in ks:
+        classes = torch.empty(len(test_x), top, dtype=torch.int64)
+        votes = torch.empty(len(test_x), top, dtype=torch.float64)
+        for rows in chunks(len(test_x), 32 * num_classes):
+            # A small temperature would overflow without the shift by the highest similarity, which
+            # does not change the order.
+            weight = ((similarity[rows, :k] - similarity[rows, :1]) / temperature).exp()
+            sums = torch.zeros(len(weight), num_classes, dtype=torch.float64).scatter_add_(1, labels[rows, :k], weight)
+            ordered, order = sums.sort(dim=1, descending=True, stable=True)
+            classes[rows], votes[rows] = order[:, :top], ordered[:, :top]
+        found[k] = classes, votes
+    return found
 
 
 def check_settings(ks: Sequence[int], temperature: float) -> None:
@@ -88,133 +89,72 @@ def check_settings(ks: Sequence[int], temperature: float) -> None:
         raise ValueError(f"the k-NN temperature is {temperature}: give a number above 0 (published: 0.07)")
 
 
-def _vote(similarity: Tensor, labels: Tensor, *, temperature: float, num_classes: int, top: int) -> tuple[Tensor, Tensor]:
-    """The classes (T, min(top, C)) with the most votes, and their votes, from neighbors (T, k) in
-    descending similarity."""
-    top = min(top, num_classes)
-    classes = torch.empty(len(labels), top, dtype=torch.int64)
-    votes = torch.empty(len(labels), top, dtype=torch.float64)
-    for rows in chunks(len(labels), 32 * num_classes):
-        # A small temperature would overflow without the shift by the highest similarity, which does
-        # not change the order.
-        weight = ((similarity[rows] - similarity[rows, :1]) / temperature).exp()
-        sums = torch.zeros(len(weight), num_classes, dtype=torch.float64).scatter_add_(1, labels[rows], weight)
-        ordered, order = sums.sort(dim=1, descending=True, stable=True)
-        classes[rows], votes[rows] = order[:, :top], ordered[:, :top]
-    return classes, votes
-
-
 def knn_accuracy(
     encoder: nn.Module,
     train_set: ImageSet,
     val_set: ImageSet,
+    forward: Forward,
     *,
-    transform: Callable[[Image.Image], Tensor],
-    ks: Sequence[int] = KS,
-    temperature: float = 0.07,
-    batch_size: int,
-    workers: int | None,
-    device: torch.device,
-    precision: str = "fp32",
+    ks: Sequence[int] = KnnConfig.k,
+    temperature: float = KnnConfig.temperature,
     skip_broken: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Accuracy in % on val_set, with train_set as the bank: {"10": {"top1": ..., "top5": ...}, ...}
     for each k.
 
-    All processes call it together; each searches for its share of val_set, and all return the same.
-    Classes are matched by name. skip_broken: leave out broken images, with a warning, instead of
-    raising BrokenImage. ValueError names a class of val_set that train_set lacks.
+    All processes call it together; each searches for its share of val_set. Classes are matched by
+    name; ValueError for one that train_set lacks. skip_broken: leave out broken images, with a
+    warning, instead of raising BrokenImage.
     """
     check_settings(ks, temperature)
-    train_y, labels = torch.from_numpy(train_set.labels), classes_of(val_set, train_set)
+    sets = {"bank": (train_set, torch.from_numpy(train_set.labels)), "val": (val_set, classes_of(val_set, train_set))}
     if max(ks) > len(train_set):
         say(f"warning: k = {max(ks)} is more than the {len(train_set)} training images; all of them vote")
-    sets = {"bank": train_set, "val": val_set}
-    broken: dict[str, set[int]] = {name: set() for name in sets}
-    train_x, test_x = (
-        extract_features(
-            encoder,
-            images,
-            transform=transform,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            precision=precision,
-            description=f"k-NN {name}",
-            broken=broken[name] if skip_broken else None,
+    used: list[tuple[Tensor, Tensor]] = []
+    for name, (images, labels) in sets.items():
+        broken: set[int] = set()
+        features = extract_features(
+            encoder, images, forward, description=f"k-NN {name}", broken=broken if skip_broken else None
         )
-        for name, images in sets.items()
-    )
-    for name, images in sets.items():
-        if numbers := sorted(broken[name]):
-            first = images.path(numbers[0])
-            if len(numbers) == len(images):
+        if broken:
+            first = images.path(min(broken))
+            if len(broken) == len(images):
                 raise ValueError(f"no image of {images.root} can be read, such as {first}: `dino-simpool check-data` says why")
-            say(f"warning: k-NN {name} leaves out {len(numbers)} broken image(s), such as {first}")
-    train_x, train_y = (without(rows, broken["bank"]) for rows in (train_x, train_y))
-    test_x, labels = (without(rows, broken["val"]) for rows in (test_x, labels))
+            say(f"warning: k-NN {name} leaves out {len(broken)} broken image(s), such as {first}")
+            intact = [number for number in range(len(images)) if number not in broken]
+            features, labels = features[intact], labels[intact]
+        used.append((features, labels))
+    (train_x, train_y), (test_x, labels) = used
     mine = torch.arange(distributed.rank(), len(labels), distributed.world_size())
-    voted = vote_each_k(
-        train_x,
-        train_y,
-        test_x[mine].to(device),
-        ks=ks,
-        temperature=temperature,
-        num_classes=len(train_set.classes),
-        top=5,
-    )
+    test_x = test_x[mine].to(device_of(encoder))
+    voted = vote_each_k(train_x, train_y, test_x, ks=ks, temperature=temperature, num_classes=len(train_set.classes), top=5)
     hits = [((classes == labels[mine, None]) & (votes > 0)) for classes, votes in voted.values()]
     counts = torch.stack([torch.stack([hit[:, 0], hit.any(1)], 1) for hit in hits], 1)  # (T, ks, 2)
     percent = 100 * distributed.gather_by_index(counts, mine, len(labels)).double().mean(0)
     return {str(k): {"top1": percent[i, 0].item(), "top5": percent[i, 1].item()} for i, k in enumerate(voted)}
 
 
-def without(rows: Tensor, numbers: Collection[int]) -> Tensor:
-    """The rows (M, ...) except those with these numbers."""
-    if not numbers:
-        return rows
-    kept = torch.ones(len(rows), dtype=torch.bool)
-    kept[list(numbers)] = False
-    return rows[kept]
-
-
-class Pixels(nn.Module):
+class Pixels(nn.Flatten):
     """Not an encoder: the normalized pixels themselves, (B, 3, S, S) -> (B, 3 * S * S)."""
 
     def __init__(self, image_size: int):
         super().__init__()
         self.embed_dim = 3 * image_size**2
 
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
-
 
 def main(cfg: KnnConfig) -> None:
-    """The command knn."""
+    """The command `dino-simpool knn`."""
     run("knn", evaluate, cfg)
 
 
 def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
     """k-NN accuracy in % on cfg.data: top1_k10, top5_k10, ..., and the `counts` behind them."""
     check_settings(cfg.k, cfg.temperature)
-    model = None if encoder is None else encoder.config
-    settings = preprocessing(model, image_size=cfg.image_size, resize=cfg.resize)
+    settings = preprocessing(None if encoder is None else encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     train_set, val_set = class_folders(cfg)
-    device = torch.device("cpu") if encoder is None else next(encoder.parameters()).device
-    features = encoder if cfg.features == "encoder" else Pixels(settings["image_size"])
-    assert features is not None
-    accuracy = knn_accuracy(
-        features,
-        train_set,
-        val_set,
-        transform=EvalTransform(**settings),
-        ks=cfg.k,
-        temperature=cfg.temperature,
-        batch_size=cfg.batch_size,
-        workers=cfg.workers,
-        device=device,
-        precision=cfg.precision,
-    )
+    features = Pixels(settings["image_size"]) if encoder is None or cfg.features == "pixels" else encoder
+    forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
+    accuracy = knn_accuracy(features, train_set, val_set, forward, ks=cfg.k, temperature=cfg.temperature)
     metrics = {f"{name}_k{k}": value for k, names in accuracy.items() for name, value in names.items()}
     counts = {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)}
     return metrics | {"split": cfg.val, "preprocessing": settings, "counts": counts}

@@ -25,8 +25,7 @@ M images, B images of a batch, D width, C classes, H heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,8 +41,8 @@ from dino_simpool.data import AugmentedImages, EvalTransform, ImageSet, default_
 from dino_simpool.data.augment import CROP_NUMBERS, crop_box, to_tensor, uniforms
 from dino_simpool.data.decode import EncodedImage
 from dino_simpool.eval import class_folders, classes_of, run
-from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import encode, evaluation_mode, extract_features, preprocessing
+from dino_simpool.features import chunks
+from dino_simpool.features.encode import Forward, device_of, encode, extract_features, preprocessing
 from dino_simpool.logs import progress, say
 from dino_simpool.models.encoder import Encoder
 
@@ -52,12 +51,10 @@ INIT_STD = 0.01
 
 
 class Heads:
-    """H independent softmax regressions with SGD, one learning rate each: weight (H, C, D), bias
-    (H, C)."""
+    """Independent softmax regressions, a learning rate each: weight (H, C, D), bias (H, C)."""
 
     def __init__(self, learning_rates: Sequence[float], num_classes: int, dim: int, *, seed: int, device: torch.device):
-        # Drawn once on the CPU and repeated, so that every head starts from the same weights on any
-        # device.
+        # Drawn once on the CPU and repeated: every head starts from the same weights on any device.
         weight = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(seed)) * INIT_STD
         self.weight = weight.to(device).repeat(len(learning_rates), 1, 1)
         self.bias = torch.zeros(len(learning_rates), num_classes, device=device)
@@ -74,6 +71,7 @@ class Heads:
         features (b, D), labels (b,): this process's part (perhaps none) of the batch. decay: factor
         of the learning rates.
         """
+        world = distributed.world_size()
         gradient = self.logits(features).log_softmax(2)
         picked = labels[:, None, None].expand(-1, len(self.bias), 1)
         loss = -gradient.gather(2, picked).sum((0, 2)) / batch_size
@@ -81,14 +79,25 @@ class Heads:
         gradient.scatter_add_(2, picked, gradient.new_full((), -1.0).expand(picked.shape)).div_(batch_size)
         weight = (gradient.flatten(1).T @ features).view_as(self.weight)
         for parameter, velocity, slope in zip((self.weight, self.bias), self._velocity, (weight, gradient.sum(0)), strict=True):
-            velocity.mul_(MOMENTUM).add_(_sum_over_processes(slope))
+            velocity.mul_(MOMENTUM).add_(distributed.all_mean(slope) * world)
             rate = (decay * self.learning_rates).view(-1, *[1] * (parameter.dim() - 1))
             parameter.sub_(rate * velocity)
-        return _sum_over_processes(loss)
+        return distributed.all_mean(loss) * world
+
+    def fit(self, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, seed: int) -> Heads:
+        """Train on features (M, D) and labels (M,) on any device, cosine to 0 by epoch."""
+        device = self.bias.device
+        with progress(epochs * math.ceil(len(features) / batch_size), 0, "linear probes", images_per_step=batch_size) as bar:
+            for epoch in range(epochs):
+                for size, parts in _batches(len(features), epoch, seed=seed, batch_size=batch_size, forward_size=batch_size):
+                    index = parts[0] if parts else np.empty(0, np.int64)
+                    x, y = features[index].to(device), labels[index].to(device)
+                    self.step(x, y, batch_size=size, decay=cosine(epoch, epochs))
+                    bar.update()
+        return self
 
     def accuracy(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Top-1 and top-5 accuracy in % of each head, (H,) both, of features (M, D) and labels (M,)
-        on any device."""
+        """Top-1 and top-5 accuracy in % of each head, both (H,); features may be on any device."""
         correct = torch.zeros(2, len(self.bias), dtype=torch.float64)
         for rows in chunks(len(features), 16 * self.bias.numel()):
             logits = self.logits(features[rows].to(self.weight.device))
@@ -98,91 +107,91 @@ class Heads:
         return top1, top5
 
 
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    return distributed.all_mean(tensor) * distributed.world_size()
-
-
 def cosine(epoch: int, epochs: int) -> float:
-    """Factor of the learning rate in an epoch (from 0): half a cosine from 1 to 0 after the
-    last."""
+    """Factor of the learning rate in an epoch: half a cosine, 1 in epoch 0, 0 after the last."""
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProbeAugmentation:
-    """The published augmentation: random resized crop (8 to 100 % of area, bilinear), flip,
-    normalize."""
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __call__(self, file: EncodedImage, *, seed: int, epoch: int, index: int) -> list[Tensor]:
-        """One tensor (3, S, S) from an image file. Its randomness is a function of seed, epoch and
-        index (of the image)."""
-        image = file.rgb()
-        *numbers, flip = uniforms(seed, epoch, index, rows=1, columns=CROP_NUMBERS + 1)[0].tolist()
-        top, left, height, width = crop_box(image.height, image.width, scale=(0.08, 1.0), numbers=numbers)
-        image = image.crop((left, top, left + width, top + height))
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
-        if flip < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return list(to_tensor([image], mean=self.mean, std=self.std))
+def probe_view(
+    file: EncodedImage, *, image_size: int, mean: Sequence[float], std: Sequence[float], seed: int, epoch: int, index: int
+) -> list[Tensor]:
+    """The published augmentation of an image file: one tensor (3, S, S)."""
+    image = file.rgb()
+    *numbers, flip = uniforms(seed, epoch, index, rows=1, columns=CROP_NUMBERS + 1)[0].tolist()
+    top, left, height, width = crop_box(image.height, image.width, scale=(0.08, 1.0), numbers=numbers)
+    image = image.crop((left, top, left + width, top + height))
+    image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    if flip < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return list(to_tensor([image], mean=mean, std=std))
 
 
 def main(cfg: LinearConfig) -> None:
-    """The command linear."""
+    """The command `dino-simpool linear`."""
     run("linear", evaluate, cfg)
 
 
 def evaluate(encoder: Encoder, cfg: LinearConfig) -> dict[str, Any]:
-    """Accuracy in % of the linear probe on cfg.data, its settings (`probe`), and the head: `weight`
-    (C, D) and `bias` (C,).
+    """Accuracy in % of the linear probe on cfg.data (no top5 with fewer than 5 classes), its
+    settings (`probe`), and the head: `weight` (C, D) and `bias` (C,).
 
-    paper: best_top1, last_top1, the top5 of these epochs, the `curve` over the epochs, and the head
-    of the last epoch. grid: top1, top5, the `grid` of held-out accuracies, and the head of the
-    chosen rate. There is no top5 with fewer than 5 classes.
+    paper: best_top1, last_top1, the top5 of these epochs, the `curve` over the epochs, and the last
+    head. grid: top1, top5, the `grid` of held-out accuracies, and the head of the chosen rate.
     """
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     train, val = class_folders(cfg)
+    forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
     fit = _paper if cfg.protocol == "paper" else _grid
-    result = fit(encoder, cfg, train=train, val=val, settings=settings, device=next(encoder.parameters()).device)
+    result, head = fit(encoder, cfg, train, val, partial(extract_features, encoder, forward=forward))
     if len(train.classes) < 5:
         result = {key: value for key, value in result.items() if not key.endswith("top5")}
-    counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
-    return result | {"split": cfg.val, "preprocessing": settings, "counts": counts, "classes": train.classes}
+    return result | {
+        "weight": head.weight[0].cpu(),
+        "bias": head.bias[0].cpu(),
+        "split": cfg.val,
+        "preprocessing": settings,
+        "counts": {"train": len(train), "val": len(val), "classes": len(train.classes)},
+        "classes": train.classes,
+    }
 
 
 def _paper(
-    encoder: Encoder, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, settings: dict[str, Any], device: torch.device
-) -> dict[str, Any]:
-    augmentation = ProbeAugmentation(image_size=settings["image_size"], mean=settings["mean"], std=settings["std"])
+    encoder: Encoder, cfg: LinearConfig, train: ImageSet, val: ImageSet, features_of: Callable[[ImageSet], Tensor]
+) -> tuple[dict[str, Any], Heads]:
+    model, device = encoder.config, device_of(encoder)
+    augmentation = partial(probe_view, image_size=cfg.image_size or model.image_size, mean=model.mean, std=model.std)
     # The encoder is frozen and val is not augmented, so its features are the same in every epoch.
-    val_x, val_y = _features(encoder, cfg, val, settings=settings, device=device), classes_of(val, train)
-    train_y = torch.from_numpy(train.labels)
+    val_x, val_y, train_y = features_of(val), classes_of(val, train), torch.from_numpy(train.labels)
     batch_size = _batch_size(cfg, len(train))
     learning_rate = cfg.lr * batch_size / 256
     heads = Heads([learning_rate], len(train.classes), encoder.embed_dim, seed=cfg.seed, device=device)
-    curve: list[dict[str, float]] = []
-    workers = default_workers() if cfg.workers is None else cfg.workers
+    batches = partial(_batches, len(train), seed=cfg.seed, batch_size=batch_size, forward_size=cfg.batch_size)
+    # (epoch, image) of every forward pass, so one loader serves all epochs without a pause.
+    keys = (
+        [(epoch, index) for index in part.tolist()]
+        for epoch in range(cfg.epochs)
+        for _, parts in batches(epoch)
+        for part in parts
+    )
     items = iter(
         DataLoader(
             AugmentedImages(train, augmentation, cfg.seed),
-            num_workers=workers,
+            num_workers=default_workers() if cfg.workers is None else cfg.workers,
             pin_memory=device.type == "cuda",
-            batch_sampler=_keys(len(train), cfg, batch_size=batch_size),
+            batch_sampler=keys,
             generator=torch.Generator(),
         )
     )
+    curve: list[dict[str, float]] = []
     total = cfg.epochs * math.ceil(len(train) / batch_size)
-    with evaluation_mode(encoder), progress(total, 0, "linear probe", images_per_step=batch_size) as bar:
+    with progress(total, 0, "linear probe", images_per_step=batch_size) as bar:
         for epoch in range(cfg.epochs):
             decay, loss = cosine(epoch, cfg.epochs), 0.0
-            for size, parts in _batches(len(train), epoch, seed=cfg.seed, batch_size=batch_size, forward_size=cfg.batch_size):
+            for size, parts in batches(epoch):
                 features, labels = torch.empty(0, encoder.embed_dim, device=device), torch.empty(0, dtype=torch.int64)
                 for _ in parts:
                     (images,), index, _ = next(items)
-                    features = torch.cat([features, encode(encoder, images, device=device, precision=cfg.precision)])
+                    features = torch.cat([features, encode(encoder, images, precision=cfg.precision)])
                     labels = torch.cat([labels, train_y[index]])
                 loss += heads.step(features, labels.to(device), batch_size=size, decay=decay).item() * size / len(train)
                 bar.update()
@@ -191,79 +200,50 @@ def _paper(
             top1, top5 = (accuracy.item() for accuracy in heads.accuracy(val_x, val_y))
             curve.append({"epoch": epoch, "lr": learning_rate * decay, "train_loss": loss, "top1": top1, "top5": top5})
     best, last = max(curve, key=lambda line: line["top1"]), curve[-1]
-    probe = {"learning_rate": learning_rate, "batch_size": batch_size, "best_epoch": best["epoch"]}
-    return {
+    result = {
         "best_top1": best["top1"],
         "last_top1": last["top1"],
         "best_top5": best["top5"],
         "last_top5": last["top5"],
         "selected_on": "val_epochs",
-        "probe": probe,
+        "probe": {"learning_rate": learning_rate, "batch_size": batch_size, "best_epoch": best["epoch"]},
         "curve": curve,
-        "weight": heads.weight[0].cpu(),
-        "bias": heads.bias[0].cpu(),
     }
+    return result, heads
 
 
 def _grid(
-    encoder: Encoder, cfg: LinearConfig, *, train: ImageSet, val: ImageSet, settings: dict[str, Any], device: torch.device
-) -> dict[str, Any]:
+    encoder: Encoder, cfg: LinearConfig, train: ImageSet, val: ImageSet, features_of: Callable[[ImageSet], Tensor]
+) -> tuple[dict[str, Any], Heads]:
     train_y, val_y = torch.from_numpy(train.labels), classes_of(val, train)
     learn, held = split_held_out(train_y, cfg.held_out, seed=cfg.seed)
-    train_x, val_x = (_features(encoder, cfg, images, settings=settings, device=device) for images in (train, val))
+    train_x, val_x = features_of(train), features_of(val)
     rates = sorted(set(cfg.grid))
     batch_size = _batch_size(cfg, len(learn))
     scaled = [rate * batch_size / 256 for rate in rates]
-    fit = partial(
-        fit_heads, num_classes=len(train.classes), epochs=cfg.epochs, batch_size=batch_size, seed=cfg.seed, device=device
-    )
-    held_top1, _ = fit(train_x[learn], train_y[learn], learning_rates=scaled).accuracy(train_x[held], train_y[held])
+
+    def fit(x: Tensor, y: Tensor, rates: list[float]) -> Heads:
+        heads = Heads(rates, len(train.classes), encoder.embed_dim, seed=cfg.seed, device=device_of(encoder))
+        return heads.fit(x, y, epochs=cfg.epochs, batch_size=batch_size, seed=cfg.seed)
+
+    held_top1, _ = fit(train_x[learn], train_y[learn], scaled).accuracy(train_x[held], train_y[held])
     chosen = int(held_top1.argmax())  # the first of equals
-    heads = fit(train_x, train_y, learning_rates=scaled[chosen : chosen + 1])
+    heads = fit(train_x, train_y, scaled[chosen : chosen + 1])
     top1, top5 = (accuracy.item() for accuracy in heads.accuracy(val_x, val_y))
-    grid = [{"lr": rate, "held_out_top1": value} for rate, value in zip(rates, held_top1.tolist(), strict=True)]
-    probe = {"lr": rates[chosen], "learning_rate": scaled[chosen], "batch_size": batch_size, "held_out": len(held)}
-    return {
+    result = {
         "evaluator": "linear_grid",
         "top1": top1,
         "top5": top5,
         "selected_on": "train_heldout",
-        "probe": probe,
-        "grid": grid,
-        "weight": heads.weight[0].cpu(),
-        "bias": heads.bias[0].cpu(),
+        "probe": {"lr": rates[chosen], "learning_rate": scaled[chosen], "batch_size": batch_size, "held_out": len(held)},
+        "grid": [{"lr": rate, "held_out_top1": value} for rate, value in zip(rates, held_top1.tolist(), strict=True)],
     }
-
-
-def fit_heads(
-    features: Tensor,
-    labels: Tensor,
-    *,
-    learning_rates: Sequence[float],
-    num_classes: int,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-) -> Heads:
-    """Train one head per learning rate on features (M, D) and labels (M,), cosine to 0 by epoch."""
-    heads = Heads(learning_rates, num_classes, features.shape[1], seed=seed, device=device)
-    with progress(epochs * math.ceil(len(features) / batch_size), 0, "linear probes", images_per_step=batch_size) as bar:
-        for epoch in range(epochs):
-            for size, parts in _batches(len(features), epoch, seed=seed, batch_size=batch_size, forward_size=batch_size):
-                index = parts[0] if parts else np.empty(0, np.int64)
-                heads.step(features[index].to(device), labels[index].to(device), batch_size=size, decay=cosine(epoch, epochs))
-                bar.update()
-    return heads
+    return result, heads
 
 
 def split_held_out(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to learn from and indices held out, both ascending: about `share` of each class,
-    drawn from the seed.
-
-    A class of two or more images has at least one image in both parts; a class of one image is
-    learned from. ValueError if nothing is held out.
-    """
+    """Indices to learn from and indices held out, both ascending: about `share` of each class, at
+    least one image if it has two or more, but never all. ValueError if nothing is held out."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
     sizes = [0 if len(rows) < 2 else min(max(round(share * len(rows)), 1), len(rows) - 1) for rows in by_class]
@@ -287,30 +267,8 @@ def _batches(
         yield len(batch), [mine[i : i + forward_size] for i in range(0, len(mine), forward_size)]
 
 
-def _keys(num_images: int, cfg: LinearConfig, *, batch_size: int) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, image) of every forward pass, so one loader serves all epochs without a pause."""
-    for epoch in range(cfg.epochs):
-        for _, parts in _batches(num_images, epoch, seed=cfg.seed, batch_size=batch_size, forward_size=cfg.batch_size):
-            for part in parts:
-                yield [(epoch, index) for index in part.tolist()]
-
-
-def _features(
-    encoder: Encoder, cfg: LinearConfig, images: ImageSet, *, settings: dict[str, Any], device: torch.device
-) -> Tensor:
-    return extract_features(
-        encoder,
-        images,
-        transform=EvalTransform(**settings),
-        batch_size=cfg.batch_size,
-        workers=cfg.workers,
-        device=device,
-        precision=cfg.precision,
-    )
-
-
 def _batch_size(cfg: LinearConfig, num_images: int) -> int:
-    """The global batch size: that of cfg, or all images if fewer. It scales the learning rate."""
+    """The global batch size, by which learning rates are scaled."""
     if cfg.probe_batch_size > num_images:
         say(f"warning: probe_batch_size {cfg.probe_batch_size} is cut to the {num_images} images to learn from")
     return min(cfg.probe_batch_size, num_images)

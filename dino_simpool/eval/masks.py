@@ -1,9 +1,9 @@
-"""Attention on the object: the share of attention inside its mask over the mask's share of the area.
+"""Attention on the object: the share of attention inside its mask over the mask's share of the
+area. Uniform attention gets 1, and attention that is all inside gets 1 / area, the maximum.
 
-Uniform attention gets 1, and attention that is all inside gets 1 / area, the maximum. The attention
-of a cell counts as spread evenly over the part of the image that the cell sees: the shares are
-exact for any mask and grid, and neither is resampled. The image is resized and center cropped
-before the encoder sees it; what is cropped away counts neither as object nor as area.
+The attention of a cell counts as spread evenly over the part of the image that the cell sees: the
+shares are exact for any mask and grid, and neither is resampled. What the center crop cuts away
+counts neither as object nor as area.
 
 A data set with masks has, beside {train,val}/<class>/<name>.*, a file
 masks/{train,val}/<class>/<name>.png of the same size as the image: 0 outside the object, any other
@@ -23,9 +23,9 @@ from PIL import Image
 
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig
-from dino_simpool.data import EvalTransform, class_folder, evenly
+from dino_simpool.data import EvalTransform, ImageSet, class_folder, evenly
 from dino_simpool.eval import run
-from dino_simpool.features.encode import preprocessing
+from dino_simpool.features.encode import Forward, preprocessing
 from dino_simpool.features.maps import attention_maps, cell_coverage, seen_box, shares
 from dino_simpool.models.encoder import Encoder
 
@@ -36,32 +36,24 @@ def main(cfg: MasksConfig) -> None:
 
 
 def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
-    """attention_in_mask and mask_area in %, means over images, and `ratio`, the first by the second.
+    """attention_in_mask and mask_area in %, means over images, and `ratio`, the one by the other.
 
-    encoder: on the device to run on.   Images whose object is completely cropped away are left out
-    and counted.   ValueError if a mask is missing or does not fit, or if no image is left.
+    Images whose object is completely cropped away are left out and counted. ValueError if a mask is
+    missing or does not fit, or if no image is left.
     """
     if not cfg.data:
-        raise ValueError("no data is given: say --data DIR, a folder with val/ and masks/val/")
+        raise ValueError("no data is given: give --data DIR, a folder with val/ and masks/val/")
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     images = class_folder(str(Path(cfg.data) / cfg.val))
-    images = images.with_decoding(
-        max_pixels=cfg.max_pixels, exif_orientation=False
-    )  # masks are of the pixels as they are stored
+    # Masks are of the pixels as they are stored.
+    images = images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=False)
     chosen = evenly(len(images), cfg.max_images)
     positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     rows = []
-    for maps, _, indices in attention_maps(
-        encoder,
-        images,
-        chosen[positions],
-        transform=EvalTransform(**settings),
-        batch_size=cfg.batch_size,
-        workers=cfg.workers,
-        precision=cfg.precision,
-    ):
+    forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
+    for maps, _, indices in attention_maps(encoder, images, chosen[positions], forward):
         for index, cells in zip(indices.tolist(), maps.double().numpy(), strict=True):
-            mask = read_mask(mask_path(cfg.data, cfg.val, images.name(index)), images.path(index), images.read_bytes(index))
+            mask = read_mask(mask_path(cfg.data, cfg.val, images.name(index)), images, index)
             box = seen_box(encoder, mask.shape, resize=settings["resize"], crop=settings["image_size"])
             rows.append(shares(cells, cell_coverage(mask, box, grid=cells.shape)))
     own = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
@@ -82,14 +74,12 @@ def mask_path(data: str | Path, split: str, image: str | Path) -> Path:
     return Path(data) / "masks" / split / Path(image).with_suffix(".png")
 
 
-def read_mask(path: Path, image: str | Path, content: bytes | None = None) -> np.ndarray:
-    """The mask (H, W) as bool. ValueError if it is missing or has another size than `image`.
-
-    content: the bytes of the image file; needed if the file may be in an archive.
-    """
+def read_mask(path: Path, images: ImageSet, index: int) -> np.ndarray:
+    """The mask (H, W) of an image as bool. ValueError if it is missing or has another size."""
+    image = images.path(index)
     if not path.is_file():
         raise ValueError(f"{image} has no mask {path}: give a data set with masks/<split>/<class>/<name>.png for each image")
-    with Image.open(path) as mask, Image.open(image if content is None else io.BytesIO(content)) as original:
+    with Image.open(path) as mask, Image.open(io.BytesIO(images.read_bytes(index))) as original:
         if mask.size != original.size:
             raise ValueError(
                 f"mask {path} has {mask.width} x {mask.height} pixels, its image {original.width} x {original.height}: "

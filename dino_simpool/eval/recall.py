@@ -14,7 +14,8 @@ counts in the denominator, as in the published code (which stops with an error i
 gallery). Its R-precision and MAP@R are 0. `ties` decides about equal similarities:
 
     stable       the lower index is nearer; the default if queries are their own gallery
-    optimistic   a positive is nearer than equally similar negatives; the default with a gallery, as published for In-Shop
+    optimistic   a positive is nearer than equally similar negatives; the default with a gallery,
+                 as published for In-Shop
 
 R-precision and MAP@R always use the stable order.
 
@@ -31,10 +32,10 @@ from torch import Tensor
 
 from dino_simpool import distributed
 from dino_simpool.config import RecallConfig
-from dino_simpool.data import EvalTransform, ImageSet
+from dino_simpool.data import EvalTransform
 from dino_simpool.eval import decoded, run
-from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import extract_features, preprocessing
+from dino_simpool.features import chunks
+from dino_simpool.features.encode import Forward, device_of, extract_features, preprocessing
 from dino_simpool.features.neighbors import check_ks, neighbors
 from dino_simpool.features.ranking import NOTHING, Labeled, best_positive, count_nearer
 from dino_simpool.layouts import differing_counts, part_counts
@@ -63,8 +64,8 @@ def recall_at_k(
 
     features: (Q, D) of any length (they are normalized here), labels: (Q,) integers.
     gallery_features: (M, D), gallery_labels: (M,); without them, the queries are their own gallery,
-    without the query itself. ties: see the module. A k larger than the gallery means all of it.
-    ValueError if there is no query or no gallery image, a k is below 1, or a feature is not finite.
+    without the query itself. A k larger than the gallery means all of it. ValueError if there is no
+    query or no gallery image, a k is below 1, or a feature is not finite.
     """
     check_ks(ks)
     ranks = first_positive(features, labels, gallery_features=gallery_features, gallery_labels=gallery_labels, ties=ties)
@@ -89,20 +90,17 @@ def first_positive(
     """The rank of the nearest gallery image of each query's class, (Q,) int32 on the CPU: 1 is the
     best, 0 means there is none.
 
-    Arguments as in `recall_at_k`; the device of the features computes. tile: side of the blocks of
-    the product, by default what suits the device. shared: all processes call it together with the
-    same arguments, and each computes a share.
+    Arguments as in `recall_at_k`; the device of the features computes. tile: as in `count_nearer`.
+    shared: all processes call it together with the same arguments, and each computes a share.
     """
-    _check(features, labels, gallery_features, gallery_labels)
     own = gallery_features is None
+    bank, bank_labels = _gallery(features, labels, gallery_features, gallery_labels)
     ties = ties or default_ties(own)
     if ties not in ("stable", "optimistic"):
         raise ValueError(f"ties is {ties}: give stable or optimistic")
     features = features.cpu() if features.device.type == "mps" else features  # mps has no float64
     queries = Labeled.of(features, labels)
-    gallery = queries
-    if gallery_features is not None and gallery_labels is not None:
-        gallery = Labeled.of(gallery_features.to(features.device), gallery_labels)
+    gallery = queries if own else Labeled.of(bank.to(features.device), bank_labels)
     best = best_positive(queries, gallery, own=own)
     part = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
     nearer = count_nearer(queries, gallery, best, own=own, tile=tile, part=part).cpu()
@@ -126,68 +124,57 @@ def precision_at_r(
     shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """R-precision and MAP@R of each query, (Q,) float64 in 0..1, on the CPU; 0 for a query without
-    positives.
-
-    Arguments and errors as in `first_positive`.
-    """
-    _check(features, labels, gallery_features, gallery_labels)
+    positives. Arguments and errors as in `first_positive`."""
     own = gallery_features is None
-    positives = count_positives(labels.cpu(), None if gallery_labels is None else gallery_labels.cpu())
-    bank = (features if gallery_features is None else gallery_features).cpu()
-    labels, bank_labels = labels.cpu(), (labels if gallery_labels is None else gallery_labels).cpu()
+    bank, bank_labels = (each.cpu() for each in _gallery(features, labels, gallery_features, gallery_labels))
+    labels, ordered = labels.cpu(), bank_labels.sort().values
+    positives = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels) - int(own)
     most = int(positives.max())
-    mine = (
-        torch.arange(distributed.rank(), len(positives), distributed.world_size()) if shared else torch.arange(len(positives))
-    )
+    part, parts = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
+    mine = torch.arange(part, len(positives), parts)
     found = torch.zeros(len(mine), 2, dtype=torch.float64)
-    for part in chunks(len(mine), 40 * (most + 1)) if most else ():
-        rows = mine[part]
+    for block in chunks(len(mine), 40 * (most + 1)) if most else ():
+        rows = mine[block]
         _, index = neighbors(bank, features[rows], k=min(most + int(own), len(bank)))
         if own:  # move each query to the end of its list; the others keep their order
             index = index.gather(1, (index == rows[:, None]).to(torch.uint8).argsort(dim=1, stable=True))[:, :most]
         wanted, ranks = positives[rows, None], torch.arange(1, index.shape[1] + 1)
         hits = ((bank_labels[index] == labels[rows, None]) & (ranks <= wanted)).double()
         sums = torch.stack([hits.sum(1), (hits * hits.cumsum(1) / ranks).sum(1)], 1)
-        found[part] = sums / wanted.clamp_min(1)
+        found[block] = sums / wanted.clamp_min(1)
     found = distributed.gather_by_index(found, mine, len(positives)) if shared else found
     return found[:, 0], found[:, 1]
 
 
-def count_positives(labels: Tensor, gallery_labels: Tensor | None = None) -> Tensor:
-    """Number of gallery images of each query's class, (Q,) int64. Without a gallery: of other
-    queries of its class."""
-    ordered = (labels if gallery_labels is None else gallery_labels).sort().values
-    found = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
-    return found - int(gallery_labels is None)
-
-
-def _check(features: Tensor, labels: Tensor, gallery_features: Tensor | None, gallery_labels: Tensor | None) -> None:
-    """ValueError unless features and labels match, and a gallery has both."""
+def _gallery(
+    features: Tensor, labels: Tensor, gallery_features: Tensor | None, gallery_labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Features and labels to search in. ValueError unless they and the queries match."""
     if (gallery_features is None) != (gallery_labels is None):
         raise ValueError("a gallery has features and labels: give both, or neither if the queries are their own gallery")
-    for name, rows, its in (("query", features, labels), ("gallery", gallery_features, gallery_labels)):
-        if rows is not None and its is not None and (rows.ndim != 2 or not len(its) == len(rows) > 0):
+    bank, bank_labels = features, labels
+    if gallery_features is not None and gallery_labels is not None:
+        bank, bank_labels = gallery_features, gallery_labels
+    for name, rows, its in (("query", features, labels), ("gallery", bank, bank_labels)):
+        if rows.ndim != 2 or not len(its) == len(rows) > 0:
             given = f"{name} features {tuple(rows.shape)} and {len(its)} labels"
             raise ValueError(f"{given}: give features (images, width) and one label for each, at least one")
-    if gallery_features is not None and gallery_features.shape[1] != features.shape[1]:
-        widths = f"{features.shape[1]} and {gallery_features.shape[1]}"
+    if bank.shape[1] != features.shape[1]:
+        widths = f"{features.shape[1]} and {bank.shape[1]}"
         raise ValueError(f"query and gallery features have {widths} dimensions: take both from one encoder")
+    return bank, bank_labels
 
 
 def main(cfg: RecallConfig) -> None:
-    """The command recall."""
+    """The command `dino-simpool recall`."""
     run("recall", evaluate, cfg)
 
 
 def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
-    """recall_<k>, r_precision and map_at_r in %, counts, and the choices that the paper leaves
-    open.
-
-    Tensor: `first_positive` (Q,) int32, the rank of the nearest image of each query's class, 0 if
-    there is none.
-    """
+    """recall_<k>, r_precision and map_at_r in %, counts, the choices that the paper leaves open,
+    and the tensor of `first_positive`."""
     if not cfg.data:
-        raise ValueError(f"no data is given: say --data DIR, the folder that holds {cfg.layout} (layout folder: CLASS/IMAGE)")
+        raise ValueError(f"no data is given: give --data DIR, the folder that holds {cfg.layout} (layout folder: CLASS/IMAGE)")
     ks = cfg.k or KS[cfg.layout]
     check_ks(ks)
     query_set, gallery_set = fine_grained(cfg.layout, cfg.data)
@@ -197,17 +184,19 @@ def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
         say(f"warning: {line}")
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     settings["interpolation"] = INTERPOLATIONS[cfg.preset]
-    features, labels = _features(encoder, query_set, "queries", settings=settings, cfg=cfg)
-    other, other_labels = (
-        (None, None) if gallery_set is None else _features(encoder, gallery_set, "gallery", settings=settings, cfg=cfg)
-    )
+    forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
+    features = {
+        name: extract_features(encoder, decoded(images, cfg), forward, description=name).to(device_of(encoder))
+        for name, images in sets.items()
+    }
+    labels = {name: torch.from_numpy(images.labels) for name, images in sets.items()}
+    compared: dict[str, Any] = {"features": features["queries"], "labels": labels["queries"], "shared": True}
+    compared |= {"gallery_features": features.get("gallery"), "gallery_labels": labels.get("gallery")}
     ties = default_ties(gallery_set is None) if cfg.ties == "published" else cfg.ties
-    ranks = first_positive(
-        features, labels, gallery_features=other, gallery_labels=other_labels, ties=ties, tile=cfg.tile, shared=True
-    )
+    ranks = first_positive(**compared, ties=ties, tile=cfg.tile)
     metrics = {f"recall_{k}": value for k, value in recall_of(ranks, ks).items()}
     if cfg.map_at_r:
-        both = precision_at_r(features, labels, gallery_features=other, gallery_labels=other_labels, shared=True)
+        both = precision_at_r(**compared)
         metrics |= {name: 100 * each.mean().item() for name, each in zip(("r_precision", "map_at_r"), both, strict=True)}
     return metrics | {
         "dataset": cfg.layout,
@@ -219,22 +208,3 @@ def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
         "preprocessing": {"preset": cfg.preset, **settings},
         "first_positive": ranks,
     }
-
-
-def _features(
-    encoder: Encoder, images: ImageSet, name: str, *, settings: dict[str, Any], cfg: RecallConfig
-) -> tuple[Tensor, Tensor]:
-    """Features, on the device of the encoder, and labels."""
-    assert images.labels is not None, "these layouts have classes"
-    device = next(encoder.parameters()).device
-    features = extract_features(
-        encoder,
-        decoded(images, cfg),
-        transform=EvalTransform(**settings),
-        batch_size=cfg.batch_size,
-        workers=cfg.workers,
-        device=device,
-        precision=cfg.precision,
-        description=name,
-    )
-    return features.to(device), torch.from_numpy(images.labels)

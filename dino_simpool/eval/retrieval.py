@@ -11,9 +11,8 @@ images are removed from the ranking, and all others are negatives:
 Images: the paper does not say how they are prepared, so there are presets that follow public
 scripts (`PRESETS`). All of them shrink an image to a longest side with Pillow's thumbnail (Lanczos,
 never enlarged) and process one image at a time, like the published eval_image_retrieval.py.
-Multi-scale features are the mean of the vectors of three scales, not normalized before the mean.
-Each mean is then normalized (the published code divides by the length of the whole batch, which is
-the same for one image).
+Multi-scale features are the mean of the vectors of three scales, which is then normalized (the
+published code divides by the length of the whole batch, which is the same for one image).
 
 The published code leaves some cases open. Here, equal similarities are ranked by image number;
 similarities are float64 rounded to 2**-30, so that duplicates tie. An image that is named twice
@@ -29,6 +28,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_simpool.config import RetrievalConfig
-from dino_simpool.data import ImageSet, find_images
+from dino_simpool.data import find_images
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.eval import decoded, run
-from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import extract_features
+from dino_simpool.features import chunks
+from dino_simpool.features.encode import Forward, extract_features
 from dino_simpool.features.neighbors import UNIT
 from dino_simpool.features.whitening import Whitening, unit, whitening_set
 from dino_simpool.layouts import differing_counts, part_counts
@@ -87,11 +87,11 @@ class Scores:
 
 
 def average_precision(ranks: Sequence[int] | np.ndarray, num_positives: int) -> float:
-    """Area under the precision-recall curve by trapezoids, 0 to 1.
+    """Area under the precision-recall curve by trapezoids, 0 to 1, as compute_ap of revisitop: the
+    mean over the positives of the precisions just before and just after each.
 
     ranks: those of the found positives, from 0, ascending, without junk. num_positives: the number
-    that exists, at least 1. Source: compute_ap of revisitop: the mean over the positives of the
-    precisions just before and just after each.
+    that exists, at least 1.
     """
     if num_positives < max(1, len(ranks)):
         raise ValueError(f"{num_positives} positives cannot give an average precision at {len(ranks)} ranks")
@@ -132,7 +132,6 @@ def evaluate_ranks(
 
 
 def _score(ranking: np.ndarray, positive: np.ndarray, junk: np.ndarray, kappas: Sequence[int]) -> list[float]:
-    """Average precision and the precisions of one query."""
     if not len(positive):
         return [math.nan] * (1 + len(kappas))
     found = np.flatnonzero(np.isin(ranking, positive))
@@ -143,10 +142,7 @@ def _score(ranking: np.ndarray, positive: np.ndarray, junk: np.ndarray, kappas: 
 
 def rank(queries: Tensor, database: Tensor) -> Tensor:
     """The numbers (Q, M) int32 of the database images in descending cosine similarity to each
-    query; ties by number.
-
-    queries: (Q, D), database: (M, D), of any length; they are normalized here, in float64.
-    """
+    query; ties by number. queries: (Q, D), database: (M, D), of any length."""
     order = torch.empty(len(queries), len(database), dtype=torch.int32)
     for rows in chunks(len(queries), 32 * len(database)):
         query = unit(queries[rows])
@@ -157,26 +153,16 @@ def rank(queries: Tensor, database: Tensor) -> Tensor:
     return order
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """The longest side shrunk to `image_size` with Lanczos (Image.thumbnail), then normalized."""
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """(3, H, W) float32 from an RGB image. It is never enlarged."""
-        image = image.copy()
-        image.thumbnail((self.image_size, self.image_size), Image.Resampling.LANCZOS)
-        return to_tensor([image], mean=self.mean, std=self.std)[0]
+def thumbnail(image: Image.Image, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(3, H, W) float32 of an RGB image, its longest side shrunk with Lanczos, normalized."""
+    image = image.copy()
+    image.thumbnail((image_size, image_size), Image.Resampling.LANCZOS)
+    return to_tensor([image], mean=mean, std=std)[0]
 
 
 class MultiScale(nn.Module):
-    """The mean of an encoder's features of an image at several scales.
-
-    Source: multi_scale in utils.py of dino and simpool, without its normalization.
-    """
+    """The mean of an encoder's features of an image at several scales: multi_scale in utils.py of
+    dino and simpool, without its normalization."""
 
     def __init__(self, encoder: nn.Module, scales: Sequence[float]):
         super().__init__()
@@ -184,9 +170,7 @@ class MultiScale(nn.Module):
         self.embed_dim: int = encoder.embed_dim  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, D) of images (B, 3, H, W)."""
-        features = [self._at(images, scale) for scale in self.scales]
-        return torch.stack(features).sum(0) / len(features)
+        return torch.stack([self._at(images, scale) for scale in self.scales]).sum(0) / len(self.scales)
 
     def _at(self, images: Tensor, scale: float) -> Tensor:
         if scale != 1:
@@ -194,42 +178,36 @@ class MultiScale(nn.Module):
         try:
             return self.encoder(images)
         except RuntimeError as error:
-            # A ConvNeXt, ours or the published one, cannot take a side below 32 pixels; torch
-            # raises its own error for it.
-            if "Kernel size" not in str(error):
+            if "Kernel size" not in str(error):  # torch's own error for a ConvNeXt and a side below 32 pixels
                 raise
             size = f"{images.shape[-2]} x {images.shape[-1]} pixels at scale {scale:.2g}"
             raise ValueError(f"{size} are too small for the encoder: give a larger image_size, or multi_scale false") from error
 
 
 def main(cfg: RetrievalConfig) -> None:
-    """The command retrieval."""
+    """The command `dino-simpool retrieval`."""
     run("retrieval", evaluate, cfg)
 
 
 def resolve(cfg: RetrievalConfig) -> dict[str, Any]:
     """image_size, multi_scale and query_crop: those given, else the preset's. ValueError for boxes
     in rotated images."""
-    image_size, multi_scale, query_crop = PRESETS[cfg.preset][cfg.dataset]
-    settings = {
-        "image_size": image_size if cfg.image_size is None else cfg.image_size,
-        "multi_scale": multi_scale if cfg.multi_scale is None else cfg.multi_scale,
-        "query_crop": query_crop if cfg.query_crop is None else cfg.query_crop,
-    }
+    preset = zip(("image_size", "multi_scale", "query_crop"), PRESETS[cfg.preset][cfg.dataset], strict=True)
+    settings = {name: default if getattr(cfg, name) is None else getattr(cfg, name) for name, default in preset}
     if settings["query_crop"] and cfg.exif_orientation:
         raise ValueError("exif_orientation must be false with query_crop: boxes belong to the pixels as they are stored")
     return settings
 
 
 def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
-    """map_<protocol> and mp1_, mp5_, mp10_<protocol> in %, counts and the settings behind them.
+    """map_<protocol> and mp1_, mp5_, mp10_<protocol> in % (none if no query has positives), counts
+    and settings.
 
     Tensors: `ranks` (Q, 100) int32, numbers of database images (distractors are numbered after
-    them), and `ap_<protocol>` (Q,) float64 in %, NaN for queries without positives. A protocol in
-    which no query has positives has no metric.
+    them), and `ap_<protocol>` (Q,) float64 in %, NaN for queries without positives.
     """
     if not cfg.data:
-        raise ValueError("no data is given: say --data DIR, the folder that holds roxford5k/ or rparis6k/")
+        raise ValueError("no data is given: give --data DIR, the folder that holds roxford5k/ or rparis6k/")
     settings = resolve(cfg)
     database_set, query_set, truth = landmarks(cfg.dataset, cfg.data)
     counts = part_counts({"database": database_set, "queries": query_set})
@@ -242,10 +220,15 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
     others, dim = whitening_set(cfg.whitening_data, encoder.embed_dim, dim=cfg.whitening_dim)
 
     scales = SCALES if settings["multi_scale"] else SCALES[:1]
-    transform = Thumbnail(settings["image_size"], encoder.config.mean, encoder.config.std)
-    found = {"database": database_set, "queries": query_set} | more | ({} if others is None else {"whitening": others})
-    sets = {name: decoded(images, cfg) for name, images in found.items()}
-    features = _features(encoder, sets, scales=scales, transform=transform, cfg=cfg)
+    normalization: dict[str, Any] = {"mean": encoder.config.mean, "std": encoder.config.std}
+    sets = {"database": database_set, "queries": query_set} | more | ({} if others is None else {"whitening": others})
+    transform = partial(thumbnail, image_size=settings["image_size"], **normalization)
+    forward = Forward(transform, 1, cfg.workers, cfg.precision)  # each image has its own size
+    encoder_at_scales = MultiScale(encoder, scales)
+    features = {
+        name: extract_features(encoder_at_scales, decoded(images, cfg), forward, description=name)
+        for name, images in sets.items()
+    }
     distractors = features["distractors"] if distractors is None else distractors
     database, queries = torch.cat([features["database"], distractors]), features["queries"]
     if others is not None:
@@ -253,38 +236,7 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
         database, queries = whitening(database), whitening(queries)
 
     preparation = {"preset": cfg.preset, **settings, "scales": scales, "resize": "longest side, Lanczos, never enlarged"}
-    return _scored(rank(queries, database), truth) | {
-        "dataset": cfg.dataset,
-        "split": "test",
-        "counts": {name: len(images) for name, images in sets.items()} | {"distractors": len(distractors)},
-        "count_warnings": warnings,
-        "preprocessing": preparation | {"mean": transform.mean, "std": transform.std},
-        "whitening": None if others is None else {"data": cfg.whitening_data, "dimensions": dim},
-    }
-
-
-def _features(
-    encoder: Encoder, sets: dict[str, ImageSet], *, scales: Sequence[float], transform: Thumbnail, cfg: RetrievalConfig
-) -> dict[str, Tensor]:
-    """The features of each set, one image at a time."""
-    device = next(encoder.parameters()).device
-    return {
-        name: extract_features(
-            MultiScale(encoder, scales),
-            images,
-            transform=transform,
-            batch_size=1,  # each image has its own size
-            workers=cfg.workers,
-            device=device,
-            precision=cfg.precision,
-            description=name,
-        )
-        for name, images in sets.items()
-    }
-
-
-def _scored(order: Tensor, truth: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """The results of rankings (Q, M)."""
+    order = rank(queries, database)
     result: dict[str, Any] = {"ranks": order[:, :TOP].contiguous(), "kappas": KAPPAS, "queries_with_positives": {}}
     for protocol, scores in evaluate_ranks(order.T, truth).items():
         result["queries_with_positives"][protocol] = int((~np.isnan(scores.ap)).sum())
@@ -292,12 +244,18 @@ def _scored(order: Tensor, truth: Sequence[Mapping[str, np.ndarray]]) -> dict[st
         if not math.isnan(scores.map):
             result[f"map_{protocol}"] = 100 * scores.map
             result |= {f"mp{kappa}_{protocol}": 100 * float(value) for kappa, value in zip(KAPPAS, scores.mp, strict=True)}
-    return result
+    return result | {
+        "dataset": cfg.dataset,
+        "split": "test",
+        "counts": {name: len(images) for name, images in sets.items()} | {"distractors": len(distractors)},
+        "count_warnings": warnings,
+        "preprocessing": preparation | normalization,
+        "whitening": None if others is None else {"data": cfg.whitening_data, "dimensions": dim},
+    }
 
 
 def _distractors(file: str, width: int) -> Tensor | None:
-    """The features (images, width) float32 in a .npy file, no rows without a file, or None if it is
-    a source of images."""
+    """The features (images, width) in a .npy file, none without a file, or None for images."""
     if not file:
         return torch.empty(0, width)
     if not file.endswith((".npy", ".npz")):

@@ -5,6 +5,8 @@ its image. So nothing is padded or counted twice, and the result does not depend
 the workers or the processes (except for the rounding of matrix products, and for min_over="batch",
 whose features depend on the batch by definition).
 
+Everywhere, an encoder runs on the device that it is on, in evaluation mode, and keeps its modes.
+
 M images of the set, D width of a feature.
 """
 
@@ -12,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from dino_simpool import distributed
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
@@ -26,26 +31,54 @@ from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 
 
+@dataclass(frozen=True)
+class Forward:
+    """How images go through an encoder."""
+
+    transform: Callable[[Image.Image], Any]
+    """Makes the normalized image (3, H, W)."""
+    batch_size: int
+    """Images in one forward pass of one process."""
+    workers: int | None
+    """Loader processes. None: the number of cores."""
+    precision: str = "fp32"
+    """fp32, or bf16 for the encoder's matrix products."""
+
+    def batches(
+        self, images: ImageSet, order: Sequence[int] | np.ndarray, device: torch.device, *, skip_broken: bool = False
+    ) -> DataLoader:
+        """The `index_loader` of these images, in this order."""
+        load = partial(index_loader, images, self.transform, order, batch_size=self.batch_size, workers=self.workers)
+        return load(device=device, skip_broken=skip_broken)
+
+
 @contextmanager
 def evaluation_mode(encoder: nn.Module) -> Iterator[None]:
     """Put every module of the encoder in evaluation mode, and afterwards back into its own mode."""
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
+    training = [module for module in encoder.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
-def try_sizes(encoder: Encoder, sizes: Sequence[int], *, device: torch.device) -> None:
-    """Pass one gray image of each size through the encoder in evaluation mode.
+def device_of(encoder: nn.Module) -> torch.device:
+    """The device of an encoder; the CPU if it has no parameters."""
+    return next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
 
-    ValueError for a size that it cannot take, or that a CNN turns into a map under 2 x 2: pooling such a map is a mistake.
+
+def try_sizes(encoder: Encoder, sizes: Sequence[int]) -> None:
+    """Pass one gray image of each size through the encoder.
+
+    ValueError for a size that it cannot take, or that a CNN turns into a map under 2 x 2: pooling
+    such a map is a mistake.
     """
     with evaluation_mode(encoder), torch.no_grad():
         for size in sizes:
-            x, grid = encoder.pool_input(torch.zeros(1, 3, size, size, device=device))
+            x, grid = encoder.pool_input(torch.zeros(1, 3, size, size, device=device_of(encoder)))
             encoder.pool(x)
             if not encoder.config.is_vit and min(grid) < 2:
                 raise ValueError(
@@ -54,57 +87,21 @@ def try_sizes(encoder: Encoder, sizes: Sequence[int], *, device: torch.device) -
                 )
 
 
-def encode(encoder: Callable[[Tensor], Tensor], images: Tensor, *, device: torch.device, precision: str) -> Tensor:
-    """The encoder's output for images (B, 3, S, S), such as features (B, D): float32 on `device`,
-    without gradient.
-
-    encoder: the module, or one of its methods (tokens, attention). precision: fp32, or bf16 for its
-    matrix products.
-    """
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        features = encoder(images.to(device, non_blocking=True))
+def encode(encoder: nn.Module, images: Tensor, *, precision: str, method: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The output of the encoder, or of one of its methods, for images (B, 3, S, S): float32 on its
+    device, without gradient."""
+    device = device_of(encoder)
+    with evaluation_mode(encoder), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
+        features = (method or encoder)(images.to(device, non_blocking=True))
     return features.to(torch.float32, copy=True)  # a copy made outside of inference mode can be used in training
 
 
-def feature_batches(
-    encoder: Callable[[Tensor], Tensor], images: ImageSet, indices: Sequence[int] | np.ndarray, *,
-    transform: Callable[[Image.Image], Tensor], batch_size: int, workers: int | None, device: torch.device, precision: str,
-    skip_broken: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """The encoder's output for the images `indices`, in this order: (B, ...) float32 on the CPU,
-    and their numbers (B,) int64.
-
-    The i-th batch holds indices[i * batch_size : (i + 1) * batch_size]. encoder, precision: as in
-    `encode`; the encoder's mode is not changed. workers, skip_broken: as in `index_loader`.
-    """
-    loader = index_loader(
-        images, transform, indices, batch_size=batch_size, workers=workers, device=device, skip_broken=skip_broken
-    )
-    for batch, index in loader:
-        try:
-            features = encode(encoder, batch, device=device, precision=precision).cpu()
-        except ValueError as error:  # a size that the encoder cannot take
-            raise ValueError(f"{images.name(int(index[0]))}: {error}") from error
-        yield features, index
-
-
 def extract_features(
-    encoder: nn.Module,
-    images: ImageSet,
-    *,
-    transform: Callable[[Image.Image], Tensor],
-    batch_size: int,
-    workers: int | None,
-    device: torch.device,
-    precision: str = "fp32",
-    description: str = "features",
-    broken: set[int] | None = None,
+    encoder: nn.Module, images: ImageSet, forward: Forward, *, description: str = "features", broken: set[int] | None = None
 ) -> Tensor:
     """Features (M, D) of all images, float32 on the CPU, on every process, in the order of the set.
 
-    encoder: images (B, 3, S, S) -> (B, D), with D as its `embed_dim`; it runs in evaluation mode
-    and keeps its modes. batch_size: images in one forward pass of one process. workers: loader
-    processes, None for the number of cores. precision: as in `encode`. broken: a set that receives
+    encoder: images (B, 3, S, S) -> (B, D), with D as its `embed_dim`. broken: a set that receives
     the numbers of broken images, on every process; their rows mean nothing. Without it, a broken
     image raises BrokenImage. ValueError names the first image whose feature is not finite.
     """
@@ -113,22 +110,21 @@ def extract_features(
     indices = torch.arange(distributed.rank(), total, world)
     rows = torch.empty(len(indices), width)
     done, skipped = 0, set[int]()
-    batches = feature_batches(
-        encoder, images, indices.numpy(), transform=transform, batch_size=batch_size, workers=workers, device=device,
-        precision=precision, skip_broken=broken is not None,
-    )  # fmt: skip
-    with evaluation_mode(encoder), progress(total, 0, description) as bar:
-        for features, numbers in batches:
+    loader = forward.batches(images, indices.numpy(), device_of(encoder), skip_broken=broken is not None)
+    with progress(total, 0, description) as bar:
+        for batch, numbers in loader:
             skipped |= {~number for number in numbers.tolist() if number < 0}
-            rows[done : done + len(features)] = features
-            done += len(features)
-            bar.update(min(world * len(features), total - bar.n))
+            try:
+                rows[done : done + len(batch)] = encode(encoder, batch, precision=forward.precision).cpu()
+            except ValueError as error:  # a size that the encoder cannot take
+                raise ValueError(f"{images.name(int(numbers[0]))}: {error}") from error
+            done += len(batch)
+            bar.update(min(world * len(batch), total - bar.n))
     assert done == len(indices), f"the loader gave {done} of {len(indices)} images"
     features = distributed.gather_by_index(rows, indices, total)
     if broken is not None:
         broken.update(*distributed.gather_objects(skipped))
-    damaged = torch.nonzero(~features.sum(1).isfinite())
-    if len(damaged):
+    if len(damaged := torch.nonzero(~features.sum(1).isfinite())):
         raise ValueError(
             f"{len(damaged)} of {total} features are not finite, the first of {images.path(int(damaged[0]))}: "
             "check the weights and that image, and use precision fp32"
@@ -139,10 +135,9 @@ def extract_features(
 def preprocessing(config: ModelConfig | None, *, image_size: int | None = None, resize: int | None = None) -> dict[str, Any]:
     """The arguments of the evaluation transform: image_size, resize, mean, std.
 
-    Sizes and normalization are those of the model, unless another image_size or resize is asked
-    for. For another image_size, resize is image_size * 256 / 224, rounded down as published.
-    config: None without a model, then ImageNet's mean and std. ValueError if there is neither a
-    model nor a size.
+    Sizes and normalization are those of the model, unless another image_size or resize is given.
+    For another image_size, resize is image_size * 256 / 224, rounded down as published. Without a
+    model, mean and std are ImageNet's, and ValueError without a size.
     """
     size = image_size or (config and config.image_size)
     if not size:

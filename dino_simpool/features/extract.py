@@ -1,8 +1,7 @@
-"""Writes the features of any images to a folder. Map them with `numpy.load(OUT / "features.npy",
-mmap_mode="r")`.
+"""Writes the features of any images to a folder.
 
     OUT/
-        features.npy           float32, one row per image, in the order of the set
+        features.npy           float32, one row per image; numpy.load(FILE, mmap_mode="r") maps it
         ids.txt                the name of the image of each row, one per line
         meta.json              `settings` that determine the numbers, their `hash`, and the `source`
                                of weights and images
@@ -27,13 +26,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import faiss
 import numpy as np
@@ -47,8 +47,8 @@ from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import ExtractConfig
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.augment import to_tensor
-from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import encode, evaluation_mode, feature_batches, preprocessing, try_sizes
+from dino_simpool.features import chunks
+from dino_simpool.features.encode import Forward, device_of, encode, preprocessing, try_sizes
 from dino_simpool.features.rows import RowFile
 from dino_simpool.files import file_sha256, write_atomically, write_json
 from dino_simpool.logs import progress
@@ -56,37 +56,18 @@ from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.pooling.simpool import SimPool
 from dino_simpool.results import versions
 
-Level = Literal["global", "tokens", "keys", "attention"]
-
-
-@dataclass(frozen=True)
-class WholeTransform:
-    """The whole image squeezed into the square (bicubic, Pillow), and normalized."""
-
-    image_size: int
-    """Side S of the square in pixels."""
-    _: KW_ONLY
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """(3, S, S) float32 from an RGB image."""
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        return to_tensor([image], mean=self.mean, std=self.std)[0]
-
 
 def main(cfg: ExtractConfig) -> None:
     """The command `dino-simpool extract`."""
     device = distributed.setup(cfg.device)
-    for name, value in (("checkpoint", cfg.checkpoint), ("data", cfg.data), ("out", cfg.out)):
-        if not value:
-            raise ValueError(f"no {name} is given: say --checkpoint RUN/last.pth --data IMAGES --out OUT")
+    for name in ("checkpoint", "data", "out"):
+        if not getattr(cfg, name):
+            raise ValueError(f"no {name} is given: give --checkpoint RUN/last.pth --data IMAGES --out OUT")
     sources = [os.path.abspath(source) for source in ([cfg.data] if isinstance(cfg.data, str) else cfg.data)]
     if cfg.labels and len(sources) > 1:
         raise ValueError(f"labels need one folder of class folders, given {len(sources)} sources: leave labels out")
     images = class_folder(sources[0]) if cfg.labels else find_images(sources)
     images = images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
-    sources = [images.root] if cfg.labels else sources
     encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
     view = {"view": cfg.view, **preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)}
     if cfg.view == "whole":
@@ -96,14 +77,15 @@ def main(cfg: ExtractConfig) -> None:
         "checkpoint": checkpoint,
         "sha256": file_sha256(checkpoint),
         "which": cfg.which,
-        "data": sources,
+        "data": [images.root] if cfg.labels else sources,
         "max_pixels": cfg.max_pixels,
     }
-    done = (Path(cfg.out) / "features.npy").is_file()
+    folder = Path(cfg.out)
+    done = (folder / "features.npy").is_file()
     features = extract(
         encoder,
         images,
-        cfg.out,
+        folder,
         level=cfg.level,
         view=view,
         batch_size=cfg.batch_size,
@@ -111,10 +93,12 @@ def main(cfg: ExtractConfig) -> None:
         precision=cfg.precision,
         source=source,
     )
-    folder = Path(cfg.out)
     if distributed.is_main():
         if images.labels is not None:
-            _write_labels(folder, images.labels, images.classes)
+            stored = io.BytesIO()
+            np.save(stored, images.labels)
+            write_atomically(folder / "labels.npy", lambda path: path.write_bytes(stored.getvalue()))
+            _write_names(folder / "classes.txt", images.classes)
         if cfg.index:
             index = build_index(features)
             write_atomically(folder / "index.faiss", lambda path: faiss.write_index(index, str(path)))
@@ -129,7 +113,7 @@ def extract(
     images: ImageSet,
     out: str | Path,
     *,
-    level: Level = "global",
+    level: str = "global",
     view: dict[str, Any] | None = None,
     batch_size: int = 128,
     workers: int | None = None,
@@ -137,29 +121,20 @@ def extract(
     source: dict[str, Any] | None = None,
 ) -> np.ndarray:
     """Write features.npy, ids.txt and meta.json to `out` and return the features (M, ...), float32,
-    mapped from the file.
+    mapped from the file. Features that `out` already holds with the same settings are kept and
+    completed. All processes call it together.
 
-    All processes call it together. Features that `out` already holds with the same settings are
-    kept and completed.
-
-    encoder: on its device; it runs in evaluation mode and keeps its modes. view: the argument of
-    `make_transform`, None for the view of the model. batch_size: images in one forward pass of one
-    process. workers: loader processes, None for the number of cores. precision: fp32 or bf16.
-    source: written to meta.json; `search` needs checkpoint, sha256, which, data and max_pixels. The
-    source of the last call is kept: it does not change the numbers, only whether there are any.
-
-    ValueError or OSError, before anything is computed, if the level or the size does not suit the
-    encoder, if the disk is too small, or if `out` was made with other settings, which are named.
-    Later for a broken image or features that are not finite.
+    batch_size, workers, precision: as in `Forward`. view: the argument of `make_transform`, None
+    for that of the model. source: written to meta.json; `search` needs checkpoint, sha256, which,
+    data and max_pixels. The last one is kept: it does not change the numbers, only whether there
+    are any. ValueError or OSError, before anything is computed, if the level or the size does not
+    suit the encoder, if the disk is too small, or if `out` was made with other settings, which are
+    named. Later for a broken image or features that are not finite.
     """
-    folder, device = Path(out), next(encoder.parameters()).device
     view = view or {"view": "crop", **preprocessing(encoder.config)}
-    compute = level_of(encoder, level)
-    try_sizes(encoder, [view["image_size"]], device=device)
-    with evaluation_mode(encoder):
-        blank = torch.zeros(1, 3, view["image_size"], view["image_size"])
-        shape = (len(images), *encode(compute, blank, device=device, precision=precision).shape[1:])
-    matters = {name: version for name, version in versions().items() if name not in ("python", "faiss")}
+    method, size, device = level_of(encoder, level), view["image_size"], device_of(encoder)
+    try_sizes(encoder, [size])
+    blank = encode(encoder, torch.zeros(1, 3, size, size), precision=precision, method=method)
     settings = {
         "model": dataclasses.asdict(encoder.config),
         "weights": weights_sha256(encoder),
@@ -169,26 +144,22 @@ def extract(
         "batch_size": batch_size,
         "precision": precision,
         "device": device.type,
-        "versions": matters,
+        "versions": {name: version for name, version in versions().items() if name not in ("python", "faiss")},
     }
-    rows = RowFile(folder / "features.npy", shape, block=batch_size, rank=distributed.rank())
-    _prepare(folder, rows, images, settings=settings, source=source or {})
+    shape = (len(images), *blank.shape[1:])
+    rows = RowFile(Path(out, "features.npy"), shape, block=batch_size, rank=distributed.rank())
+    _prepare(Path(out), rows, images, settings=settings, source=source or {})
     if not rows.finished:
-        batches = rows.remaining()
+        missing = rows.remaining()
         distributed.barrier()  # no process writes the progress until all have read it
-        mine = np.array_split(batches, distributed.world_size())[distributed.rank()]
-        features = feature_batches(
-            compute,
-            images,
-            rows.rows_of(mine),
-            transform=make_transform(view),
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            precision=precision,
-        )
-        with evaluation_mode(encoder):
-            _fill(rows, mine, features, images, done=len(images) - len(rows.rows_of(batches)))
+        mine = np.array_split(missing, distributed.world_size())[distributed.rank()]
+        batches = Forward(make_transform(view), batch_size, workers).batches(images, rows.rows_of(mine), device)
+        with rows, progress(len(images), len(images) - len(rows.rows_of(missing)), "extract") as bar:
+            for number, (batch, indices) in zip(mine.tolist(), batches, strict=True):
+                values = encode(encoder, batch, precision=precision, method=method).cpu()
+                _require_finite(values, images, indices)
+                rows.write(number, values.numpy())
+                bar.update(min(distributed.world_size() * len(values), len(images) - bar.n))
         distributed.barrier()
         if distributed.is_main():
             rows.finish()
@@ -197,28 +168,31 @@ def extract(
     return finished
 
 
-def level_of(encoder: Encoder, level: Level) -> Callable[[Tensor], Tensor]:
+def level_of(encoder: Encoder, level: str) -> Callable[[Tensor], Tensor]:
     """The function from images (B, 3, S, S) to a level. ValueError for keys without SimPool."""
-    pool = encoder.pool
-    if level == "keys":
-        if not isinstance(pool, SimPool):
-            raise ValueError(f"level keys needs SimPool, and this model has pool {encoder.config.pool}: use level tokens")
-        return lambda images: pool.keys(encoder.tokens(images))
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "global": encoder,
         "tokens": encoder.tokens,
+        "keys": lambda images: encoder.pool.keys(encoder.tokens(images)),
         "attention": encoder.attention,
     }
     if level not in functions:
         raise ValueError(f"there is no level {level}: use global, tokens, keys or attention")
+    if level == "keys" and not isinstance(encoder.pool, SimPool):
+        raise ValueError(f"level keys needs SimPool, and this model has pool {encoder.config.pool}: use level tokens")
     return functions[level]
 
 
-def make_transform(view: dict[str, Any]) -> EvalTransform | WholeTransform:
+def make_transform(view: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
     """The transform of a view: {view: crop, image_size, resize, mean, std} or {view: whole,
     image_size, mean, std}."""
     options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in view.items() if name != "view"}
-    return WholeTransform(**options) if view["view"] == "whole" else EvalTransform(**options)
+    return partial(squeezed, **options) if view["view"] == "whole" else EvalTransform(**options)
+
+
+def squeezed(image: Image.Image, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The whole RGB image squeezed into a square (bicubic) and normalized: (3, S, S) float32."""
+    return to_tensor([image.resize((image_size, image_size), Image.Resampling.BICUBIC)], mean=mean, std=std)[0]
 
 
 def build_index(features: np.ndarray) -> faiss.IndexFlatIP:
@@ -270,23 +244,21 @@ def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[st
         )
     if meta is None and rows.finished:
         raise ValueError(f"{folder} has features.npy, but no meta.json says what they are: give another --out")
-    _check_room(folder, rows.missing_bytes())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    needed, free = rows.missing_bytes(), shutil.disk_usage(there).free
+    if needed > free:
+        said = f"the features need {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB left"
+        raise ValueError(f"{said}: free some, or give another --out")
     distributed.require_agreement(f"what {folder} holds", meta and meta["hash"])
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = {
-            "hash": settings_hash(settings),
-            "shape": list(rows.shape),
-            "settings": settings,
-            "sizes": sizes,
-            "source": source,
-        }
         if meta is None:
             _write_names(folder / "ids.txt", map(images.name, range(len(images))))
             rows.create()
         if meta is None or meta["sizes"] != sizes or (source and meta["source"] != source):
+            record = {"hash": settings_hash(settings), "shape": list(rows.shape), "settings": settings}
             # Last: without it, the files above do not count.
-            write_json(folder / "meta.json", wanted)
+            write_json(folder / "meta.json", record | {"sizes": sizes, "source": source})
         if rows.finished:
             rows.forget()
         elif not rows.partial.exists():
@@ -294,26 +266,10 @@ def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[st
     distributed.barrier()
 
 
-def _fill(
-    rows: RowFile, batches: np.ndarray, features: Iterator[tuple[Tensor, Tensor]], images: ImageSet, *, done: int
-) -> None:
-    """Write the features of these batches. `done`: number of images that were written before."""
-    with rows, progress(len(images), done, "extract") as bar:
-        for number, (values, indices) in zip(batches.tolist(), features, strict=True):
-            damaged = torch.nonzero(~values.flatten(1).sum(1).isfinite())
-            if len(damaged):
-                raise ValueError(
-                    f"the features of {images.name(int(indices[damaged[0]]))} are not finite: check the weights and that "
-                    "image, and use precision fp32"
-                )
-            rows.write(number, values.numpy())
-            bar.update(min(distributed.world_size() * len(values), len(images) - bar.n))
-
-
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
     """The settings that differ: `level global -> tokens, model.gamma 2.0 -> None`, or empty."""
     found = []
-    for name in [*before, *(name for name in now if name not in before)]:
+    for name in before | now:
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found.append(_differences(old, new, f"{prefix}{name}."))
@@ -322,23 +278,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
     return ", ".join(text for text in found if text)
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise ValueError(
-            f"the features need {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB left: free some, or give "
-            "another --out"
-        )
-
-
-def _write_labels(folder: Path, labels: np.ndarray, classes: Sequence[str]) -> None:
-    def save(path: Path) -> None:
-        with open(path, "wb") as file:  # numpy would add a suffix to the name
-            np.save(file, labels)
-
-    write_atomically(folder / "labels.npy", save)
-    _write_names(folder / "classes.txt", classes)
+def _require_finite(values: Tensor, images: ImageSet, indices: Tensor) -> None:
+    if damaged := indices[~values.flatten(1).sum(1).isfinite()].tolist():
+        name = images.name(damaged[0])
+        raise ValueError(f"the features of {name} are not finite: check the weights and that image, and use precision fp32")
 
 
 def _write_names(path: Path, names: Iterable[str]) -> None:

@@ -1,7 +1,4 @@
-"""Attention maps of images, and measures on them: masks, connected parts, boxes, share on an object.
-
-`attention_maps` yields the maps of a set of images by batch, for evaluators and the report;
-`attention_of` is one batch, for images that are already loaded.
+"""Attention maps of images, and measures on them: masks, parts, boxes, share on an object.
 
 Source of the masks: visualize_attention.py of facebookresearch/dino. Ours: sums in float64, since
 float32 moves the border of large masks.
@@ -12,18 +9,17 @@ B images; h, w: cells of a map, N = h * w; H, W: pixels of an image.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from dino_simpool.data import ImageSet, index_loader
-from dino_simpool.features.encode import encode, evaluation_mode
+from dino_simpool.data import ImageSet
+from dino_simpool.features.encode import Forward, device_of, encode
 from dino_simpool.models.encoder import Encoder
 
 Box = tuple[float, float, float, float]
@@ -33,29 +29,19 @@ ROUNDING = 1e-12
 
 
 def attention_maps(
-    encoder: Encoder,
-    images: ImageSet,
-    indices: Sequence[int] | np.ndarray,
-    *,
-    transform: Callable[[Image.Image], Any],
-    batch_size: int,
-    workers: int | None,
-    precision: str = "fp32",
-    per_head: bool = False,
+    encoder: Encoder, images: ImageSet, indices: Sequence[int] | np.ndarray, forward: Forward, *, per_head: bool = False
 ) -> Iterator[tuple[Tensor, Any, Tensor]]:
-    """Attention maps of the images `indices` in this order, by batch, in evaluation mode.
+    """Attention maps of the images `indices` in this order, by batch.
 
     Each item: maps (B, h, w) float32 on the CPU, each with the sum 1 (per_head: (B, heads, h, w));
-    what the transform made of the images, on the CPU; and (B,) int64 image numbers.
-    encoder: on the device to run on.   transform: returns the normalized image (3, H, W), or a
-    tuple that starts with it.   workers: as in `index_loader`.   precision, ValueError: as in
-    `attention_of`.   BrokenImage names an image that cannot be read.
+    what the transform made of the images, on the CPU; and (B,) int64 image numbers. The transform
+    may return a tuple that starts with the image. ValueError as in `attention_of`; BrokenImage
+    names an image that cannot be read.
     """
-    device = next(encoder.parameters()).device
-    for batch, numbers in index_loader(images, transform, indices, batch_size=batch_size, workers=workers, device=device):
+    for batch, numbers in forward.batches(images, indices, device_of(encoder)):
         pixels = batch if isinstance(batch, Tensor) else batch[0]
         names = [images.name(index) for index in numbers.tolist()]
-        yield attention_of(encoder, pixels, names=names, precision=precision, per_head=per_head), batch, numbers
+        yield attention_of(encoder, pixels, names=names, precision=forward.precision, per_head=per_head), batch, numbers
 
 
 def attention_of(
@@ -63,14 +49,11 @@ def attention_of(
 ) -> Tensor:
     """Attention maps of one batch of normalized images (B, 3, H, W), as in `attention_maps`.
 
-    names: of the images, for errors.   precision: fp32, or bf16 for the matrix products.
-    ValueError names an image whose attention is not finite. It names the first image if the encoder
-    cannot take images of this size, or has no attention to show.
+    ValueError names an image whose attention is not finite, or the first one if the encoder cannot
+    take images of this size or has no attention.
     """
-    forward, device = partial(encoder.attention, per_head=per_head), next(encoder.parameters()).device
     try:
-        with evaluation_mode(encoder):
-            maps = encode(forward, pixels, device=device, precision=precision).cpu()
+        maps = encode(encoder, pixels, precision=precision, method=partial(encoder.attention, per_head=per_head)).cpu()
     except ValueError as error:
         raise ValueError(f"{names[0]}: {error}") from error
     for name, own in zip(names, maps, strict=True):
@@ -82,7 +65,7 @@ def attention_of(
 def mass_mask(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
     """The fewest cells, the largest first, that hold a share `mass` of the attention: (h, w) bool.
 
-    attention: (h, w), not negative, of any sum.   With the shares v in ascending order and their
+    attention: (h, w), not negative, of any sum. With the shares v in ascending order and their
     cumulative sum c, a cell stays if c > 1 - mass, as published. Of equal cells, those that come
     first in the map are left out first (stable sort).
     """
@@ -100,11 +83,8 @@ def entropy(attention: np.ndarray) -> float:
 
 
 def connected_parts(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of a mask (h, w), each as its cells (n, 2) row and column.
-
-    Largest first, then first from the top. Cells that share a side are connected; cells that only
-    meet at a corner are not.
-    """
+    """The connected parts of a mask (h, w), each as its cells (n, 2) row and column: largest first,
+    then first from the top. Cells that share a side are connected."""
     labels, _ = ndimage.label(mask)  # numbered in the order of their first cells
     parts = [
         np.argwhere(labels[rows, columns] == number) + (rows.start, columns.start)
@@ -116,7 +96,7 @@ def connected_parts(mask: np.ndarray) -> list[np.ndarray]:
 def part_boxes(attention: np.ndarray, mask: np.ndarray, box: Box) -> list[dict[str, Any]]:
     """Of each connected part of a mask, largest first: its box, cells, and share of attention in %.
 
-    attention, mask: (h, w).   box: what the h x w equal cells cover, in pixels of the image; so are
+    attention, mask: (h, w). box: what the h x w equal cells cover, in pixels of the image; so are
     the boxes (not rounded).
     """
     left, top, right, bottom = box
@@ -169,9 +149,9 @@ def seen_box(encoder: Encoder, shape: tuple[int, int], *, resize: int, crop: int
 
 
 def cell_coverage(mask: np.ndarray, box: Box, *, grid: tuple[int, int]) -> np.ndarray:
-    """The share of each of `grid` = (h, w) equal cells of `box` that the mask covers: (h, w) in 0..1.
+    """The share of each of `grid` = (h, w) equal cells of `box` that the mask covers: (h, w).
 
-    mask: (H, W) bool.   box: in pixels of the mask; outside the mask nothing is covered.
+    mask: (H, W) bool. box: in pixels of the mask; outside the mask nothing is covered.
     """
     left, top, right, bottom = box
     rows = _overlap(grid[0], top, bottom, mask.shape[0])
@@ -180,10 +160,8 @@ def cell_coverage(mask: np.ndarray, box: Box, *, grid: tuple[int, int]) -> np.nd
 
 
 def shares(attention: np.ndarray, coverage: np.ndarray) -> tuple[float, float]:
-    """The share of the attention inside the mask and the mask's share of the area, both in 0..1.
-
-    attention: (h, w), not negative.   coverage: (h, w) from cell_coverage.
-    """
+    """The share of the attention (h, w) inside the mask and the mask's share of the area, both in
+    0..1. coverage: from `cell_coverage`."""
     return float((attention * coverage).sum() / attention.sum()), float(coverage.mean())
 
 

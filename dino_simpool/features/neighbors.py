@@ -1,10 +1,9 @@
-"""Exact nearest neighbors by cosine, at the speed of float32. k-NN and fine-grained recall search
-with it.
+"""Exact nearest neighbors by cosine, at the speed of float32, for k-NN and fine-grained recall.
 
 One search in float32 (faiss on the CPU, a blocked product elsewhere) finds candidates, somewhat
 more than k. Their cosines are then computed in float64 and rounded to 2**-30, so that duplicates
-tie. The result is exact and does not depend on blocks, batches or processes. Test images for which
-rounding could have hidden a neighbor (more than 32 near-ties) are searched again in float64.
+tie. Test images for which rounding could have hidden a neighbor (more than 32 near-ties) are
+searched again in float64. So the result does not depend on blocks, batches or processes.
 
 M training images (the bank), T test images, b of them at a time, D width.
 """
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dino_simpool.features.chunks import MAX_BYTES, chunks
+from dino_simpool.features import MAX_BYTES, chunks
 
 SPARE = 32
 """Candidates beyond k, so that near-ties at place k are resolved among the candidates."""
@@ -31,11 +30,10 @@ equal."""
 
 def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
     """The k training rows with the highest cosines: similarities (T, k) float64, descending, and
-    indices (T, k), on the CPU.
+    indices (T, k), on the CPU. Equal similarities: lower index first.
 
-    train: (M, D), on the CPU; test: (T, D), on the device that searches; k <= M. Equal
-    similarities: lower index first. max_bytes: size of each working array. ValueError if a feature
-    is not finite.
+    train: (M, D); test: (T, D), on the device that searches; k <= M. max_bytes: size of each
+    working array. ValueError if a feature is not finite.
     """
     test = test.cpu() if test.device.type == "mps" else test  # mps has no float64
     bank = _Bank(train.cpu(), lengths_of(train.cpu()), max_bytes)
@@ -62,15 +60,14 @@ def check_ks(ks: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class _Bank:
-    """Training features and three searches in them. Queries: (b, D), unit length; keys: INDEX."""
+    """Training features and three searches in them. Queries (b, D) have unit length."""
 
     rows: Tensor  # (M, D)
     lengths: Tensor  # (M,) float64
     max_bytes: int
 
     def candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Float32 search for `count` rows: the lowest similarity among them (b,) and their indices
-        (b, count), on the CPU."""
+        """Float32 search for `count` rows: their lowest similarity (b,), indices (b, count)."""
         width = queries.shape[1]
         value = queries.new_empty(len(queries), 0)
         index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -88,9 +85,8 @@ class _Bank:
 
     def settle(self, queries: Tensor, index: Tensor, k: int) -> Tensor:
         """The keys (b, k) of the best of the candidates (b, count), from float64 products."""
-        # Query by query, so that gathered rows stay in the processor's cache; index_select is
-        # faster than indexing. Results are written in place: many small tensors between the large
-        # temporary ones would fragment the memory.
+        # Query by query, so that gathered rows stay in the processor's cache. Results are written
+        # in place: many small tensors between the large temporary ones would fragment the memory.
         found = torch.empty(index.shape, dtype=torch.float64)
         for row, query, out in zip(index, queries, found, strict=True):
             torch.mv(self.rows.index_select(0, row).double(), query, out=out)
@@ -110,7 +106,6 @@ class _Bank:
 
 
 def _search_faiss(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The inner-product search of faiss.IndexFlatIP, without a copy of the bank."""
     import faiss  # only where it searches: a training run without k-NN does not need it
 
     similarity, place = faiss.knn(queries.numpy(), unit.numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
@@ -118,14 +113,13 @@ def _search_faiss(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Te
 
 
 def _search_blocked(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same search on any device."""
     with full_precision():
         return (queries @ unit.T).topk(count)
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products without reduced precision (TF32), whose error would exceed `margin`."""
+    """Float32 products without TF32, whose error would exceed `margin`."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

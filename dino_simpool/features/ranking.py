@@ -3,22 +3,21 @@ sorting.
 
 Float64 products within each class find the best positive. Float32 products of all pairs, one tile
 at a time, then count what is nearer. Pairs that are too close for float32 are counted by float64
-products rounded to 2**-30, as in neighbors.py. So the result is exact and does not depend on tiles
-or processes. If the queries are their own gallery, a tile serves its columns as well as its rows,
-and half of the products are enough.
+products rounded to 2**-30, as in neighbors.py, so the result is exact. If the queries are their own
+gallery, a tile serves its columns as well as its rows, and half of the products are enough.
 
 Q queries, M gallery images, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dino_simpool.features.chunks import MAX_BYTES, chunks
+from dino_simpool.features import MAX_BYTES, chunks
 from dino_simpool.features.neighbors import UNIT, full_precision, keys_of, lengths_of, margin
 
 TILE = 1024
@@ -40,7 +39,7 @@ class Labeled:
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor) -> Labeled:
-        """Features (M, D) and labels (M,) in any order. ValueError if a feature is not finite."""
+        """Features and labels in any order. ValueError if a feature is not finite."""
         labels, order = labels.to(features.device).long().sort(stable=True)
         rows = features[order]
         return cls(rows, lengths_of(rows), labels, order)
@@ -66,8 +65,7 @@ def best_positive(queries: Labeled, gallery: Labeled, *, own: bool) -> Tensor:
     best = torch.full_like(queries.labels, NOTHING)
     start = torch.searchsorted(gallery.labels, queries.labels).tolist()
     stop = torch.searchsorted(gallery.labels, queries.labels, right=True).tolist()
-    for first in range(0, len(best), 64):
-        rows = slice(first, min(first + 64, len(best)))
+    for rows in chunks(len(best), 1, most=64):
         exact = queries.exact(rows)
         begin, end = start[rows.start], stop[rows.stop - 1]  # all gallery images of these classes, and of the classes between
         for part in chunks(end - begin, 8 * (exact.shape[1] + 4 * len(exact))):
@@ -83,38 +81,35 @@ def best_positive(queries: Labeled, gallery: Labeled, *, own: bool) -> Tensor:
 def count_nearer(
     queries: Labeled, gallery: Labeled, best: Tensor, *, own: bool, tile: int | None, part: tuple[int, int]
 ) -> Tensor:
-    """The number of gallery images that are nearer than the best positive, (Q, 2) int64: in the
+    """The number of gallery images that are nearer than the `best_positive`, (Q, 2) int64: in the
     stable order, and strictly.
 
-    queries, gallery, own: as in `best_positive`, which returns `best`. tile: side of a tile, None
-    for what suits the device. part: (i, n) counts only every n-th tile, starting at tile i.
+    tile: side of a tile, None for what suits the device. part: (i, n) counts only every n-th tile,
+    starting at tile i.
     """
     device = queries.rows.device
     side = tile or (TILE if device.type == "cpu" else DEVICE_TILE)
     unit = queries.unit()
     gallery_unit = unit if own else gallery.unit()
-    counter = _Counter.of(queries, gallery, best)
+    level = torch.where(best > NOTHING, (best >> 32).double() / UNIT, torch.inf)[:, None]
+    error = margin(queries.rows.shape[1])
+    nearer = torch.zeros(len(best), 2, dtype=torch.int64, device=device)
+    counter = _Counter(queries, gallery, best, (level - error).float(), (level + error).float(), nearer)
     product, mask = (torch.empty(side * side, device=device) for _ in range(2))
+    # All pairs, or with `own` the upper triangle.
+    corners = ((i, j) for i in range(0, len(unit), side) for j in range(i if own else 0, len(gallery_unit), side))
     with full_precision():
-        for turn, (rows, columns) in enumerate(_tiles(len(unit), len(gallery_unit), side, own=own)):
-            if turn % part[1] != part[0]:
-                continue
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
+        for i, j in itertools.islice(corners, part[0], None, part[1]):
+            rows, columns = slice(i, min(i + side, len(unit))), slice(j, min(j + side, len(gallery_unit)))
+            shape = (rows.stop - i, columns.stop - j)
             similarity, space = (memory[: shape[0] * shape[1]].view(shape) for memory in (product, mask))
             torch.mm(unit[rows], gallery_unit[columns].T, out=similarity)
-            if own and rows == columns:
+            if own and i == j:
                 similarity.fill_diagonal_(-2)  # below any similarity: a query never finds itself
             counter.add(similarity, rows, columns, space)
-            if own and rows != columns:
+            if own and i != j:
                 counter.add(similarity.T, columns, rows, space.T)
-    return counter.nearer
-
-
-def _tiles(queries: int, gallery: int, side: int, *, own: bool) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the tiles that cover all pairs, or with `own` the upper triangle."""
-    for i in range(0, queries, side):
-        for j in range(i if own else 0, gallery, side):
-            yield slice(i, min(i + side, queries)), slice(j, min(j + side, gallery))
+    return nearer
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,13 +120,6 @@ class _Counter:
     low: Tensor  # (Q, 1) float32: anything below is certainly not nearer
     high: Tensor  # (Q, 1) float32: anything above is certainly nearer
     nearer: Tensor  # (Q, 2) int64, counts so far
-
-    @classmethod
-    def of(cls, queries: Labeled, gallery: Labeled, best: Tensor) -> _Counter:
-        level = torch.where(best > NOTHING, (best >> 32).double() / UNIT, torch.inf)[:, None]
-        error = margin(queries.rows.shape[1])
-        low, high = (level - error).float(), (level + error).float()
-        return cls(queries, gallery, best, low, high, torch.zeros(len(best), 2, dtype=torch.int64, device=best.device))
 
     def add(self, similarity: Tensor, rows: slice, columns: slice, space: Tensor) -> None:
         """Count a tile (b, c) of float32 similarities. space: memory of its shape and strides."""

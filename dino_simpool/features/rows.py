@@ -1,8 +1,8 @@
 """A large .npy file that several processes fill, block by block. It survives a kill at any point.
 
-    NAME.partial.npy              during the work: the array at full size, with zeros for rows not written yet
-    NAME.progress_0.json ...      per process: the blocks whose rows are on the disk, as [[first, last + 1], ...]
-    NAME.npy                      afterwards, in place of the others
+    NAME.partial.npy           during the work: the array at full size, zeros for missing rows
+    NAME.progress_0.json ...   per process: the blocks on the disk, as [[first, last + 1], ...]
+    NAME.npy                   afterwards, in place of the others
 
 Rows are flushed to the disk before the record that names them. So a recorded block survives even a
 power cut, and any process computes the other blocks again. Rows are written at their place in the
@@ -19,7 +19,6 @@ import math
 import os
 import time
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -48,10 +47,8 @@ class RowFile:
 
     def missing_bytes(self) -> int:
         """Bytes of disk space that are still needed to finish the file."""
-        size = self.shape[0] * self.row_bytes
-        if self.finished:
-            return 0
-        return max(0, size - self.partial.stat().st_blocks * 512) if self.partial.exists() else size
+        there = self.partial.stat().st_blocks * 512 if self.partial.exists() else 0
+        return 0 if self.finished else max(0, self.shape[0] * self.row_bytes - there)
 
     def create(self) -> None:
         """Start over, with no row written. One process calls it, before any opens the file."""
@@ -118,7 +115,7 @@ class RowFile:
         self._file = os.open(self.partial, os.O_RDWR)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self.save()  # after an error too: finished rows are kept
         finally:

@@ -1,5 +1,4 @@
-"""Finds the images of an extracted set that are most similar to others, with the index of `extract
---index`.
+"""Finds the images most similar to others, with the index of `extract --index`.
 
 The index finds candidates in float32. Their cosines are then computed in float64 and rounded to
 1e-6, the precision of float32 features; of equal ones, the lower row is nearer. If rounding could
@@ -22,8 +21,8 @@ from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import SearchConfig
 from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, find_images
-from dino_simpool.features.chunks import chunks
-from dino_simpool.features.encode import extract_features
+from dino_simpool.features import chunks
+from dino_simpool.features.encode import Forward, extract_features
 from dino_simpool.features.extract import make_transform, read_meta
 from dino_simpool.files import file_sha256, write_atomically
 from dino_simpool.models.encoder import Encoder
@@ -40,29 +39,23 @@ BLUE, GOLD = (31, 119, 180), (230, 159, 0)
 def main(cfg: SearchConfig) -> None:
     """The command `dino-simpool search`."""
     device = distributed.setup(cfg.device)
-    for name, value in (("index", cfg.index), ("query", cfg.query), ("out", cfg.out)):
-        if not value:
-            raise ValueError(f"no {name} is given: say --index DIR --query IMAGE --out OUT, DIR as `extract --index` wrote it")
+    for name in ("index", "query", "out"):
+        if not getattr(cfg, name):
+            raise ValueError(f"no {name} is given: give --index DIR --query IMAGE --out OUT, DIR as `extract --index` wrote it")
     meta, features, index = open_index(cfg.index)
     settings = meta["settings"]
     images, queries = (
         each.with_decoding(max_pixels=meta["source"]["max_pixels"], exif_orientation=settings["images"]["exif_orientation"])
         for each in (images_of(cfg, meta), query_images(cfg.query))
     )
-    encoder = encoder_of(cfg, meta).to(device)
-    vectors = extract_features(
-        encoder,
-        queries,
-        transform=make_transform(settings["preprocessing"]),
-        batch_size=settings["batch_size"],
-        workers=cfg.workers,
-        device=device,
-        precision=settings["precision"],
-        description="queries",
-    )
+    forward = Forward(make_transform(settings["preprocessing"]), settings["batch_size"], cfg.workers, settings["precision"])
+    vectors = extract_features(encoder_of(cfg, meta).to(device), queries, forward, description="queries")
     if not distributed.is_main():
         return
-    found = [neighbors_of(cfg, i, vector, queries, images, features, index) for i, vector in enumerate(vectors.numpy())]
+    found: list[dict[str, Any]] = []
+    for number, vector in enumerate(vectors.numpy()):
+        ranked = nearest(features, index, vector, k=cfg.k + cfg.exclude_self)
+        found.append({"query": queries.name(number), "neighbors": neighbors_of(cfg, queries.path(number), images, *ranked)})
     source = {name: meta["source"][name] for name in ("checkpoint", "sha256", "which")}
     record = {
         "evaluator": "search",
@@ -80,17 +73,16 @@ def main(cfg: SearchConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_record(out / "results.json", record, cfg)
     shown = enumerate(found[: cfg.sheet_rows])
-    rows = [tiles(queries, i, result["query"], result["neighbors"][: cfg.sheet_columns], images) for i, result in shown]
+    rows = [tiles(queries, i, images, result["neighbors"][: cfg.sheet_columns]) for i, result in shown]
     write_atomically(out / "contact_sheet.png", lambda path: contact_sheet(rows, lines=[1]).save(path, format="PNG"))
     print(describe(found, out))
 
 
 def nearest(features: np.ndarray, index: faiss.Index, query: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows with the highest cosine to a query: similarities float64 in steps of 1e-6,
-    descending, and row numbers.
+    """The k rows (all, if k is above M) with the highest cosine to a query (D,) of any length:
+    similarities float64 in steps of 1e-6, descending, and row numbers. Equal ones: lower row first.
 
-    features: (M, D), from which the index was built. query: (D,), of any length. A k above M counts
-    as M. Equal similarities: lower row first.
+    features: (M, D), from which the index was built.
     """
     query = query.astype(np.float64)
     unit = query / max(float(np.linalg.norm(query)), 1e-12)
@@ -110,10 +102,11 @@ def nearest(features: np.ndarray, index: faiss.Index, query: np.ndarray, *, k: i
 
 def open_index(folder: str) -> tuple[dict[str, Any], np.ndarray, faiss.Index]:
     """meta.json, features (M, D), index of a folder. ValueError if missing or inconsistent."""
+    for name in ("meta.json", "features.npy", "index.faiss"):
+        if not Path(folder, name).is_file():
+            raise ValueError(f"{folder} has no {name}: write it with `extract --index`")
     meta, path = read_meta(folder), Path(folder) / "index.faiss"
-    missing = [name for name in ("features.npy", "index.faiss") if not (Path(folder) / name).is_file()]
-    if meta is None or missing:
-        raise ValueError(f"{folder} has no {(['meta.json'] if meta is None else missing)[0]}: write it with `extract --index`")
+    assert meta is not None, "its file exists"
     if not meta["source"]:
         raise ValueError(f"{folder}/meta.json does not say which checkpoint made it: write it with `dino-simpool extract`")
     features = np.load(Path(folder) / "features.npy", mmap_mode="r")
@@ -176,18 +169,11 @@ def query_images(query: str | tuple[str, ...]) -> ImageSet:
 
 
 def neighbors_of(
-    cfg: SearchConfig,
-    number: int,
-    vector: np.ndarray,
-    queries: ImageSet,
-    images: ImageSet,
-    features: np.ndarray,
-    index: faiss.Index,
-) -> dict[str, Any]:
-    """The entry of one query in results.json: its name and its neighbors, nearest first."""
-    own = os.path.realpath(queries.path(number))
-    similarities, rows = nearest(features, index, vector, k=cfg.k + cfg.exclude_self)
-    neighbors = [
+    cfg: SearchConfig, query: str, images: ImageSet, similarities: np.ndarray, rows: np.ndarray
+) -> list[dict[str, Any]]:
+    """The neighbors of the query at this path in results.json, nearest first."""
+    own = os.path.realpath(query)
+    found = [
         {
             "name": images.name(row),
             "row": row,
@@ -196,13 +182,13 @@ def neighbors_of(
         }
         for similarity, row in zip(similarities.tolist(), rows.tolist(), strict=True)
     ]
-    kept = [neighbor for neighbor in neighbors if not (cfg.exclude_self and neighbor["query_itself"])][: cfg.k]
-    return {"query": queries.name(number), "neighbors": [{"rank": i, **neighbor} for i, neighbor in enumerate(kept, 1)]}
+    kept = [neighbor for neighbor in found if not (cfg.exclude_self and neighbor["query_itself"])][: cfg.k]
+    return [{"rank": rank, **neighbor} for rank, neighbor in enumerate(kept, 1)]
 
 
-def tiles(queries: ImageSet, number: int, name: str, neighbors: list[dict[str, Any]], images: ImageSet) -> list[Tile]:
-    """A row of the contact sheet: the query in blue, then its neighbors; the query itself among them is gold."""
-    row = [Tile(queries.read(number), ("query", os.path.basename(name)), BLUE)]
+def tiles(queries: ImageSet, number: int, images: ImageSet, neighbors: list[dict[str, Any]]) -> list[Tile]:
+    """A row of the contact sheet: the query in blue, then its neighbors, itself in gold."""
+    row = [Tile(queries.read(number), ("query", os.path.basename(queries.name(number))), BLUE)]
     for neighbor in neighbors:
         itself = neighbor["query_itself"]
         caption = f"{neighbor['rank']}.  {neighbor['similarity']:.4f}" + ("  (itself)" if itself else "")

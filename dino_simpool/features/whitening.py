@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_simpool.data import ImageSet, find_images
-from dino_simpool.features.chunks import chunks
+from dino_simpool.features import chunks
 from dino_simpool.layouts.landmarks import lenient
 
 
@@ -37,10 +37,7 @@ class Whitening:
     @classmethod
     def learn(cls, features: Tensor, dim: int) -> Whitening:
         """Learn from features (M, D) and keep `dim` dimensions. Eigenvalues below 1e-5 of the
-        largest are raised to that.
-
-        ValueError if all features are alike.
-        """
+        largest are raised to that. ValueError if all features are alike."""
         mean = unit(features).mean(0)
         centered = unit(features) - mean
         values, vectors = torch.linalg.eigh(centered.T @ centered / len(centered))
@@ -59,9 +56,8 @@ class Whitening:
 def whitening_set(source: str, width: int, *, dim: int | None) -> tuple[ImageSet | None, int]:
     """The images to learn from (None without a source), and the number of dimensions to keep.
 
-    source: a folder or a text file of paths. width: D. dim: None for 256, or D if that is less.
-    ValueError if these images cannot span so many dimensions: the rest would be noise, amplified to
-    the variance of the others.
+    width: D. dim: None for 256, or D if that is less. ValueError if these images cannot span so
+    many dimensions: the rest would be noise, amplified to the variance of the others.
     """
     dim = min(256, width) if dim is None else dim
     if not source:

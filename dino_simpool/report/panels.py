@@ -26,7 +26,7 @@ from dino_simpool.config import TrainConfig
 from dino_simpool.data import EvalTransform, evenly, find_images, folder_or_archive, read_or_replace
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.eval.masks import mask_path, read_mask
-from dino_simpool.features.encode import preprocessing
+from dino_simpool.features.encode import Forward, preprocessing
 from dino_simpool.features.maps import Box, attention_maps, cell_coverage, mass_mask, seen_box, seen_size, shares
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.pictures import enlarge, paint, to_bytes, unnormalize
@@ -54,7 +54,7 @@ def attention_cards(encoders: dict[str, Encoder], data: str, *, num_images: int)
     transform = EvalTransform(**settings)
     relative, pixels = {}, torch.empty(0)
     for label, encoder in encoders.items():
-        batches = list(attention_maps(encoder, images, chosen, transform=transform, batch_size=16, workers=0))
+        batches = list(attention_maps(encoder, images, chosen, Forward(transform, 16, 0)))
         maps, pixels = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
         relative[label] = maps.double() * maps[0].numel()
     top = max(2.0, torch.cat([attention.flatten() for attention in relative.values()]).quantile(0.99).item())
@@ -64,7 +64,7 @@ def attention_cards(encoders: dict[str, Encoder], data: str, *, num_images: int)
         path, name = Path(images.name(index)), f"held-out-{row}"
         mask_file, truth = mask_path(data, "val", path), None
         if mask_file.is_file():
-            mask = read_mask(mask_file, images.path(index), images.read_bytes(index))
+            mask = read_mask(mask_file, images, index)
             truth = mask, seen_box(one, mask.shape, resize=settings["resize"], crop=side)
         picture = image_layer(to_bytes(shown[row]), side, side, name=name)
         figures = [figure(path.parent.name or path.name, (side, side), picture)]

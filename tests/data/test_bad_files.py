@@ -21,6 +21,7 @@ from dino_simpool.config import CropsConfig, DataConfig, TrainConfig, dump
 from dino_simpool.data import EvalTransform, class_folder, epoch_order, find_images
 from dino_simpool.data.bad_files import BadFiles, write_bad_files
 from dino_simpool.eval.knn import Pixels, knn_accuracy
+from dino_simpool.features.encode import Forward
 from dino_simpool.train import train
 
 NUM_IMAGES = 40
@@ -177,9 +178,8 @@ def test_the_k_nn_of_a_training_leaves_broken_images_out(
     intact = tmp_path / "intact"  # the same without them
     shutil.copytree(images / "train", intact, ignore=lambda folder, _: [x[2:] for x in BROKEN if folder.endswith(x[:1])])
     encoder = load_encoder(tmp_path / "run/last.pth")
-    settings = {"batch_size": 7, "workers": 0, "device": torch.device("cpu")}
     transform = EvalTransform(cfg.model.image_size, resize=cfg.model.resize, mean=cfg.model.mean, std=cfg.model.std)
-    expected = knn_accuracy(encoder, class_folder(str(intact)), class_folder(str(intact)), transform=transform, **settings)
+    expected = knn_accuracy(encoder, class_folder(str(intact)), class_folder(str(intact)), Forward(transform, 7, 0))
     assert len(found) == 2 and found[-1] == expected and len(class_folder(str(intact))) == NUM_IMAGES - 2
 
 
@@ -190,10 +190,9 @@ def test_a_k_nn_set_of_broken_images_only_is_an_error(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "bank/a/1.png")
     bank, val = class_folder(str(tmp_path / "bank")), class_folder(str(tmp_path / "val"))
     transform = EvalTransform(16, resize=None, mean=(0, 0, 0), std=(1, 1, 1))
-    settings = {"transform": transform, "batch_size": 1, "workers": 0, "device": torch.device("cpu"), "skip_broken": True}
     for sets in ((bank, val), (val, bank)):
         with pytest.raises(ValueError, match=r"no image of .*val can be read"):
-            knn_accuracy(Pixels(16), *sets, **settings)
+            knn_accuracy(Pixels(16), *sets, Forward(transform, 1, 0), skip_broken=True)
 
 
 def test_two_processes_agree(whole: TrainConfig, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from test_distributed import group, run_processes, values
 
 from dino_simpool import checkpoint, cli, config, distributed
 from dino_simpool.config import AttentionConfig, ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
-from dino_simpool.eval.attention import FitTransform, evaluate, find_any_images, main
+from dino_simpool.eval.attention import evaluate, find_any_images, main, resized
 from dino_simpool.features.maps import connected_parts, mass_mask
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.pictures import GAP, VIRIDIS
@@ -246,14 +246,14 @@ def test_sheet_shows_the_pictures_that_are_written(tmp_path: Path) -> None:
 )
 def test_fit(fit: str, expected: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8))
-    pixels, own = FitTransform(fit, 24, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))(image)
+    pixels, own = resized(image, fit=fit, image_size=24, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     assert pixels.shape == (3, *expected) and own.tolist() == [20, 50]
     long = Image.new("RGB", (1, 1000))
-    assert FitTransform(fit, 24, mean=(0.0,) * 3, std=(1.0,) * 3)(long)[0].shape[1:] == {
+    assert resized(long, fit=fit, image_size=24, mean=(0.0,) * 3, std=(1.0,) * 3)[0].shape[1:] == {
         "square": (24, 24), "shorter": (24 * 64, 2), "longer": (24, 1), "native": (1000, 1),
     }[fit]  # fmt: skip
-    resized = np.asarray(image.resize(expected[::-1], Image.Resampling.BICUBIC))
-    np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy() * 255, resized, atol=1e-4)
+    plain = np.asarray(image.resize(expected[::-1], Image.Resampling.BICUBIC))
+    np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy() * 255, plain, atol=1e-4)
 
 
 def test_default_size_is_four_times_that_of_the_model(tmp_path: Path) -> None:

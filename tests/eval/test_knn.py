@@ -11,7 +11,7 @@ import pytest
 import torch
 from golden.load import load, meta, sub
 from PIL import Image
-from test_features import CPU, TRANSFORM, TinyEncoder, extract, write_images
+from test_features import TRANSFORM, TinyEncoder, extract, write_images
 from torch import Tensor, nn
 
 from dino_simpool.checkpoint import export_encoder
@@ -19,8 +19,9 @@ from dino_simpool.config import KnnConfig, ModelConfig
 from dino_simpool.data import class_folder
 from dino_simpool.eval import knn, run
 from dino_simpool.eval.knn import knn_accuracy, knn_rank, vote_each_k
+from dino_simpool.features import chunks
 from dino_simpool.features import neighbors as search
-from dino_simpool.features.chunks import chunks
+from dino_simpool.features.encode import Forward
 from dino_simpool.features.neighbors import neighbors
 from dino_simpool.files import file_sha256
 from dino_simpool.models.encoder import build_encoder
@@ -188,10 +189,7 @@ def accuracy(train: Path, val: Path, encoder: nn.Module | None = None, **setting
         encoder or TinyEncoder(),
         class_folder(str(train)),
         class_folder(str(val)),
-        transform=TRANSFORM,
-        batch_size=4,
-        workers=0,
-        device=CPU,
+        Forward(TRANSFORM, 4, 0),
         **settings,
     )
 

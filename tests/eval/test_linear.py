@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dino_simpool.config import LinearConfig, ModelConfig
 from dino_simpool.data import class_folder, epoch_order
 from dino_simpool.data.decode import EncodedImage
 from dino_simpool.eval import linear, run
-from dino_simpool.eval.linear import Heads, ProbeAugmentation, evaluate, fit_heads, split_held_out
+from dino_simpool.eval.linear import Heads, evaluate, probe_view, split_held_out
 from dino_simpool.models.encoder import build_encoder
 
 COUNTS = {"a": 4, "b": 3, "c": 1, "d": 2, "e": 3}
@@ -40,6 +41,11 @@ def data(tmp_path: Path) -> Path:
 def config(data: Path, **options: Any) -> LinearConfig:
     plain = {"epochs": 6, "probe_batch_size": 4, "batch_size": 3, "workers": 0, "lr": 2.0, "seed": 5}
     return LinearConfig(data=str(data), **(plain | options))
+
+
+def fit_heads(features: Tensor, labels: Tensor, *, learning_rates: list[float], num_classes: int, device: Any, **options: Any):
+    heads = Heads(learning_rates, num_classes, features.shape[1], seed=options["seed"], device=device)
+    return heads.fit(features, labels, **options)
 
 
 def plain_head(num_classes: int, width: int, seed: int) -> nn.Linear:
@@ -73,7 +79,7 @@ def test_paper_equals_a_plain_loop(data: Path, batch: int):
     assert encoder.training
 
     train, val = class_folder(str(data / "train")), class_folder(str(data / "val"))
-    augment = ProbeAugmentation(image_size=8, mean=CONFIG.mean, std=CONFIG.std)
+    augment = partial(probe_view, image_size=8, mean=CONFIG.mean, std=CONFIG.std)
     encoder = TinyEncoder().eval()
     labels, val_x, val_y = torch.from_numpy(train.labels), one_by_one(encoder, val), torch.tensor([0, 0, 2, 2, 2, 4, 4])
 
@@ -135,7 +141,7 @@ def test_augmentation():
     image, stored, mirrored = Image.fromarray(pixels), io.BytesIO(), 0
     image.save(stored, "PNG")
     file = EncodedImage(stored.getvalue())
-    augment = ProbeAugmentation(image_size=12, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    augment = partial(probe_view, image_size=12, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     areas = []
     for index in range(300):
         numbers = linear.uniforms(1, 2, index, rows=1, columns=23)[0].tolist()

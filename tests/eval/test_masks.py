@@ -11,7 +11,7 @@ from PIL import Image
 
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig, ModelConfig
-from dino_simpool.data import EvalTransform
+from dino_simpool.data import EvalTransform, ImageSet
 from dino_simpool.eval.masks import evaluate, read_mask
 from dino_simpool.features.maps import seen_box
 from dino_simpool.models.encoder import build_encoder
@@ -126,4 +126,4 @@ def test_any_value_above_zero_is_object(tmp_path, mode):
         mask.putpalette([0, 0, 0, 7, 0, 9])
     mask.save(tmp_path / "mask.png")
     Image.new("RGB", (2, 2)).save(tmp_path / "image.png")
-    assert read_mask(tmp_path / "mask.png", tmp_path / "image.png").tolist() == [[False, True]] * 2
+    assert read_mask(tmp_path / "mask.png", ImageSet(str(tmp_path), ["image.png"]), 0).tolist() == [[False, True]] * 2

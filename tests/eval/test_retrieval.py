@@ -31,12 +31,12 @@ from dino_simpool.eval.retrieval import (
     PRESETS,
     SCALES,
     MultiScale,
-    Thumbnail,
     average_precision,
     evaluate,
     evaluate_ranks,
     rank,
     resolve,
+    thumbnail,
 )
 from dino_simpool.features import whitening
 from dino_simpool.features.whitening import Whitening, unit
@@ -216,7 +216,7 @@ def test_thumbnails(size: tuple[int, int]) -> None:
     """The longest side is 64 at most, images are not enlarged, and the filter is Lanczos."""
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    tensor = Thumbnail(64, MEAN, STD)(image)
+    tensor = thumbnail(image, image_size=64, mean=MEAN, std=STD)
     assert image.size == size  # the given image is left alone
     shrunk = Image.fromarray(pixels)
     if max(size) > 64:

@@ -557,7 +557,7 @@ def test_sources_and_sizes_that_cannot_be(tmp_path: Path, images: Path, checkpoi
     with pytest.raises(ValueError, match="2 x 2 is the least"):
         main(config(checkpoint, images, tmp_path / "out", image_size=4))
     for name in ("checkpoint", "data", "out"):
-        with pytest.raises(ValueError, match=f"no {name} is given: say --checkpoint"):
+        with pytest.raises(ValueError, match=f"no {name} is given: give --checkpoint"):
             main(dataclasses.replace(config(checkpoint, images, tmp_path / "out"), **{name: ""}))
     (tmp_path / "names").mkdir()
     shutil.copy(images / "a" / "000.png", tmp_path / "names" / "two\nlines.png")

@@ -19,7 +19,7 @@ from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.decode import read_rgb
 from dino_simpool.eval import linear
 from dino_simpool.eval.knn import knn_accuracy
-from dino_simpool.features.encode import extract_features, preprocessing, try_sizes
+from dino_simpool.features.encode import Forward, extract_features, preprocessing, try_sizes
 from dino_simpool.models.encoder import build_encoder
 
 CPU = torch.device("cpu")
@@ -66,9 +66,7 @@ def extract(
     images: ImageSet, *, encoder: nn.Module | None = None, batch_size: int = 4, workers: int = 0, precision: str = "fp32"
 ):
     encoder = encoder or TinyEncoder()
-    return extract_features(
-        encoder, images, transform=TRANSFORM, batch_size=batch_size, workers=workers, device=CPU, precision=precision
-    )
+    return extract_features(encoder, images, Forward(TRANSFORM, batch_size, workers, precision))
 
 
 @pytest.fixture
@@ -140,9 +138,9 @@ def test_sizes_are_tried(model: ModelConfig, sizes: list[int], message: str):
     encoder = build_encoder(model)
     if message:
         with pytest.raises(ValueError, match=message):
-            try_sizes(encoder, sizes, device=CPU)
+            try_sizes(encoder, sizes)
     else:
-        try_sizes(encoder, sizes, device=CPU)
+        try_sizes(encoder, sizes)
     assert all(module.training for module in encoder.modules())
 
 
@@ -165,7 +163,7 @@ def in_two_processes(rank: int, root: str) -> None:
             "gloo", init_method=f"file://{root}/store", rank=rank, world_size=2, timeout=timedelta(minutes=2)
         )
     train, val, single = (class_folder(f"{root}/{name}") for name in ("train", "val", "single"))
-    accuracy = knn_accuracy(TinyEncoder(), train, val, transform=TRANSFORM, ks=(1, 5), batch_size=2, workers=0, device=CPU)
+    accuracy = knn_accuracy(TinyEncoder(), train, val, Forward(TRANSFORM, 2, 0), ks=(1, 5))
     config = {"data": root, "epochs": 3, "probe_batch_size": 3, "batch_size": 2, "workers": 0, "lr": 20.0}
     probes = [linear.evaluate(TinyEncoder(), LinearConfig(protocol=protocol, **config)) for protocol in ("paper", "grid")]
     encoder = TinyEncoder()
@@ -222,7 +220,7 @@ def test_preprocessing_is_that_of_the_model_unless_another_size_is_asked_for():
 def broken_numbers(root: str) -> set[int]:
     distributed.setup("cpu")
     broken: set[int] = set()
-    extract_features(TinyEncoder(), find_images(root), transform=TRANSFORM, batch_size=2, workers=0, device=CPU, broken=broken)
+    extract_features(TinyEncoder(), find_images(root), Forward(TRANSFORM, 2, 0), broken=broken)
     return broken
 
 

@@ -15,6 +15,7 @@ from test_masks import MODEL
 
 from dino_simpool.config import ModelConfig
 from dino_simpool.data import EvalTransform, ImageSet, find_images
+from dino_simpool.features.encode import Forward
 from dino_simpool.features.maps import (
     attention_maps,
     attention_of,
@@ -55,8 +56,8 @@ def test_maps_come_in_order_whatever_the_batch(images: ImageSet, per_head: bool,
         expected = torch.cat([encoder.attention(TRANSFORM(images.read(i))[None], per_head=per_head) for i in order])
     encoder.train()
     for batch_size in (1, 3):
-        settings = {"batch_size": batch_size, "workers": workers, "per_head": per_head}
-        found = list(attention_maps(encoder, images, order, transform=with_size, **settings))
+        forward = Forward(with_size, batch_size, workers)
+        found = list(attention_maps(encoder, images, order, forward, per_head=per_head))
         assert encoder.training and all(module.training for module in encoder.modules())
         assert [len(numbers) for _, _, numbers in found] == ([1] * 4 if batch_size == 1 else [3, 1])
         assert torch.cat([numbers for _, _, numbers in found]).tolist() == order
@@ -66,7 +67,7 @@ def test_maps_come_in_order_whatever_the_batch(images: ImageSet, per_head: bool,
         pixels, widths = (torch.cat([batch[part] for _, batch, _ in found]) for part in (0, 1))
         assert torch.equal(pixels, torch.stack([TRANSFORM(images.read(i)) for i in order]))
         assert widths.tolist() == [images.read(i).width for i in order]
-    plain = next(attention_maps(encoder, images, order, transform=TRANSFORM, batch_size=4, workers=0, per_head=per_head))
+    plain = next(attention_maps(encoder, images, order, Forward(TRANSFORM, 4, 0), per_head=per_head))
     torch.testing.assert_close(plain[0], expected, rtol=1e-4, atol=1e-7)
     assert torch.equal(plain[1], pixels)
 
@@ -74,8 +75,7 @@ def test_maps_come_in_order_whatever_the_batch(images: ImageSet, per_head: bool,
 def test_bf16_rounds_the_products_only(images: ImageSet) -> None:
     encoder = encoder_of()
     exact, rounded = (
-        next(attention_maps(encoder, images, range(5), transform=TRANSFORM, batch_size=5, workers=0, precision=name))[0]
-        for name in ("fp32", "bf16")
+        next(attention_maps(encoder, images, range(5), Forward(TRANSFORM, 5, 0, name)))[0] for name in ("fp32", "bf16")
     )
     assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
     np.testing.assert_allclose(rounded.sum((1, 2)).numpy(), 1, atol=1e-5)
@@ -86,7 +86,7 @@ def test_errors_name_the_image(images: ImageSet) -> None:
     encoder = encoder_of()
     with pytest.raises(ValueError, match=r"^a2\.png: images of 8 x 8 pixels are smaller than a patch"):
         small = EvalTransform(8, resize=8, mean=(0.5,) * 3, std=(0.25,) * 3)
-        list(attention_maps(encoder, images, [2, 1], transform=small, batch_size=2, workers=0))
+        list(attention_maps(encoder, images, [2, 1], Forward(small, 2, 0)))
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         encoder.pool.q.weight[0, 0] = math.nan

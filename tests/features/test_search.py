@@ -235,7 +235,7 @@ def test_queries_that_cannot_be(extracted: Path, tmp_path: Path) -> None:
         (str(tmp_path / "nowhere.png"), FileNotFoundError, "nowhere.png does not exist: give an image, a folder"),
         (str(tmp_path / "nowhere"), FileNotFoundError, "nowhere"),
         ((image, str(extracted / "other")), ValueError, "mixes images such as .* with other sources"),
-        ("", ValueError, "no query is given: say --index DIR --query IMAGE --out OUT"),
+        ("", ValueError, "no query is given: give --index DIR --query IMAGE --out OUT"),
     ):
         with pytest.raises(kind, match=words):
             main(options(extracted, tmp_path / "out", query))
