@@ -30,7 +30,7 @@ from torchvision import transforms
 from dino_simpool import distributed
 from dino_simpool.bench import interleave, machine, medians
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, BenchDataConfig, CropsConfig
-from dino_simpool.data import ImageSet, default_workers, evenly, find_images, keep_freed_memory, train_loader
+from dino_simpool.data import ImageSet, TrainBatches, default_workers, evenly, find_images, keep_freed_memory, train_loader
 from dino_simpool.data.augment import MultiCrop, batch, pixels
 from dino_simpool.data.decode import EncodedImage
 from dino_simpool.files import write_json
@@ -165,8 +165,7 @@ def measure_parts(crop: MultiCrop, files: Sequence[EncodedImage], *, seed: int, 
             draw = crop.draw(*image.shape[:2], seed=seed, epoch=0, index=index)
             stop("draw")
             views = [
-                pixels.resized_crop(image, tuple(box), kind.size)
-                for box, kind in zip(draw.box.tolist(), crop.kinds, strict=True)
+                pixels.resized_crop(image, tuple(box), size) for box, size in zip(draw.box.tolist(), crop.sizes, strict=True)
             ]
             stop("crop and resize")
             batch.pack(draw, radius=crop.blur_radius)
@@ -207,19 +206,8 @@ def measure_loader(cfg: BenchDataConfig, crop: MultiCrop, images: ImageSet) -> d
     size = min(cfg.batch_size, len(images))
     speeds: dict[str, Any] = {"workers": workers}
     for name, augment in (("cpu", crop), ("device_share", replace(crop, on_device=True))):
-        loader = train_loader(
-            images,
-            augment,
-            seed=cfg.seed,
-            batch_size=size,
-            accumulate=1,
-            start_step=0,
-            total_steps=10**6,
-            rank=0,
-            world_size=1,
-            workers=workers,
-            device=torch.device("cpu"),
-        )
+        steps = TrainBatches(num_images=len(images), seed=cfg.seed, batch_size=size, total_steps=10**6, rank=0, world_size=1)
+        loader = train_loader(images, augment, steps, workers=workers, device=torch.device("cpu"))
         batches = iter(loader)
         for _ in range(4 * max(1, workers) + 1):  # past the batches that were ready at the start
             next(batches)

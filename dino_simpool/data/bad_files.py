@@ -21,8 +21,7 @@ class BadFiles:
     """The content of OUT/bad_files.txt: rewritten when it grows, in the order of the data set."""
 
     def __init__(self, images: ImageSet, out: Path, *, max_share: float, found: dict[int, str]) -> None:
-        """max_share: of the images, 0 to 1. found: why each broken image cannot be read, by its
-        number, as a checkpoint has it."""
+        """max_share: 0 to 1.   found: what is wrong with each broken image, by its number."""
         self._images, self._path, self._max_share = images, out / "bad_files.txt", max_share
         self.found = dict(found)
         self._noted: dict[int, str] = {}
@@ -34,16 +33,13 @@ class BadFiles:
             self._path.unlink(missing_ok=True)
 
     def note(self, indices: Sequence[int], problems: Sequence[str]) -> None:
-        """Remember the broken images of a batch.
-
-        problems: for each image number why it cannot be read, or "".
-        """
+        """Remember the broken images of a batch; problems: what is wrong with each image, or ""."""
         self._noted |= {index: problem for index, problem in zip(indices, problems, strict=True) if problem}
 
     def gather(self) -> None:
         """Take over what all processes have noted since the last call. All call this together.
 
-        ValueError, in all of them, if too large a share of the images is broken.
+        ValueError, in all of them, if more than max_share of the images are broken.
         """
         fresh: dict[int, str] = {}
         for noted in distributed.gather_objects(self._noted):

@@ -16,7 +16,7 @@ from dino_simpool import distributed
 from dino_simpool.config import TrainConfig
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.bad_files import BadFiles
-from dino_simpool.data.loaders import default_workers, train_loader
+from dino_simpool.data.loaders import TrainBatches, default_workers, train_loader
 from dino_simpool.data.sources import ImageSet
 
 Loaded = tuple[list[Tensor], Tensor, Sequence[str]]
@@ -50,25 +50,18 @@ def build_feed(
     total_steps: int,
     device: torch.device,
 ) -> Feed:
-    """The batches of a run from a step on, for this process.
-
-    batch_size: images of one process in one forward pass.
-    """
+    """The batches of a run from a step on, for this process (TrainBatches has the arguments)."""
     on_device = colors_on_device(cfg, device)
     augment = MultiCrop(**asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std, on_device=on_device)
-    loader = train_loader(
-        images,
-        augment,
+    batches = TrainBatches(
+        num_images=len(images),
         seed=cfg.run.seed,
         batch_size=batch_size,
         accumulate=cfg.run.accumulate,
         start_step=start_step,
         total_steps=total_steps,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        workers=cfg.data.workers,
-        device=device,
     )
+    loader = train_loader(images, augment, batches, workers=cfg.data.workers, device=device)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.run.precision) if on_device else None
     finish = partial(augment.finish, dtype=half or torch.float32, compiled=cfg.run.compile and on_device)
     return Feed(loader, device, finish, images, bad_files)
@@ -77,9 +70,8 @@ def build_feed(
 class Feed:
     """Hands out batches on the device, and measures how long the run waited for them.
 
-    finish: makes V views (b, 3, S, S) of the tensors of a batch, on the device
-    (augment.MultiCrop.finish). On CUDA the next batch is copied and finished on a stream of its own
-    while the step computes.
+    finish: makes the views of a batch, on the device (MultiCrop.finish). On CUDA the next batch is
+    copied and finished on a stream of its own while the step computes.
     """
 
     def __init__(
@@ -118,10 +110,7 @@ class Feed:
             self._ahead = self._load() if self._stream is not None else None
 
     def _load(self) -> tuple[Batch, Sequence[str]] | None:
-        """Wait for a batch, copy it to the device, and finish its views there.
-
-        None after the last.
-        """
+        """Wait for a batch, copy it to the device, finish its views there; None after the last."""
         started = time.monotonic()
         loaded = next(self._loaded, None)
         self._waited += time.monotonic() - started
@@ -130,11 +119,10 @@ class Feed:
         parts, indices, problems = loaded
         classes = self._images.labels_of(indices.numpy())
         labels = None if classes is None else torch.from_numpy(classes)
-        if labels is not None and self._stream is not None:
-            labels = labels.pin_memory()  # otherwise the copy waits for the device
         with torch.cuda.stream(self._stream):  # does nothing without a stream
             views = self._finish([part.to(self._device, non_blocking=True) for part in parts])
-            labels = None if labels is None else labels.to(self._device, non_blocking=True)
+            if labels is not None:  # pinned, because otherwise the copy waits for the device
+                labels = (labels.pin_memory() if self._stream else labels).to(self._device, non_blocking=True)
         return Batch(views, indices, labels), problems
 
     def _wait_for_copies(self, batch: Batch) -> None:
@@ -155,21 +143,19 @@ class Feed:
         return f"all {cores} cores are busy: use smaller images, a faster disk, or more cores per process"
 
     def timings(self, row: str) -> dict[str, float]:
-        """Images per second, percent of the time spent waiting, and peak memory.
+        """Speed, time spent waiting, and peak memory, since the last call for this row.
 
-        All are since the last call for this row, "window" or "epoch". On CUDA the waiting time is
-        an upper bound: the host starts to wait while the device is still busy with the step.
+        row: "window" or "epoch". On CUDA the waiting time is an upper bound: the host starts to
+        wait while the device is still busy with the step.
         """
         started, count, waited = self._since[row]
         now = time.monotonic()
         self._since[row] = (now, self._count, self._waited)
         seconds = max(now - started, 1e-9)
-        on_cuda = self._device.type == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated()
-            if on_cuda
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        )
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
             "images_per_second": (self._count - count) / seconds,
             "data_wait_percent": 100 * (self._waited - waited) / seconds,

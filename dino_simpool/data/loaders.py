@@ -1,6 +1,6 @@
 """From image sets to batches: the evaluation transform, the order in training, and the loaders.
 
-Letters: B images, V views, S side of a view in pixels, M dataset size.
+Letters: B images, S side of a view in pixels, M dataset size.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -54,9 +54,8 @@ class EvalTransform:
         short = self.resize or self.image_size * 256 // 224
         shorter = min(image.size)
         if max(image.size) > LONGEST * shorter:
-            sides = [
-                min(side, LONGEST * shorter + side % 2) for side in image.size
-            ]  # even or odd as before, so the center stays
+            # Sides stay even or odd, so the center stays too.
+            sides = [min(side, LONGEST * shorter + side % 2) for side in image.size]
             left, top = ((side - kept) // 2 for side, kept in zip(image.size, sides, strict=True))
             image = image.crop((left, top, left + sides[0], top + sides[1]))
         method = Image.Resampling[self.interpolation.upper()]
@@ -74,10 +73,7 @@ class Augmentation(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TransformedImages(Dataset[tuple[Any, int]]):
-    """(transformed image, index) by index.
-
-    With `skip_broken`, (a black image, ~index) for a broken one.
-    """
+    """(transformed image, index) by index; with `skip_broken`, (black image, ~index) if broken."""
 
     images: ImageSet
     transform: Callable[[Image.Image], Any]
@@ -96,8 +92,7 @@ class TransformedImages(Dataset[tuple[Any, int]]):
 class AugmentedImages(Dataset[tuple[list[Tensor], int, str]]):
     """(tensors of the augmentation, index, "") by (epoch, index).
 
-    With `replace_broken`, a broken image is replaced by another one, and the reason is in place of
-    "".
+    With `replace_broken`, another image replaces a broken one, and "" becomes the reason.
     """
 
     images: ImageSet
@@ -131,11 +126,13 @@ class TrainBatches:
     num_images: int
     seed: int
     batch_size: int
-    accumulate: int
-    start_step: int
+    """Images of one process in one forward pass."""
     total_steps: int
-    rank: int
-    world_size: int
+    start_step: int = 0
+    """Steps already done, whose images are not read."""
+    accumulate: int = 1
+    rank: int = field(default_factory=distributed.rank)
+    world_size: int = field(default_factory=distributed.world_size)
 
     def __len__(self) -> int:
         return (self.total_steps - self.start_step) * self.accumulate
@@ -161,47 +158,17 @@ def epoch_order(num_images: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 def train_loader(
-    images: ImageSet,
-    augment: Augmentation,
-    *,
-    seed: int,
-    batch_size: int,
-    accumulate: int,
-    start_step: int,
-    total_steps: int,
-    rank: int,
-    world_size: int,
-    workers: int | None,
-    device: torch.device,
+    images: ImageSet, augment: Augmentation, batches: TrainBatches, *, workers: int | None, device: torch.device
 ) -> DataLoader:
-    """Micro-batches for the rest of a run, in one iterator whose workers live until its end.
+    """The batches, in one iterator whose workers live until its end.
 
-    batch_size: images of one process in one forward pass.   start_step: number of steps already
-    done, whose images are not read.   workers: loader processes, 0 for none, None for
-    `default_workers()`; they do not change a single bit.   device: where batches will go. Each
-    item: the tensors of the augmentation, with the images of the batch as the first dimension; (B,)
-    int64 image numbers; and for each of the B images "", or what is wrong with it if it was
-    replaced.
+    workers: loader processes, 0 for none, None for `default_workers()`; they do not change a single
+    bit.   device: where batches will go.   Each item: the tensors of the augmentation, with the
+    images of the batch as the first dimension; (B,) int64 image numbers; and for each of the B
+    images "", or what is wrong with it if it was replaced.
     """
-    batches = TrainBatches(
-        num_images=len(images),
-        seed=seed,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        start_step=start_step,
-        total_steps=total_steps,
-        rank=rank,
-        world_size=world_size,
-    )
-    return DataLoader(
-        AugmentedImages(images, augment, seed, replace_broken=True),
-        batch_sampler=batches,
-        num_workers=_number(workers),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),
-        prefetch_factor=PREFETCH if _number(workers) else None,
-    )
+    dataset = AugmentedImages(images, augment, batches.seed, replace_broken=True)
+    return _loader(dataset, batches, workers=workers, device=device, prefetch=PREFETCH)
 
 
 def index_loader(
@@ -221,14 +188,22 @@ def index_loader(
     With `skip_broken` it is black instead, and its number i becomes ~i, below 0.
     """
     order = np.asarray(indices, np.int64).tolist()
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return _loader(TransformedImages(images, transform, skip_broken), batches, workers=workers, device=device)
+
+
+def _loader(
+    dataset: Dataset[Any], batches: Iterable[list[Any]], *, workers: int | None, device: torch.device, prefetch: int = 2
+) -> DataLoader:
+    workers = default_workers() if workers is None else workers
     return DataLoader(
-        TransformedImages(images, transform, skip_broken),
-        batch_size=batch_size,
-        sampler=order,
-        num_workers=_number(workers),
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # its default is a draw from the global one
+        prefetch_factor=prefetch if workers else None,
     )
 
 
@@ -239,10 +214,6 @@ def default_workers() -> int:
     if per_task and os.environ.get("SLURM_NTASKS") == str(distributed.world_size()):
         return max(1, min(cores, int(per_task)))  # each process is a SLURM task with its own cores
     return max(1, cores // distributed.local_world_size())
-
-
-def _number(workers: int | None) -> int:
-    return default_workers() if workers is None else workers
 
 
 def start_worker(worker: int) -> None:

@@ -22,8 +22,8 @@ MAX_ATTEMPTS = 100
 def read_or_replace(read: Callable[[int], T], index: int, *, total: int, seed: int, epoch: int) -> tuple[T, str]:
     """(read(index), ""), or (read of another image, what is wrong with this one) if it is broken.
 
-    read: takes an image number, 0 to total - 1.   BrokenImage if MAX_ATTEMPTS others are broken
-    too. A broken replacement is skipped silently, because it has its own turn.
+    read: takes an image number, 0 to total - 1.   A broken replacement is skipped silently, because
+    it has its own turn. BrokenImage if MAX_ATTEMPTS others are broken too.
     """
     try:
         return read(index), ""
@@ -40,10 +40,7 @@ def read_or_replace(read: Callable[[int], T], index: int, *, total: int, seed: i
 
 
 def replacement(index: int, *, total: int, seed: int, epoch: int, attempt: int) -> int:
-    """The number of another image, uniform over the total - 1 others.
-
-    A pure function of its arguments (Philox 4x64).
-    """
+    """The number of another image, uniform over the total - 1 others: a pure function (Philox)."""
     # The second word of the key is 0 for the augmentation: its numbers are independent of these.
     key, counter = np.array([seed % 2**64, 1], np.uint64), np.array([0, attempt, index, epoch], np.uint64)
     return (index + 1 + int(np.random.Philox(key=key, counter=counter).random_raw()) % (total - 1)) % total

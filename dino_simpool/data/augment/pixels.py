@@ -74,7 +74,6 @@ def adjust_hue(pixels: np.ndarray, shift: float) -> np.ndarray:
 
 @lru_cache
 def _first_of_three(width: int) -> np.ndarray:
-    """1, 0, 0 for each pixel of a row."""
     return np.tile(np.array([1, 0, 0], np.uint8), width)
 
 
@@ -83,10 +82,7 @@ ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
 def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur by `blur_kernel`; sigma: standard deviation in pixels, above 0.
-
-    Border pixels are replicated.
-    """
+    """Filter with `blur_kernel` along both axes; border pixels are replicated."""
     kernel = blur_kernel(sigma).astype(np.float32)  # floats are three times as fast as OpenCV's 8-bit filter
     return cv2.convertScaleAbs(cv2.sepFilter2D(pixels, cv2.CV_32F, kernel, kernel, borderType=cv2.BORDER_REPLICATE))
 
