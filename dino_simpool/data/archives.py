@@ -5,8 +5,8 @@ them. A later member replaces an earlier one of the same name. Hard links and li
 followed; links to folders are refused. Hidden files (.x, ._x) are not images. Empty parts, "." and
 ".." are dropped from paths inside. A leading folder that all images share is dropped too, if every
 image lies in a folder below it (`tar cf train.tar train` holds train/CLASS/IMAGE), so an archive of
-a folder equals an archive of its content.
-A compressed tar is refused, because each image would have to be read from the start of the file.
+a folder equals an archive of its content. A compressed tar is refused, because each image would
+have to be read from the start of the file.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -36,18 +37,18 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths
 
 
 class Place(NamedTuple):
-    """Where the bytes of an image are in its archive."""
+    """Where the bytes of an image are in its archive.
+
+    offset: of the data (tar) or of the local header (zip).   size: bytes stored.   method: _PLAIN,
+    zipfile.ZIP_STORED or zipfile.ZIP_DEFLATED.   unpacked: bytes of the image file.   checksum: its
+    CRC-32; -1 in a tar, which has none.
+    """
 
     offset: int
-    """Start of the data (tar) or of the local header (zip)."""
     size: int
-    """Bytes stored."""
     method: int
-    """_PLAIN, zipfile.ZIP_STORED or zipfile.ZIP_DEFLATED."""
     unpacked: int
-    """Bytes of the image file."""
     checksum: int
-    """CRC-32 of the image file; -1 in a tar, which has none."""
 
 
 class TooMany(Exception):
@@ -79,7 +80,7 @@ def compressed_error(path: str) -> ValueError:
     return ValueError(f"{path} is compressed, so single images cannot be read: make an uncompressed .tar or a .zip of it")
 
 
-def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Place], set[str]]:
+def list_archive(path: str, *, limit: float) -> tuple[dict[str, Place], set[str]]:
     """The images of an archive by their path inside, and the top-level folders that it creates.
 
     limit: TooMany is raised if there are more members. ValueError if the archive is compressed,
@@ -91,7 +92,7 @@ def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Plac
     folders: set[str] = set()
     try:
         for count, entry in enumerate(read(path)):
-            if limit is not None and count >= limit:
+            if count >= limit:
                 raise TooMany
             name = _inside(entry.name)
             if entry.folder:
@@ -132,8 +133,7 @@ def _tar_entries(path: str) -> Iterator[_Entry]:
                 link = member.linkname if member.islnk() else ""
                 if member.issym():
                     link = posixpath.join(posixpath.dirname(member.name), member.linkname)
-                refused = "" if member.isreg() or link else "it is a device"
-                refused = "it is sparse" if member.issparse() else refused
+                refused = "it is sparse" if member.issparse() else "" if member.isreg() or link else "it is a device"
                 yield _Entry(member.name, place, member.isdir(), link, member.islnk(), refused)
             # tarfile accepts a file that ends early or continues with something else.
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
@@ -171,9 +171,8 @@ def _target(path: str, name: str, files: dict[str, _Entry]) -> Place:
     """Where the bytes of an image are, after following links."""
     entry = files.get(_end_of_links(name, files))
     if entry is None:
-        raise ValueError(
-            f"{path}/{name} is a link to {files[name].link}, which is not a file in the archive: pack the image itself"
-        )
+        link = files[name].link
+        raise ValueError(f"{path}/{name} is a link to {link}, which is not a file in the archive: pack the image itself")
     if entry.refused:
         raise ValueError(f"{path}/{name} cannot be read, {entry.refused}: pack it again as an ordinary file")
     return entry.place
@@ -189,9 +188,9 @@ def _end_of_links(name: str, files: dict[str, _Entry]) -> str:
 
 
 def _refuse_linked_folders(path: str, files: dict[str, _Entry], folders: set[str]) -> None:
-    """Refuse links to one of the folders, or to a folder above one.
+    """Refuse links to the folders that hold images, or to one above them.
 
-    folders: those that hold images, with "/" at the end.   ValueError names the link.
+    folders: with "/" at the end.
     """
     for name, entry in files.items():
         end = _end_of_links(name, files) if entry.link and not _hidden(name) else ""
@@ -206,21 +205,20 @@ def _without_common_folder(images: dict[str, Place], folders: set[str]) -> tuple
     """Drop the leading folder that all images share, if any. Keep only the top-level folders."""
     leading = {name.partition("/")[0] for name in images}
     if len(leading) == 1 and all(name.count("/") >= 2 for name in images):
-        [prefix] = leading
-        images = {name[len(prefix) + 1 :]: place for name, place in images.items()}
-        folders = {folder[len(prefix) + 1 :] for folder in folders if folder.startswith(prefix + "/")}
+        prefix = leading.pop() + "/"
+        images = {name.removeprefix(prefix): place for name, place in images.items()}
+        folders = {folder.removeprefix(prefix) for folder in folders if folder.startswith(prefix)}
     return images, {folder.partition("/")[0] for folder in folders}
 
 
+@dataclass(frozen=True, eq=False)
 class _Descriptor:
     """An open file. It closes when the last user, perhaps another thread, drops it."""
 
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    number: int
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        os.close(self.number)
 
 
 class ArchiveReader:
@@ -237,18 +235,17 @@ class ArchiveReader:
         return ArchiveReader, ()
 
     def read(self, path: str, stamp: tuple[int, int], place: Place, *, most: int) -> bytes:
-        """The bytes of one image.
+        """The bytes of one image. OSError if the archive cannot be read.
 
-        stamp: mtime in nanoseconds and size of the archive when it was listed.   most: the largest
-        allowed number of bytes.   ValueError if the archive has changed since, is damaged there, or
-        the image is larger; OSError if it cannot be read.
+        stamp: of the archive when it was listed (scan.stamp).   ValueError if it has changed since
+        or is damaged there, or if the image has more than `most` bytes.
         """
         if place.unpacked > most:
             raise ValueError(
                 f"it has {place.unpacked:,} bytes, more than an image of max_pixels; raise max_pixels if it is valid"
             )
-        descriptor = self._file(path, stamp)  # held until the end, because it closes when it is no longer used
-        file, offset = descriptor.number, place.offset
+        archive = self._file(path, stamp)  # held until the end, because it closes when it is no longer used
+        file, offset = archive.number, place.offset
         if place.method != _PLAIN:
             header = os.pread(file, _LOCAL_HEADER.size, offset)
             if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
@@ -270,7 +267,7 @@ class ArchiveReader:
     def _file(self, path: str, stamp: tuple[int, int]) -> _Descriptor:
         file = self._open.get(path)
         if file is None:
-            file = _Descriptor(path)
+            file = _Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             now = os.fstat(file.number)
             if (now.st_mtime_ns, now.st_size) != stamp:
                 raise ValueError("the archive has changed since its files were listed; start again")
