@@ -2,10 +2,9 @@
 
 A source is a folder of any depth, a tar or zip archive, or a text file of paths. scan.py lists it,
 archives.py looks into archives, index.py shares the list between processes, and cache.py keeps it
-from one start to the next. In training, augment/ makes the views, replace.py puts other images in
-place of broken ones, and feed.py moves batches to the device. What a loader yields depends only on
-the seed and the position, so a run can be stopped anywhere and resumed exactly, with any number of
-workers.
+from one start to the next. In training, augment/ makes the views, other images replace broken ones,
+and feed.py moves batches to the device. What a loader yields depends only on the seed and the
+position, so a run can be stopped anywhere and resumed exactly, with any number of workers.
 """
 
 from dino_simpool.data.archives import IMAGE_SUFFIXES
@@ -18,8 +17,8 @@ from dino_simpool.data.loaders import (
     epoch_order,
     index_loader,
     keep_freed_memory,
+    read_or_replace,
     start_worker,
     train_loader,
 )
-from dino_simpool.data.replace import read_or_replace
 from dino_simpool.data.sources import ImageSet, class_folder, evenly, find_images, folder_or_archive

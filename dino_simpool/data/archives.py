@@ -26,6 +26,7 @@ from typing import NamedTuple
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
+PACKED_SUFFIXES = ARCHIVE_SUFFIXES + COMPRESSED_SUFFIXES
 
 _FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 MOST_OPEN = 256 if _FILES == resource.RLIM_INFINITY else max(1, min(256, _FILES // 4))
@@ -56,18 +57,16 @@ class TooMany(Exception):
 
 
 class _Entry(NamedTuple):
-    """One member of an archive.
-
-    link: the path inside that it points to.   hard: the link is another name for an earlier member.
-    refused: why its bytes cannot be read.
-    """
+    """One member of an archive; link: the path inside that it points to."""
 
     name: str
     place: Place
     folder: bool = False
     link: str = ""
     hard: bool = False
+    """The link is another name for an earlier member."""
     refused: str = ""
+    """Why its bytes cannot be read."""
 
 
 def is_compressed(name: str) -> bool:
@@ -83,9 +82,9 @@ def compressed_error(path: str) -> ValueError:
 def list_archive(path: str, *, limit: float) -> tuple[dict[str, Place], set[str]]:
     """The images of an archive by their path inside, and the top-level folders that it creates.
 
-    limit: TooMany is raised if there are more members. ValueError if the archive is compressed,
-    truncated or damaged, if it holds a link to a folder with images, or if an image in it is
-    sparse, encrypted, packed by an unknown method, or a link to something outside the archive.
+    TooMany if it has more members than `limit`. ValueError if it is compressed, truncated or
+    damaged, if it holds a link to a folder with images, or if an image in it is sparse, encrypted,
+    packed by an unknown method, or a link to something outside the archive.
     """
     read = _zip_entries if path.lower().endswith(".zip") else _tar_entries
     files: dict[str, _Entry] = {}
@@ -109,7 +108,15 @@ def list_archive(path: str, *, limit: float) -> tuple[dict[str, Place], set[str]
         folders.add(posixpath.dirname(name))
         if name.lower().endswith(IMAGE_SUFFIXES) and not _hidden(name):
             images[name] = _target(path, name, files)
-    _refuse_linked_folders(path, files, {f"{posixpath.dirname(name)}/" for name in images})
+    with_images = {f"{posixpath.dirname(name)}/" for name in images}
+    for name, entry in files.items():
+        end = _end_of_links(name, files) if entry.link and not _hidden(name) else ""
+        # A link to a folder that contains the link adds no images.
+        adds = end and end not in files and not name.startswith(f"{end}/")
+        if adds and any(folder.startswith(f"{end}/") for folder in with_images):
+            raise ValueError(
+                f"{path}/{name} is a link to the folder {end}: pack the folder itself there, or give it as a separate source"
+            )
     inner = [name for name in files if name.lower().endswith(ARCHIVE_SUFFIXES)]
     if inner and not images:
         raise ValueError(
@@ -185,20 +192,6 @@ def _end_of_links(name: str, files: dict[str, _Entry]) -> str:
         seen.add(name)
         name = _inside(posixpath.normpath(entry.link))
     return "" if name in seen else name
-
-
-def _refuse_linked_folders(path: str, files: dict[str, _Entry], folders: set[str]) -> None:
-    """Refuse links to the folders that hold images, or to one above them.
-
-    folders: with "/" at the end.
-    """
-    for name, entry in files.items():
-        end = _end_of_links(name, files) if entry.link and not _hidden(name) else ""
-        # A link to a folder that contains the link adds no images.
-        if end and end not in files and not name.startswith(f"{end}/") and any(each.startswith(f"{end}/") for each in folders):
-            raise ValueError(
-                f"{path}/{name} is a link to the folder {end}: pack the folder itself there, or give it as a separate source"
-            )
 
 
 def _without_common_folder(images: dict[str, Place], folders: set[str]) -> tuple[dict[str, Place], set[str]]:

@@ -1,9 +1,8 @@
 """Decodes image files: the one place where bytes become 8-bit RGB or a BrokenImage.
 
 Pillow decides, as in the published code (torchvision's pil_loader: open and convert to RGB). JPEG
-files, the common case, are decoded by simplejpeg, which gives bit-identical pixels in three
-quarters of the time. If it finds anything wrong, Pillow decides. Deviations from the published
-code:
+files that simplejpeg finds nothing wrong with are decoded by it, which gives bit-identical pixels
+in three quarters of the time. Deviations from the published code:
 
 * Transparent pixels are composed on white. A plain conversion would show their hidden colors.
 * 16-bit samples keep their high byte. A plain conversion of 16-bit gray would clip them to white.

@@ -17,10 +17,9 @@ from dino_simpool.config import TrainConfig
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.loaders import TrainBatches, default_workers, train_loader
-from dino_simpool.data.sources import ImageSet
 
 Loaded = tuple[list[Tensor], Tensor, Sequence[str]]
-"""From the loader: augmented tensors, image numbers (b,), and why each was replaced, or ""."""
+"""An item of `train_loader`: augmented tensors, image numbers, and why each was replaced, or ""."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +40,23 @@ def colors_on_device(cfg: TrainConfig, device: torch.device) -> bool:
 
 
 def build_feed(
-    cfg: TrainConfig,
-    images: ImageSet,
-    bad_files: BadFiles,
-    *,
-    batch_size: int,
-    start_step: int,
-    total_steps: int,
-    device: torch.device,
+    cfg: TrainConfig, bad_files: BadFiles, *, batch_size: int, start_step: int, total_steps: int, device: torch.device
 ) -> Feed:
     """The batches of a run from a step on, for this process (TrainBatches has the arguments)."""
     on_device = colors_on_device(cfg, device)
     augment = MultiCrop(**asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std, on_device=on_device)
     batches = TrainBatches(
-        num_images=len(images),
+        num_images=len(bad_files.images),
         seed=cfg.run.seed,
         batch_size=batch_size,
         accumulate=cfg.run.accumulate,
         start_step=start_step,
         total_steps=total_steps,
     )
-    loader = train_loader(images, augment, batches, workers=cfg.data.workers, device=device)
+    loader = train_loader(bad_files.images, augment, batches, workers=cfg.data.workers, device=device)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.run.precision) if on_device else None
     finish = partial(augment.finish, dtype=half or torch.float32, compiled=cfg.run.compile and on_device)
-    return Feed(loader, device, finish, images, bad_files)
+    return Feed(loader, device, finish, bad_files)
 
 
 class Feed:
@@ -75,14 +67,9 @@ class Feed:
     """
 
     def __init__(
-        self,
-        loader: Iterable[Loaded],
-        device: torch.device,
-        finish: Callable[[list[Tensor]], list[Tensor]],
-        images: ImageSet,
-        bad_files: BadFiles,
+        self, items: Iterable[Loaded], device: torch.device, finish: Callable[[list[Tensor]], list[Tensor]], bad_files: BadFiles
     ) -> None:
-        self._loaded, self._device, self._finish, self._images = iter(loader), device, finish, images
+        self._loaded, self._device, self._finish = iter(items), device, finish
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[Batch, Sequence[str]] | None = None
         self._count, self._waited = 0, 0.0
@@ -100,7 +87,11 @@ class Feed:
             loaded = self._ahead or self._load()
             assert loaded is not None, "the loader ends with the run"
             batch, problems = loaded
-            self._wait_for_copies(batch)
+            if self._stream is not None:
+                step = torch.cuda.current_stream(self._device)
+                step.wait_stream(self._stream)
+                for tensor in batch.views if batch.labels is None else [*batch.views, batch.labels]:
+                    tensor.record_stream(step)  # keeps its memory until the step has read it
             indices = batch.indices.tolist()
             self._count += len(indices) * distributed.world_size()
             self.views, self.indices = batch.views, self.indices + indices
@@ -117,21 +108,13 @@ class Feed:
         if loaded is None:
             return None
         parts, indices, problems = loaded
-        classes = self._images.labels_of(indices.numpy())
+        classes = self.bad_files.images.labels_of(indices.numpy())
         labels = None if classes is None else torch.from_numpy(classes)
         with torch.cuda.stream(self._stream):  # does nothing without a stream
             views = self._finish([part.to(self._device, non_blocking=True) for part in parts])
             if labels is not None:  # pinned, because otherwise the copy waits for the device
                 labels = (labels.pin_memory() if self._stream else labels).to(self._device, non_blocking=True)
         return Batch(views, indices, labels), problems
-
-    def _wait_for_copies(self, batch: Batch) -> None:
-        """Start the step when a batch is there, and keep its memory until the step has read it."""
-        if self._stream is not None:
-            step = torch.cuda.current_stream(self._device)
-            step.wait_stream(self._stream)
-            for tensor in batch.views if batch.labels is None else [*batch.views, batch.labels]:
-                tensor.record_stream(step)
 
     def advice(self, cfg: TrainConfig) -> str:
         """What to change when the run waits for images."""
@@ -143,10 +126,9 @@ class Feed:
         return f"all {cores} cores are busy: use smaller images, a faster disk, or more cores per process"
 
     def timings(self, row: str) -> dict[str, float]:
-        """Speed, time spent waiting, and peak memory, since the last call for this row.
+        """Speed, waiting and peak memory since the last call for this row, "window" or "epoch".
 
-        row: "window" or "epoch". On CUDA the waiting time is an upper bound: the host starts to
-        wait while the device is still busy with the step.
+        On CUDA the waiting time is an upper bound: the device is still busy when the wait begins.
         """
         started, count, waited = self._since[row]
         now = time.monotonic()

@@ -2,8 +2,8 @@
 
 A Python list of 1.28 million paths takes 150 MB in each loader process, because reading it writes
 reference counts and so copies its pages. Here the paths are one buffer of bytes with an array of
-start positions: 50 MB that all processes of a node share. The file has the safetensors format. Its
-loader for torch maps the arrays; its loader for numpy would copy them in each process.
+start positions: 50 MB that all processes of a node share. The file has the safetensors format,
+whose loader for torch maps the arrays; that for numpy would copy them in each process.
 
 M images, F files and folders whose change makes the index stale, C top-level folders.
 """
@@ -88,15 +88,13 @@ class Index:
     """The images of one source, below its base folder. It is a sequence of their paths."""
 
     names: Strings
-    """(M) paths of the images. In archives: ARCHIVE/PATH_INSIDE, or only the latter if that is the
-    source."""
+    """(M) paths; in archives ARCHIVE/PATH_INSIDE, or PATH_INSIDE if that is the source."""
     groups: Strings = field(default_factory=lambda: Strings.of([""]))
     """(C) top-level folders in the order of their images, also empty ones. "" stands for none."""
     counts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     """(C,) int64, the number of images in each group."""
     watched: Strings = field(default_factory=lambda: Strings.of([]))
-    """(F) what makes the index stale when it changes: archives and lists, then folders. "" is the
-    base folder itself."""
+    """(F) archives and lists, then folders; "" is the base folder itself."""
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     """(F, 2) int64: mtime in nanoseconds, and size in bytes (of folders: ctime in nanoseconds)."""
     members: np.ndarray = field(default_factory=lambda: np.zeros((0, MEMBER), np.int64))
@@ -119,9 +117,6 @@ class Index:
 
     def __getitem__(self, index: int) -> str:
         return self.names[index]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file, "sha256": self.sha256} if self.file else self.__dict__

@@ -1,7 +1,4 @@
-"""From image sets to batches: the evaluation transform, the order in training, and the loaders.
-
-Letters: B images, S side of a view in pixels, M dataset size.
-"""
+"""From image sets to batches of B images with side S: transform, order in training, loaders."""
 
 from __future__ import annotations
 
@@ -11,8 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,13 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from dino_simpool import distributed
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.data.decode import BrokenImage, EncodedImage
-from dino_simpool.data.replace import read_or_replace
 from dino_simpool.data.sources import ImageSet
 
-PREFETCH = 4
-"""Batches that each loader process prepares ahead, so one slow image does not stop the run."""
 LONGEST = 64
 """EvalTransform keeps this multiple of the shorter side; more could take gigabytes to resize."""
+MAX_ATTEMPTS = 100
+"""Images to try in place of a broken one. If all fail, the files are not the problem."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,7 @@ class TransformedImages(Dataset[tuple[Any, int]]):
 
 @dataclass(frozen=True, eq=False)
 class AugmentedImages(Dataset[tuple[list[Tensor], int, str]]):
-    """(tensors of the augmentation, index, "") by (epoch, index).
-
-    With `replace_broken`, another image replaces a broken one, and "" becomes the reason.
-    """
+    """(views, index, "") by (epoch, index); `replace_broken`: another image and why, if broken."""
 
     images: ImageSet
     augment: Augmentation
@@ -111,6 +107,31 @@ class AugmentedImages(Dataset[tuple[list[Tensor], int, str]]):
             return read(index), index, ""
         views, problem = read_or_replace(read, index, total=len(self.images), seed=self.seed, epoch=epoch)
         return views, index, problem
+
+
+def read_or_replace(read: Callable[[int], T], index: int, *, total: int, seed: int, epoch: int) -> tuple[T, str]:
+    """(read(index), ""), or (read of another image, what is wrong with this one) if it is broken.
+
+    read: takes an image number, 0 to total - 1.   A broken replacement is skipped silently, because
+    it has its own turn. BrokenImage if MAX_ATTEMPTS others are broken too.
+    """
+    try:
+        return read(index), ""
+    except BrokenImage as error:
+        broken = error
+    if total == 1:
+        raise broken
+    for attempt in range(MAX_ATTEMPTS):
+        with suppress(BrokenImage):
+            return read(replacement(index, total=total, seed=seed, epoch=epoch, attempt=attempt)), broken.reason
+    raise BrokenImage(broken.name, f"{broken.reason}; {MAX_ATTEMPTS} others drawn in its place are broken too") from broken
+
+
+def replacement(index: int, *, total: int, seed: int, epoch: int, attempt: int) -> int:
+    """The number of another image, uniform over the total - 1 others: a pure function (Philox)."""
+    # The second word of the key is 0 for the augmentation: its numbers are independent of these.
+    key, counter = np.array([seed % 2**64, 1], np.uint64), np.array([0, attempt, index, epoch], np.uint64)
+    return (index + 1 + int(np.random.Philox(key=key, counter=counter).random_raw()) % (total - 1)) % total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +172,7 @@ class TrainBatches:
 
 
 def epoch_order(num_images: int, *, seed: int, epoch: int) -> np.ndarray:
-    """(M,) int64: the order of the images in one epoch, a pure function of seed and epoch."""
+    """(num_images,) int64: the order of one epoch, a pure function of seed and epoch."""
     # Mixed and not added, because seed 1 would then repeat the epochs of seed 0 one epoch later.
     state = np.random.SeedSequence((seed % 2**64, epoch)).generate_state(1, np.uint64)
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(int(state[0]))).numpy()
@@ -162,13 +183,13 @@ def train_loader(
 ) -> DataLoader:
     """The batches, in one iterator whose workers live until its end.
 
-    workers: loader processes, 0 for none, None for `default_workers()`; they do not change a single
-    bit.   device: where batches will go.   Each item: the tensors of the augmentation, with the
-    images of the batch as the first dimension; (B,) int64 image numbers; and for each of the B
-    images "", or what is wrong with it if it was replaced.
+    workers: loader processes, 0 for none, None for `default_workers()`; they do not change a bit.
+    device: where batches will go.   Each item: the tensors of the augmentation, each (B, ...); (B,)
+    int64 image numbers; and for each image "", or what is wrong with it if it was replaced.
     """
     dataset = AugmentedImages(images, augment, batches.seed, replace_broken=True)
-    return _loader(dataset, batches, workers=workers, device=device, prefetch=PREFETCH)
+    # Each loader process prepares four batches ahead, so one slow image does not stop the run.
+    return _loader(dataset, batches, workers=workers, device=device, prefetch=4)
 
 
 def index_loader(
@@ -217,10 +238,10 @@ def default_workers() -> int:
 
 
 def start_worker(worker: int) -> None:
-    """Set up a loader process: one thread, and no reaction to most signals.
+    """Set up a loader process: one thread, and of the signals only its parent's SIGTERM counts.
 
-    Schedulers and terminals send signals to all processes, but the training process still needs
-    images to finish its step. Only a SIGTERM from the training process itself ends this process.
+    Schedulers and terminals send signals to all processes, but the parent still needs images to
+    finish its step.
     """
     torch.set_num_threads(1)
     keep_freed_memory()

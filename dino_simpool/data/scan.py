@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from dino_simpool.data.archives import (
     ARCHIVE_SUFFIXES,
-    COMPRESSED_SUFFIXES,
     IMAGE_SUFFIXES,
+    PACKED_SUFFIXES,
     Place,
     TooMany,
     compressed_error,
@@ -131,7 +131,7 @@ def _in_threads(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
 
 @dataclass
 class _Listing:
-    """What was found. Keys and paths are relative to the root; "" is the root itself."""
+    """What was found. Paths are relative to the root; "" is the root itself."""
 
     root: str
     limit: float
@@ -149,7 +149,7 @@ class _Listing:
 
     def walk(self) -> list[str]:
         """Add all folders with their images; returns the archives in them."""
-        archives, seen = list[str](), 0
+        archives, seen = [], 0
         level: list[_Folder] = [("", (os.path.realpath(self.root),))]
         while level:
             lower: list[_Folder] = []
@@ -171,24 +171,22 @@ class _Listing:
         return archives
 
     def read_folder(self, folder: _Folder) -> tuple[Stamp, list[str], list[_Folder], list[str], list[str]]:
-        """Its stamp, names of images, folders, and paths of archives and of compressed archives.
-
-        Without what is hidden.
-        """
+        """Its stamp, image names, folders, archives, compressed archives; not what is hidden."""
+        path, reals = folder
         images: list[str] = []
         folders: list[_Folder] = []
-        archives, compressed = set[str](), set[str]()
-        where, (*_, real_parent) = below(self.root, folder[0]), folder[1]
+        archives, compressed = set(), set()
+        where = below(self.root, path)
         before = stamp(where)  # a change while the folder is read must be noticed later
         with os.scandir(where) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                path, link = os.path.join(folder[0], entry.name), entry.is_symlink()
+                inside, link = os.path.join(path, entry.name), entry.is_symlink()
                 if os.path.isdir(entry.path) if link else entry.is_dir():
-                    real = os.path.realpath(entry.path) if link else os.path.join(real_parent, entry.name)
-                    if real not in folder[1]:
-                        folders.append((path, (*folder[1], real)))
+                    real = os.path.realpath(entry.path) if link else os.path.join(reals[-1], entry.name)
+                    if real not in reals:
+                        folders.append((inside, (*reals, real)))
                 elif not (link or entry.is_file()):
                     continue  # reading a pipe would never end
                 elif entry.name.lower().endswith(IMAGE_SUFFIXES):
@@ -196,10 +194,10 @@ class _Listing:
                     if len(images) > self.limit:
                         raise TooMany
                 elif is_archive(entry.name):
-                    archives.add(path)
+                    archives.add(inside)
                 elif is_compressed(entry.name):
-                    compressed.add(path)
-        packed = {path + suffix for path, _ in folders for suffix in ARCHIVE_SUFFIXES + COMPRESSED_SUFFIXES}
+                    compressed.add(inside)
+        packed = {name + suffix for name, _ in folders for suffix in PACKED_SUFFIXES}
         return before, sorted(images), folders, sorted(archives - packed), sorted(compressed - packed)
 
     def open_archives(self, archives: list[str]) -> None:

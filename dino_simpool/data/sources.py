@@ -13,15 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dino_simpool.config import MAX_PIXELS
-from dino_simpool.data.archives import (
-    ARCHIVE_SUFFIXES,
-    COMPRESSED_SUFFIXES,
-    IMAGE_SUFFIXES,
-    ArchiveReader,
-    Place,
-    compressed_error,
-    is_compressed,
-)
+from dino_simpool.data.archives import IMAGE_SUFFIXES, PACKED_SUFFIXES, ArchiveReader, Place, compressed_error, is_compressed
 from dino_simpool.data.cache import load_index
 from dino_simpool.data.decode import BrokenImage, EncodedImage
 from dino_simpool.data.index import Index, join
@@ -99,9 +91,7 @@ class ImageSet:
 
     def encoded(self, index: int) -> EncodedImage:
         """One image as stored, ready to be decoded. BrokenImage as for `read_bytes`."""
-        return EncodedImage(
-            self.read_bytes(index), name=self.path(index), max_pixels=self.max_pixels, exif_orientation=self.exif_orientation
-        )
+        return EncodedImage(self.read_bytes(index), self.path(index), self.max_pixels, self.exif_orientation)
 
     def read(self, index: int) -> Image.Image:
         """One image as RGB, cropped to its box, if any. BrokenImage if it cannot be read."""
@@ -118,7 +108,7 @@ class ImageSet:
         return dataclasses.replace(self, max_pixels=max_pixels, exif_orientation=exif_orientation)
 
     def digest(self) -> str:
-        """SHA-256 of the names in order: the same if a folder is moved or packed into an archive."""
+        """SHA-256 of the names in order: the same after moving or packing a folder."""
         return self.index.digest()
 
     def sizes_digest(self) -> str:
@@ -137,8 +127,7 @@ def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = No
     text file has one path per line, relative to the file; empty lines and lines that start with #
     are skipped. `subset_per_class` takes the first N images of each top-level folder. If all images
     of a single source lie in top-level folders, these are the `classes`; `labels` are not stored.
-    FileNotFoundError for a missing folder or file, PermissionError for an unreadable one,
-    ValueError for a source without images or an archive that is damaged or compressed.
+    ValueError for a source without images, and the errors of `scan.scan`.
     """
     roots = [roots] if isinstance(roots, str) else list(roots)
     if not roots or "" in roots:
@@ -178,13 +167,13 @@ def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
 
 
 def evenly(total: int, count: int) -> np.ndarray:
-    """At most `count` of 0..total-1, evenly spread from first to last: int64, ascending, each once."""
+    """At most `count` of 0..total-1, evenly spread from first to last: int64, ascending, unique."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
 
 
 def folder_or_archive(root: str) -> str:
     """`root`, or root.tar or root.zip if only such an archive exists."""
-    archives = (root + suffix for suffix in ARCHIVE_SUFFIXES + COMPRESSED_SUFFIXES)
+    archives = (root + suffix for suffix in PACKED_SUFFIXES)
     return root if os.path.exists(root) else next(filter(os.path.isfile, archives), root)
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from dino_simpool.config import MAX_PIXELS
 from dino_simpool.data import ImageSet, TrainBatches, decode, find_images, index_loader, read_or_replace, train_loader
 from dino_simpool.data.decode import BrokenImage, EncodedImage, examine, read_rgb
-from dino_simpool.data.replace import MAX_ATTEMPTS, replacement
+from dino_simpool.data.loaders import MAX_ATTEMPTS, replacement
 
 ORIENTATION = 0x0112
 

@@ -9,7 +9,6 @@ in random order, grayscale, Gaussian blur, solarize, normalize. All random numbe
     device   loaders decode, crop and resize, and the device does the rest on batches (batch.py)
 
 Both transfer 8-bit views, a quarter of the bytes. An image is decoded once for all its views.
-
 Letters: V views (global 1, global 2, then local ones), B images, S side of a view in pixels.
 """
 
@@ -28,9 +27,6 @@ from dino_simpool.data.augment import batch
 from dino_simpool.data.augment.draw import CROP_NUMBERS, Recipe, ViewDraw, blur_kernel, crop_box, uniforms
 from dino_simpool.data.augment.pixels import apply_colors, resized_crop
 from dino_simpool.data.decode import EncodedImage
-
-SHRINKS = (8, 4, 2)
-"""Factors by which a JPEG decoder can shrink an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +79,7 @@ class MultiCrop(Recipe):
     def shrink(self, draw: ViewDraw) -> int:
         """The factor to shrink a JPEG by: crops keep `shrink_margin` times their view's side."""
         if self.shrink_margin is not None:
-            for factor in SHRINKS:
+            for factor in (8, 4, 2):  # what a JPEG decoder can do
                 needed = (factor * self.shrink_margin * size for size in self.sizes)
                 if all(min(box[2:]) >= side for box, side in zip(draw.box.tolist(), needed, strict=True)):
                     return factor
@@ -98,9 +94,9 @@ class MultiCrop(Recipe):
 def shrunk(box: Sequence[int], shrink: int) -> tuple[int, int, int, int]:
     """A box (top, left, height, width) in the pixels of a shrunk image, rounded at each edge.
 
-    An edge moves by at most half a pixel of that image. Apart from that, views of 12-megapixel
-    photographs differ by 0.2 of 255 levels on average (0.5 in the worst view, 10 at most) with the
-    default margin of 2, and by 0.5 (1.5, 17) with a margin of 1.
+    Apart from this rounding, views of 12-megapixel photographs differ by 0.2 of 255 levels on
+    average (0.5 in the worst view, 10 at most) with the default margin of 2, and by 0.5 (1.5, 17)
+    with a margin of 1.
     """
     top, left, height, width = box
     above, before, below, behind = (round(edge / shrink) for edge in (top, left, top + height, left + width))

@@ -7,9 +7,7 @@ torch.compile fuses the steps into few kernels.
 
 Color jitter applies four operations in any order. Three of them mix a view with black, its mean
 gray level or its grayscale version. The order is kept by three such mixtures before the hue and
-three after it, of which three are used.
-
-Letters: R views (rows) of one size, S their side in pixels.
+three after it, of which three are used. Letters: R views (rows) of one size, S side in pixels.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ _NONE = -1.0
 def pack(draw: ViewDraw, *, radius: int) -> Tensor:
     """The random numbers of V views without their boxes: (V, 12 + radius) float32.
 
-    radius: of the widest kernel, in pixels.   The columns are named above; those of the blur are
-    the middle and right half of its kernel.
+    radius: of the widest blur, in pixels; its columns are the middle and right half of its kernel.
     """
     rows = np.zeros((len(draw.flip), _KERNEL.start + 1 + radius), np.float32)
     rows[:, _FLIP], rows[:, _GRAYSCALE], rows[:, _SOLARIZE] = draw.flip, draw.grayscale, draw.solarize
@@ -53,8 +50,7 @@ def pack(draw: ViewDraw, *, radius: int) -> Tensor:
 def apply_colors(views: Tensor, parameters: Tensor) -> Tensor:
     """Flip, jitter, grayscale, blur and solarize each view: (R, 3, S, S) float32 in 0..255.
 
-    views: (R, 3, S, S) of any dtype in 0..255.   parameters: (R, 12 + radius) from `pack`, on the
-    same device.
+    views: the same shape and range, any dtype.   parameters: (R, 12 + radius), rows of `pack`.
     """
     x = views.float()
     columns = parameters[:, :, None, None, None]
@@ -89,8 +85,8 @@ def normalize(views: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...],
 def _along_rows(mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale and shift of a row of pixels, each (3 * width,).
 
-    On a CPU, broadcasting over three values takes five times as long. Cached, because copying to
-    the device would wait for all work queued there.
+    Broadcasting three values takes five times as long on a CPU. Cached, because copying to the
+    device would wait for all work queued there.
     """
     scale = torch.tensor([1 / (255 * s) for s in std])
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
@@ -119,11 +115,8 @@ def _turn_hue(x: Tensor, shift: Tensor) -> Tensor:
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
     divisor = chroma.clamp(min=1e-6)
-    sixths = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
+    sixths = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
+    sixths = torch.where(value == red, (green - blue) / divisor, sixths)
     hue = sixths + 6 * (shift * 255).trunc() / 256  # in steps of an 8-bit hue, as published
     # Each channel is value minus chroma times a trapezoid over the hue circle, 1/3 turn apart.
     places = [(offset + hue) % 6 for offset in (5, 3, 1)]

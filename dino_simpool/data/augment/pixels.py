@@ -1,4 +1,4 @@
-"""The operations of the recipe on the pixels of one image on the CPU: (S, S, 3) uint8.
+"""The operations of the recipe on the pixels of one view on the CPU: (S, S, 3) uint8.
 
 Each is the fastest among those measured in well-maintained libraries (`dino-simpool bench data`
 times the whole): decoding by libjpeg-turbo (simplejpeg), resizing by torch's antialiased kernel for
@@ -14,8 +14,6 @@ recipe on Pillow images. Largest difference from Pillow, in levels of 255 (teste
              passes. 35 at the border, because Pillow extends the border pixels again after every
              pass. A sampled Gaussian, as in torchvision's tensor operation, would be a different
              blur: half as strong at sigma 0.5.
-
-S side of a view in pixels.
 """
 
 from __future__ import annotations
