@@ -113,7 +113,6 @@ def train(cfg: TrainConfig) -> Path:
     run.log = RunLog(run.out, resume_step=first, resume_epoch=_epochs_logged(run), enabled=distributed.is_main())
     run.feed = build_feed(
         cfg,
-        run.images,
         BadFiles(run.images, run.out, max_share=cfg.data.max_bad_share, found=saved.get("bad_files", {})),
         batch_size=_images_of_one_pass(cfg),
         start_step=first,

@@ -28,7 +28,7 @@ from torchvision import transforms
 
 from dino_simpool.bench import interleave, medians, run
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, BenchDataConfig, CropsConfig
-from dino_simpool.data import ImageSet, default_workers, evenly, find_images, keep_freed_memory, train_loader
+from dino_simpool.data import ImageSet, TrainBatches, default_workers, evenly, find_images, keep_freed_memory, train_loader
 from dino_simpool.data.augment import MultiCrop, batch, pixels
 from dino_simpool.data.decode import EncodedImage
 from dino_simpool.logs import text_table
@@ -157,8 +157,8 @@ def _parts(crop: MultiCrop, file: EncodedImage, *, seed: int, index: int) -> Ite
     yield "decode"
     draw = crop.draw(*image.shape[:2], seed=seed, epoch=0, index=index)
     yield "draw"
-    boxes = zip(draw.box.tolist(), crop.kinds, strict=True)
-    views = [pixels.resized_crop(image, tuple(box), kind.size) for box, kind in boxes]
+    boxes = zip(draw.box.tolist(), crop.sizes, strict=True)
+    views = [pixels.resized_crop(image, tuple(box), size) for box, size in boxes]
     yield "crop and resize"
     batch.pack(draw, radius=crop.blur_radius)
     yield "pack (device path)"
@@ -194,19 +194,8 @@ def measure_loader(cfg: BenchDataConfig, crop: MultiCrop, images: ImageSet) -> d
     size = min(cfg.batch_size, len(images))
     speeds: dict[str, Any] = {"workers": workers}
     for name, augment in (("cpu", crop), ("device_share", replace(crop, on_device=True))):
-        loader = train_loader(
-            images,
-            augment,
-            seed=cfg.seed,
-            batch_size=size,
-            accumulate=1,
-            start_step=0,
-            total_steps=10**6,
-            rank=0,
-            world_size=1,
-            workers=workers,
-            device=torch.device("cpu"),
-        )
+        steps = TrainBatches(num_images=len(images), seed=cfg.seed, batch_size=size, total_steps=10**6, rank=0, world_size=1)
+        loader = train_loader(images, augment, steps, workers=workers, device=torch.device("cpu"))
         batches = iter(loader)
         for _ in range(4 * max(1, workers) + 1):  # past the batches that were ready at the start
             next(batches)

@@ -5,8 +5,8 @@ them. A later member replaces an earlier one of the same name. Hard links and li
 followed; links to folders are refused. Hidden files (.x, ._x) are not images. Empty parts, "." and
 ".." are dropped from paths inside. A leading folder that all images share is dropped too, if every
 image lies in a folder below it (`tar cf train.tar train` holds train/CLASS/IMAGE), so an archive of
-a folder equals an archive of its content.
-A compressed tar is refused, because each image would have to be read from the start of the file.
+a folder equals an archive of its content. A compressed tar is refused, because each image would
+have to be read from the start of the file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
+PACKED_SUFFIXES = ARCHIVE_SUFFIXES + COMPRESSED_SUFFIXES
 
 _FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 MOST_OPEN = 256 if _FILES == resource.RLIM_INFINITY else max(1, min(256, _FILES // 4))
@@ -36,18 +38,18 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths
 
 
 class Place(NamedTuple):
-    """Where the bytes of an image are in its archive."""
+    """Where the bytes of an image are in its archive.
+
+    offset: of the data (tar) or of the local header (zip).   size: bytes stored.   method: _PLAIN,
+    zipfile.ZIP_STORED or zipfile.ZIP_DEFLATED.   unpacked: bytes of the image file.   checksum: its
+    CRC-32; -1 in a tar, which has none.
+    """
 
     offset: int
-    """Start of the data (tar) or of the local header (zip)."""
     size: int
-    """Bytes stored."""
     method: int
-    """_PLAIN, zipfile.ZIP_STORED or zipfile.ZIP_DEFLATED."""
     unpacked: int
-    """Bytes of the image file."""
     checksum: int
-    """CRC-32 of the image file; -1 in a tar, which has none."""
 
 
 class TooMany(Exception):
@@ -55,18 +57,16 @@ class TooMany(Exception):
 
 
 class _Entry(NamedTuple):
-    """One member of an archive.
-
-    link: the path inside that it points to.   hard: the link is another name for an earlier member.
-    refused: why its bytes cannot be read.
-    """
+    """One member of an archive; link: the path inside that it points to."""
 
     name: str
     place: Place
     folder: bool = False
     link: str = ""
     hard: bool = False
+    """The link is another name for an earlier member."""
     refused: str = ""
+    """Why its bytes cannot be read."""
 
 
 def is_compressed(name: str) -> bool:
@@ -79,19 +79,19 @@ def compressed_error(path: str) -> ValueError:
     return ValueError(f"{path} is compressed, so single images cannot be read: make an uncompressed .tar or a .zip of it")
 
 
-def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Place], set[str]]:
+def list_archive(path: str, *, limit: float) -> tuple[dict[str, Place], set[str]]:
     """The images of an archive by their path inside, and the top-level folders that it creates.
 
-    limit: TooMany is raised if there are more members. ValueError if the archive is compressed,
-    truncated or damaged, if it holds a link to a folder with images, or if an image in it is
-    sparse, encrypted, packed by an unknown method, or a link to something outside the archive.
+    TooMany if it has more members than `limit`. ValueError if it is compressed, truncated or
+    damaged, if it holds a link to a folder with images, or if an image in it is sparse, encrypted,
+    packed by an unknown method, or a link to something outside the archive.
     """
     read = _zip_entries if path.lower().endswith(".zip") else _tar_entries
     files: dict[str, _Entry] = {}
     folders: set[str] = set()
     try:
         for count, entry in enumerate(read(path)):
-            if limit is not None and count >= limit:
+            if count >= limit:
                 raise TooMany
             name = _inside(entry.name)
             if entry.folder:
@@ -108,7 +108,15 @@ def list_archive(path: str, *, limit: int | None = None) -> tuple[dict[str, Plac
         folders.add(posixpath.dirname(name))
         if name.lower().endswith(IMAGE_SUFFIXES) and not _hidden(name):
             images[name] = _target(path, name, files)
-    _refuse_linked_folders(path, files, {f"{posixpath.dirname(name)}/" for name in images})
+    with_images = {f"{posixpath.dirname(name)}/" for name in images}
+    for name, entry in files.items():
+        end = _end_of_links(name, files) if entry.link and not _hidden(name) else ""
+        # A link to a folder that contains the link adds no images.
+        adds = end and end not in files and not name.startswith(f"{end}/")
+        if adds and any(folder.startswith(f"{end}/") for folder in with_images):
+            raise ValueError(
+                f"{path}/{name} is a link to the folder {end}: pack the folder itself there, or give it as a separate source"
+            )
     inner = [name for name in files if name.lower().endswith(ARCHIVE_SUFFIXES)]
     if inner and not images:
         raise ValueError(
@@ -132,8 +140,7 @@ def _tar_entries(path: str) -> Iterator[_Entry]:
                 link = member.linkname if member.islnk() else ""
                 if member.issym():
                     link = posixpath.join(posixpath.dirname(member.name), member.linkname)
-                refused = "" if member.isreg() or link else "it is a device"
-                refused = "it is sparse" if member.issparse() else refused
+                refused = "it is sparse" if member.issparse() else "" if member.isreg() or link else "it is a device"
                 yield _Entry(member.name, place, member.isdir(), link, member.islnk(), refused)
             # tarfile accepts a file that ends early or continues with something else.
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
@@ -171,9 +178,8 @@ def _target(path: str, name: str, files: dict[str, _Entry]) -> Place:
     """Where the bytes of an image are, after following links."""
     entry = files.get(_end_of_links(name, files))
     if entry is None:
-        raise ValueError(
-            f"{path}/{name} is a link to {files[name].link}, which is not a file in the archive: pack the image itself"
-        )
+        link = files[name].link
+        raise ValueError(f"{path}/{name} is a link to {link}, which is not a file in the archive: pack the image itself")
     if entry.refused:
         raise ValueError(f"{path}/{name} cannot be read, {entry.refused}: pack it again as an ordinary file")
     return entry.place
@@ -188,39 +194,24 @@ def _end_of_links(name: str, files: dict[str, _Entry]) -> str:
     return "" if name in seen else name
 
 
-def _refuse_linked_folders(path: str, files: dict[str, _Entry], folders: set[str]) -> None:
-    """Refuse links to one of the folders, or to a folder above one.
-
-    folders: those that hold images, with "/" at the end.   ValueError names the link.
-    """
-    for name, entry in files.items():
-        end = _end_of_links(name, files) if entry.link and not _hidden(name) else ""
-        # A link to a folder that contains the link adds no images.
-        if end and end not in files and not name.startswith(f"{end}/") and any(each.startswith(f"{end}/") for each in folders):
-            raise ValueError(
-                f"{path}/{name} is a link to the folder {end}: pack the folder itself there, or give it as a separate source"
-            )
-
-
 def _without_common_folder(images: dict[str, Place], folders: set[str]) -> tuple[dict[str, Place], set[str]]:
     """Drop the leading folder that all images share, if any. Keep only the top-level folders."""
     leading = {name.partition("/")[0] for name in images}
     if len(leading) == 1 and all(name.count("/") >= 2 for name in images):
-        [prefix] = leading
-        images = {name[len(prefix) + 1 :]: place for name, place in images.items()}
-        folders = {folder[len(prefix) + 1 :] for folder in folders if folder.startswith(prefix + "/")}
+        prefix = leading.pop() + "/"
+        images = {name.removeprefix(prefix): place for name, place in images.items()}
+        folders = {folder.removeprefix(prefix) for folder in folders if folder.startswith(prefix)}
     return images, {folder.partition("/")[0] for folder in folders}
 
 
+@dataclass(frozen=True, eq=False)
 class _Descriptor:
     """An open file. It closes when the last user, perhaps another thread, drops it."""
 
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    number: int
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        os.close(self.number)
 
 
 class ArchiveReader:
@@ -237,18 +228,17 @@ class ArchiveReader:
         return ArchiveReader, ()
 
     def read(self, path: str, stamp: tuple[int, int], place: Place, *, most: int) -> bytes:
-        """The bytes of one image.
+        """The bytes of one image. OSError if the archive cannot be read.
 
-        stamp: mtime in nanoseconds and size of the archive when it was listed.   most: the largest
-        allowed number of bytes.   ValueError if the archive has changed since, is damaged there, or
-        the image is larger; OSError if it cannot be read.
+        stamp: of the archive when it was listed (scan.stamp).   ValueError if it has changed since
+        or is damaged there, or if the image has more than `most` bytes.
         """
         if place.unpacked > most:
             raise ValueError(
                 f"it has {place.unpacked:,} bytes, more than an image of max_pixels; raise max_pixels if it is valid"
             )
-        descriptor = self._file(path, stamp)  # held until the end, because it closes when it is no longer used
-        file, offset = descriptor.number, place.offset
+        archive = self._file(path, stamp)  # held until the end, because it closes when it is no longer used
+        file, offset = archive.number, place.offset
         if place.method != _PLAIN:
             header = os.pread(file, _LOCAL_HEADER.size, offset)
             if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
@@ -270,7 +260,7 @@ class ArchiveReader:
     def _file(self, path: str, stamp: tuple[int, int]) -> _Descriptor:
         file = self._open.get(path)
         if file is None:
-            file = _Descriptor(path)
+            file = _Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             now = os.fstat(file.number)
             if (now.st_mtime_ns, now.st_size) != stamp:
                 raise ValueError("the archive has changed since its files were listed; start again")

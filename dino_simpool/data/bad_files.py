@@ -1,9 +1,8 @@
 """The images of a run that could not be read: gathered from all processes, listed, and limited.
 
-The loader puts another image in place of a broken one and says so with the batch (replace.py).
-`Feed` notes it here when it hands the batch out. All processes gather their notes when a log line
-or a checkpoint is due, so that both hold what was found until then: a resumed run reports the same
-as one that never stopped.
+The loader puts another image in place of a broken one and says so with the batch. `Feed` notes it
+here when it hands the batch out. All processes gather their notes when a log line or a checkpoint
+is due, so that both hold what was found until then, and a resumed run reports the same.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ class BadFiles:
     """The content of OUT/bad_files.txt: rewritten when it grows, in the order of the data set."""
 
     def __init__(self, images: ImageSet, out: Path, *, max_share: float, found: dict[int, str]) -> None:
-        """max_share: of the images, 0 to 1. found: why each broken image cannot be read, by its
-        number, as a checkpoint has it."""
-        self._images, self._path, self._max_share = images, out / "bad_files.txt", max_share
+        """max_share: 0 to 1.   found: what is wrong with each broken image, by its number."""
+        self.images, self._path, self._max_share = images, out / "bad_files.txt", max_share
         self.found = dict(found)
         self._noted: dict[int, str] = {}
         if not distributed.is_main():
@@ -34,16 +32,13 @@ class BadFiles:
             self._path.unlink(missing_ok=True)
 
     def note(self, indices: Sequence[int], problems: Sequence[str]) -> None:
-        """Remember the broken images of a batch.
-
-        problems: for each image number why it cannot be read, or "".
-        """
+        """Remember the broken images of a batch; problems: what is wrong with each image, or ""."""
         self._noted |= {index: problem for index, problem in zip(indices, problems, strict=True) if problem}
 
     def gather(self) -> None:
         """Take over what all processes have noted since the last call. All call this together.
 
-        ValueError, in all of them, if too large a share of the images is broken.
+        ValueError, in all of them, if more than max_share of the images are broken.
         """
         fresh: dict[int, str] = {}
         for noted in distributed.gather_objects(self._noted):
@@ -55,7 +50,7 @@ class BadFiles:
         if distributed.is_main():
             self._write()
         first = min(fresh)
-        example, broken, total = f"{self._images.name(first)} ({fresh[first]})", len(self.found), len(self._images)
+        example, broken, total = f"{self.images.name(first)} ({fresh[first]})", len(self.found), len(self.images)
         if broken > self._max_share * total:
             raise ValueError(
                 f"{broken} of {total} images cannot be read, such as {example}, and data.max_bad_share is {self._max_share:g}: "
@@ -68,10 +63,10 @@ class BadFiles:
     def say_total(self) -> None:
         """Say at the end of a run how many images were replaced, if any."""
         if self.found:
-            say(f"{len(self.found)} of {len(self._images)} images could not be read and were replaced: see {self._path}")
+            say(f"{len(self.found)} of {len(self.images)} images could not be read and were replaced: see {self._path}")
 
     def _write(self) -> None:
-        write_bad_files(self._path, ((self._images.name(index), reason) for index, reason in self.found.items()))
+        write_bad_files(self._path, ((self.images.name(index), reason) for index, reason in self.found.items()))
 
 
 def write_bad_files(path: Path, rows: Iterable[tuple[str, str]]) -> None:

@@ -1,40 +1,36 @@
 """The index of a source: from the cache if the source is unchanged, else listed again.
 
 The mtime and ctime of a folder change with its entries, so an index is up to date if those of all
-folders are unchanged. That takes one request per folder and none per file. Editing or replacing an
-image under its name does not change the index. Archives and lists are compared by mtime and size;
-the files that a list names are not checked again. Only one process of a node lists a source. The
-cache has one file per source, in $DINO_SIMPOOL_CACHE or ~/.cache/dino_simpool, and can be removed
-at any time. Small sources are listed at each start.
+folders are unchanged: one request per folder and none per file. Editing or replacing an image under
+its name does not change the index. Archives and lists are compared by mtime and size; the files
+that a list names are not checked again. Only one process of a node lists a source. The cache has
+one file per source, in $DINO_SIMPOOL_CACHE or ~/.cache/dino_simpool, and can be removed any time.
 """
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 
 from dino_simpool import distributed
 from dino_simpool.data.archives import ARCHIVE_SUFFIXES, IMAGE_SUFFIXES, TooMany
 from dino_simpool.data.index import FORMAT, Index, open_index
 from dino_simpool.data.scan import RECENT_NS, is_list, is_recent, scan, stamps
+from dino_simpool.files import write_atomically
 from dino_simpool.logs import say
 
 SMALL = 5000
-"""Sources with at most this many files and folders are not cached; listing takes under a second."""
+"""Sources with at most this many files and folders are listed at each start, in under a second."""
 
 
 def load_index(root: str) -> tuple[str, Index]:
-    """The base folder (or archive) of a source, and its index.
-
-    root: a folder, an archive or a text file of paths. The time is reported in one line, unless the
-    source is small. Raises the same errors as `scan.scan`.
-    """
+    """The base folder (or archive) of a source, and its index. Raises the errors of `scan.scan`."""
     started = time.perf_counter()
     base = os.path.dirname(root) if is_list(root) else root
     file = cache_file(root)
@@ -44,8 +40,7 @@ def load_index(root: str) -> tuple[str, Index]:
             return base, scan(root, limit=SMALL)
         except TooMany:
             index, how = _shared(file, root, base)
-    folders = sum(count > 0 for count in index.counts.tolist())
-    seconds = time.perf_counter() - started
+    folders, seconds = np.count_nonzero(index.counts), time.perf_counter() - started
     say(f"index of {root}: {len(index):,} images in {folders:,} top-level folder(s), {how}, {seconds:.1f} s")
     return base, index
 
@@ -68,7 +63,7 @@ def _cached(file: Path, base: str) -> tuple[Index | None, str]:
         return None, ""
     except (OSError, ValueError) as error:
         return None, str(error)
-    watched = list(index.watched.below(base) if base else index.watched)
+    watched = list(index.watched.below(base))
     changed = (stamps(watched) != index.stamps).any(1)
     if changed.any():
         return None, f"{watched[int(changed.argmax())]} has changed"
@@ -78,20 +73,23 @@ def _cached(file: Path, base: str) -> tuple[Index | None, str]:
 def _shared(file: Path, root: str, base: str) -> tuple[Index, str]:
     """The index, listed by this process or another one, and where it came from, in words."""
     try:
-        with _locked(file, root):
-            index, why = _cached(file, base)  # another process may have listed it while this one waited
-            if index is not None:
-                return index, "from the cache"
-            if why:
-                say(f"index of {root}: {why}, listing all files again")
-            return _built(file, root)
-    except _NoCache as error:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file.with_suffix(".lock"), "ab")  # noqa: SIM115 (held below)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"index of {root}: another process is listing the files, waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
         say(f"index of {root}: cannot be cached in {file.parent} ({error}), each start lists all files; set DINO_SIMPOOL_CACHE")
         return scan(root, bar=distributed.is_main()), "listed now"
-
-
-class _NoCache(Exception):
-    """The cache cannot be used."""
+    with lock:  # closing unlocks
+        index, why = _cached(file, base)  # another process may have listed it while this one waited
+        if index is not None:
+            return index, "from the cache"
+        if why:
+            say(f"index of {root}: {why}, listing all files again")
+        return _built(file, root)
 
 
 def _built(file: Path, root: str) -> tuple[Index, str]:
@@ -102,38 +100,8 @@ def _built(file: Path, root: str) -> tuple[Index, str]:
         index = scan(root, bar=True)
         if is_recent(index):
             return index, "listed now (not cached: files are being added or removed)"
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        index.save(str(temporary))
-        os.replace(temporary, file)
+        write_atomically(file, index.save)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         return index, f"listed now (not cached in {file.parent}: {error})"
     return open_index(str(file)), "listed now"
-
-
-@contextlib.contextmanager
-def _locked(file: Path, root: str) -> Iterator[None]:
-    """Hold a lock that one process of the node can have at a time.
-
-    _NoCache if the folder cannot be written.
-    """
-    try:
-        import fcntl  # not available on Windows
-
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except (OSError, ImportError) as error:
-        raise _NoCache(error) from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"index of {root}: another process is listing the files, waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise _NoCache(error) from error
-        yield
-    finally:
-        os.close(lock)  # unlocks

@@ -1,9 +1,8 @@
 """Decodes image files: the one place where bytes become 8-bit RGB or a BrokenImage.
 
 Pillow decides, as in the published code (torchvision's pil_loader: open and convert to RGB). JPEG
-files, the common case, are decoded by simplejpeg, which gives bit-identical pixels in three
-quarters of the time. If it finds anything wrong, Pillow decides. Deviations from the published
-code:
+files that simplejpeg finds nothing wrong with are decoded by it, which gives bit-identical pixels
+in three quarters of the time. Deviations from the published code:
 
 * Transparent pixels are composed on white. A plain conversion would show their hidden colors.
 * 16-bit samples keep their high byte. A plain conversion of 16-bit gray would clip them to white.
@@ -16,9 +15,8 @@ together cover 94 % of the rows and 84 % of the pixels of an image on average (5
 500 x 375), so decoding only parts could save no more than the rest.
 
 CMYK and YCCK are converted as in Pillow: inverted as Adobe writes them, without color profiles. The
-first frame or page is used if there are several. The file extension is ignored: a PNG file named
-x.jpg is read as PNG. Damage that the decoder does not notice (a changed byte in the data of a JPEG
-file) stays unnoticed.
+first frame or page is used if there are several. The file extension is ignored. Damage that the
+decoder does not notice (a changed byte in the data of a JPEG file) stays unnoticed.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,17 +48,14 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that turns an image of each EXIF orientation upright; 1 is upright."""
-
-
 _ORIENTATION_TAGS = (b"Exif\0", b"tiff:Orientation")
 """Markers of EXIF data and XMP. Without them a JPEG has no orientation for Pillow."""
 
 
 class BrokenImage(ValueError):
-    """A file that cannot be read as an image.
+    """A file that cannot be read as an image: its name, and what is wrong, in one line.
 
-    name: of the file.   reason: what is wrong, in one line.   It can be pickled. When a loader
-    process raises it, it arrives with the text of the traceback as the name and without a reason.
+    From a loader process it arrives with the text of the traceback as the name and no reason.
     """
 
     def __init__(self, name: str, reason: str = "") -> None:
@@ -98,12 +93,9 @@ class EncodedImage:
         """
         if self.jpeg_size is not None:
             height, width = (-(-side // shrink) for side in self.jpeg_size)
-            try:
+            with suppress(ValueError):  # something is wrong, and Pillow decides whether it matters
                 return simplejpeg.decode_jpeg(self.file, "RGB", min_height=height, min_width=width, min_factor=shrink)
-            except ValueError:  # something is wrong, and Pillow decides whether it matters
-                rgb = self.rgb()
-                return np.asarray(rgb if shrink == 1 else rgb.reduce(shrink))
-        return np.asarray(self.rgb())
+        return np.asarray(self.rgb().reduce(shrink))
 
     def rgb(self) -> Image.Image:
         """The image as returned by `read_rgb`."""
@@ -126,12 +118,10 @@ def read_rgb(
 ) -> Image.Image:
     """Decode an image of any kind to 8-bit RGB (see the module).
 
-    source: the path of a file, or its bytes.   name: used in errors; by default the path.
-    max_pixels: images with a larger width x height are refused without decoding. A value above
-    Pillow's own limit (MAX_PIXELS) raises that limit in this process.
-    exif_orientation: rotate according to the EXIF tag.
-    BrokenImage if the file is missing, empty, truncated, damaged, too large or not an image, or has
-    32-bit samples, whose range is undefined.
+    source: the path of a file, or its bytes.   name: for errors; by default the path.
+    max_pixels: the largest allowed width x height. A value above Pillow's own limit (MAX_PIXELS)
+    raises that limit in this process.   BrokenImage if the file is missing, empty, truncated,
+    damaged, too large or not an image, or has 32-bit samples, whose range is undefined.
     """
     with _opened(source, name=name, max_pixels=max_pixels) as image:
         rgb = _to_rgb(image)

@@ -16,11 +16,10 @@ from dino_simpool import distributed
 from dino_simpool.config import TrainConfig
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.bad_files import BadFiles
-from dino_simpool.data.loaders import default_workers, train_loader
-from dino_simpool.data.sources import ImageSet
+from dino_simpool.data.loaders import TrainBatches, default_workers, train_loader
 
 Loaded = tuple[list[Tensor], Tensor, Sequence[str]]
-"""From the loader: augmented tensors, image numbers (b,), and why each was replaced, or ""."""
+"""An item of `train_loader`: augmented tensors, image numbers, and why each was replaced, or ""."""
 
 
 @dataclass(frozen=True)
@@ -41,56 +40,36 @@ def colors_on_device(cfg: TrainConfig, device: torch.device) -> bool:
 
 
 def build_feed(
-    cfg: TrainConfig,
-    images: ImageSet,
-    bad_files: BadFiles,
-    *,
-    batch_size: int,
-    start_step: int,
-    total_steps: int,
-    device: torch.device,
+    cfg: TrainConfig, bad_files: BadFiles, *, batch_size: int, start_step: int, total_steps: int, device: torch.device
 ) -> Feed:
-    """The batches of a run from a step on, for this process.
-
-    batch_size: images of one process in one forward pass.
-    """
+    """The batches of a run from a step on, for this process (TrainBatches has the arguments)."""
     on_device = colors_on_device(cfg, device)
     augment = MultiCrop(**asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std, on_device=on_device)
-    loader = train_loader(
-        images,
-        augment,
+    batches = TrainBatches(
+        num_images=len(bad_files.images),
         seed=cfg.run.seed,
         batch_size=batch_size,
         accumulate=cfg.run.accumulate,
         start_step=start_step,
         total_steps=total_steps,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        workers=cfg.data.workers,
-        device=device,
     )
+    loader = train_loader(bad_files.images, augment, batches, workers=cfg.data.workers, device=device)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.run.precision) if on_device else None
     finish = partial(augment.finish, dtype=half or torch.float32, compiled=cfg.run.compile and on_device)
-    return Feed(loader, device, finish, images, bad_files)
+    return Feed(loader, device, finish, bad_files)
 
 
 class Feed:
     """Hands out batches on the device, and measures how long the run waited for them.
 
-    finish: makes V views (b, 3, S, S) of the tensors of a batch, on the device
-    (augment.MultiCrop.finish). On CUDA the next batch is copied and finished on a stream of its own
-    while the step computes.
+    finish: makes the views of a batch, on the device (MultiCrop.finish). On CUDA the next batch is
+    copied and finished on a stream of its own while the step computes.
     """
 
     def __init__(
-        self,
-        loader: Iterable[Loaded],
-        device: torch.device,
-        finish: Callable[[list[Tensor]], list[Tensor]],
-        images: ImageSet,
-        bad_files: BadFiles,
+        self, items: Iterable[Loaded], device: torch.device, finish: Callable[[list[Tensor]], list[Tensor]], bad_files: BadFiles
     ) -> None:
-        self._loaded, self._device, self._finish, self._images = iter(loader), device, finish, images
+        self._loaded, self._device, self._finish = iter(items), device, finish
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[Batch, Sequence[str]] | None = None
         self._count, self._waited = 0, 0.0
@@ -108,7 +87,11 @@ class Feed:
             loaded = self._ahead or self._load()
             assert loaded is not None, "the loader ends with the run"
             batch, problems = loaded
-            self._wait_for_copies(batch)
+            if self._stream is not None:
+                step = torch.cuda.current_stream(self._device)
+                step.wait_stream(self._stream)
+                for tensor in batch.views if batch.labels is None else [*batch.views, batch.labels]:
+                    tensor.record_stream(step)  # keeps its memory until the step has read it
             indices = batch.indices.tolist()
             self._count += len(indices) * distributed.world_size()
             self.views, self.indices = batch.views, self.indices + indices
@@ -118,32 +101,20 @@ class Feed:
             self._ahead = self._load() if self._stream is not None else None
 
     def _load(self) -> tuple[Batch, Sequence[str]] | None:
-        """Wait for a batch, copy it to the device, and finish its views there.
-
-        None after the last.
-        """
+        """Wait for a batch, copy it to the device, finish its views there; None after the last."""
         started = time.monotonic()
         loaded = next(self._loaded, None)
         self._waited += time.monotonic() - started
         if loaded is None:
             return None
         parts, indices, problems = loaded
-        classes = self._images.labels_of(indices.numpy())
+        classes = self.bad_files.images.labels_of(indices.numpy())
         labels = None if classes is None else torch.from_numpy(classes)
-        if labels is not None and self._stream is not None:
-            labels = labels.pin_memory()  # otherwise the copy waits for the device
         with torch.cuda.stream(self._stream):  # does nothing without a stream
             views = self._finish([part.to(self._device, non_blocking=True) for part in parts])
-            labels = None if labels is None else labels.to(self._device, non_blocking=True)
+            if labels is not None:  # pinned, because otherwise the copy waits for the device
+                labels = (labels.pin_memory() if self._stream else labels).to(self._device, non_blocking=True)
         return Batch(views, indices, labels), problems
-
-    def _wait_for_copies(self, batch: Batch) -> None:
-        """Start the step when a batch is there, and keep its memory until the step has read it."""
-        if self._stream is not None:
-            step = torch.cuda.current_stream(self._device)
-            step.wait_stream(self._stream)
-            for tensor in batch.views if batch.labels is None else [*batch.views, batch.labels]:
-                tensor.record_stream(step)
 
     def advice(self, cfg: TrainConfig) -> str:
         """What to change when the run waits for images."""
@@ -155,21 +126,18 @@ class Feed:
         return f"all {cores} cores are busy: use smaller images, a faster disk, or more cores per process"
 
     def timings(self, row: str) -> dict[str, float]:
-        """Images per second, percent of the time spent waiting, and peak memory.
+        """Speed, waiting and peak memory since the last call for this row, "window" or "epoch".
 
-        All are since the last call for this row, "window" or "epoch". On CUDA the waiting time is
-        an upper bound: the host starts to wait while the device is still busy with the step.
+        On CUDA the waiting time is an upper bound: the device is still busy when the wait begins.
         """
         started, count, waited = self._since[row]
         now = time.monotonic()
         self._since[row] = (now, self._count, self._waited)
         seconds = max(now - started, 1e-9)
-        on_cuda = self._device.type == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated()
-            if on_cuda
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        )
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
             "images_per_second": (self._count - count) / seconds,
             "data_wait_percent": 100 * (self._waited - waited) / seconds,

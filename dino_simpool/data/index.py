@@ -2,8 +2,8 @@
 
 A Python list of 1.28 million paths takes 150 MB in each loader process, because reading it writes
 reference counts and so copies its pages. Here the paths are one buffer of bytes with an array of
-start positions: 50 MB that all processes of a node share. The file has the safetensors format. Its
-loader for torch maps the arrays; its loader for numpy would copy them in each process.
+start positions: 50 MB that all processes of a node share. The file has the safetensors format,
+whose loader for torch maps the arrays; that for numpy would copy them in each process.
 
 M images, F files and folders whose change makes the index stale, C top-level folders.
 """
@@ -14,6 +14,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,7 @@ MEMBER = 1 + len(Place._fields)
 class Strings:
     """An immutable sequence of M strings in two arrays.
 
-    data: (bytes,) uint8, each string in UTF-8 followed by "\\n".   starts: (M + 1,) int64, where
-    each string begins.
+    data: uint8, each in UTF-8 and with "\\n" after it.   starts: (M + 1,) int64, where each begins.
     """
 
     def __init__(self, data: np.ndarray, starts: np.ndarray) -> None:
@@ -73,16 +73,14 @@ class Strings:
 
     def below(self, folder: str) -> Strings:
         """os.path.join(folder, path) for each path; an empty path becomes `folder` itself."""
-        data = self.data.tobytes()
-        if not folder or not data:
+        if not folder or not len(self):
             return self
-        plain = (
-            data.count(b"\n") == len(self) and not data.startswith((b"/", b"\n")) and b"\n/" not in data and b"\n\n" not in data
-        )
-        if not plain:
+        lines = b"\n" + self.data.tobytes()
+        if lines.count(b"\n") > len(self) + 1 or b"\n/" in lines or b"\n\n" in lines:
             return Strings.of(os.path.join(folder, path) if path else folder for path in self)
         prefix = os.path.join(folder, "").encode("utf-8", "surrogateescape")  # all at once is ten times as fast for millions
-        return self._joined([prefix, data[:-1].replace(b"\n", b"\n" + prefix), b"\n"], [np.diff(self.starts) + len(prefix)])
+        lines = lines[:-1].replace(b"\n", b"\n" + prefix)[1:]
+        return self._joined([lines, b"\n"], [np.diff(self.starts) + len(prefix)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,25 +88,21 @@ class Index:
     """The images of one source, below its base folder. It is a sequence of their paths."""
 
     names: Strings
-    """(M) paths of the images. In archives: ARCHIVE/PATH_INSIDE, or PATH_INSIDE if it is the
-    source."""
+    """(M) paths; in archives ARCHIVE/PATH_INSIDE, or PATH_INSIDE if that is the source."""
     groups: Strings = field(default_factory=lambda: Strings.of([""]))
-    """(C) top-level folders in the order of their images, also those without images. "" is the
-    group of images in no folder."""
+    """(C) top-level folders in the order of their images, also empty ones. "" stands for none."""
     counts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     """(C,) int64, the number of images in each group."""
     watched: Strings = field(default_factory=lambda: Strings.of([]))
-    """(F) paths whose change makes the index stale: archives and lists, then folders. "" is the
-    base folder itself."""
+    """(F) archives and lists, then folders; "" is the base folder itself."""
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     """(F, 2) int64: mtime in nanoseconds, and size in bytes (of folders: ctime in nanoseconds)."""
     members: np.ndarray = field(default_factory=lambda: np.zeros((0, MEMBER), np.int64))
-    """(M, MEMBER) int64: row of the archive in `watched`, or -1, and Place. No rows without
-    archives."""
+    """(M, MEMBER) int64: row of the archive in `watched`, or -1, and Place; (0, MEMBER) if none."""
     left_out: Strings = field(default_factory=lambda: Strings.of([]))
     """Compressed archives, which cannot be read."""
     file: str = ""
-    """The file that the arrays are mapped from; empty if they are in memory."""
+    """Where the arrays are mapped from; empty if they are in memory."""
     sha256: str = ""
     """The digest, if it is already known."""
 
@@ -123,9 +117,6 @@ class Index:
 
     def __getitem__(self, index: int) -> str:
         return self.names[index]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file, "sha256": self.sha256} if self.file else self.__dict__
@@ -146,11 +137,12 @@ class Index:
         """SHA-256 of the names, joined by newlines."""
         return self.sha256 or hashlib.sha256(self.names.data[:-1].data).hexdigest()
 
-    def first_of_each_group(self, count: int) -> Index:
-        """The first `count` images of each group.
+    def images_per_group(self) -> dict[str, int]:
+        """The number of images by group, in their order."""
+        return dict(zip(self.groups, self.counts.tolist(), strict=True))
 
-        Each group must have none or at least that many.
-        """
+    def first_of_each_group(self, count: int) -> Index:
+        """The first `count` images of each group, which has none or at least that many."""
         starts = (self.counts.cumsum() - self.counts).tolist()
         rows = [slice(start, start + count) for start, images in zip(starts, self.counts.tolist(), strict=True) if images]
         members = np.concatenate([self.members[r] for r in rows]) if len(self.members) else self.members
@@ -158,7 +150,7 @@ class Index:
         names = Strings.chain([(self.names, r) for r in rows])
         return Index(names, self.groups, counts, self.watched, self.stamps, members, self.left_out)
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the file. OSError or SafetensorError if that fails."""
         arrays = {
             **{f"{name}.{part}": getattr(getattr(self, name), part) for name in _STRINGS for part in ("data", "starts")},
@@ -174,8 +166,7 @@ _ARRAYS = ("counts", "stamps", "members")
 def open_index(path: str, sha256: str | None = None) -> Index:
     """Map a file that `Index.save` wrote. sha256: the digest that it must have.
 
-    ValueError if it is damaged, has another format or another digest; OSError if it cannot be
-    opened.
+    ValueError if it is damaged or has another format or digest, OSError if it cannot be opened.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -185,9 +176,9 @@ def open_index(path: str, sha256: str | None = None) -> Index:
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a dict)
         for array in arrays.values():
             array.flags.writeable = False
-        names, groups, watched, left_out = (Strings(arrays[f"{name}.data"], arrays[f"{name}.starts"]) for name in _STRINGS)
-        counts, stamps, members = (arrays[name] for name in _ARRAYS)
-        index = Index(names, groups, counts, watched, stamps, members, left_out, path, about["sha256"])
+        values: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
+        values |= {name: Strings(arrays[f"{name}.data"], arrays[f"{name}.starts"]) for name in _STRINGS}
+        index = Index(**values, file=path, sha256=about["sha256"])
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is not an index of this version ({error}): remove it") from error
     if sha256 not in (None, index.sha256):
@@ -196,10 +187,7 @@ def open_index(path: str, sha256: str | None = None) -> Index:
 
 
 def join(parts: Sequence[tuple[str, Index]]) -> Index:
-    """Concatenate the images of several sources, relative to the current folder.
-
-    parts: (base folder, index) of each.
-    """
+    """Concatenate (base folder, index) pairs; paths become relative to the current folder."""
     names, watched, members, shift = [], [], [], 0
     for base, index in parts:
         names.append((index.names.below(base), slice(0, len(index))))
@@ -208,12 +196,11 @@ def join(parts: Sequence[tuple[str, Index]]) -> Index:
         place[:, 0] += np.where(place[:, 0] >= 0, shift, 0)
         members.append(place)
         shift += len(index.watched)
-    if not any(len(index.members) for _, index in parts):
-        members = [np.zeros((0, MEMBER), np.int64)]
+    any_archive = any(len(index.members) for _, index in parts)
     return Index(
         Strings.chain(names),
         counts=np.array([sum(len(index) for _, index in parts)], np.int64),
         watched=Strings.chain(watched),
         stamps=np.concatenate([index.stamps for _, index in parts]),
-        members=np.concatenate(members),
+        members=np.concatenate(members)[: None if any_archive else 0],
     )

@@ -1,7 +1,4 @@
-"""From image sets to batches: the evaluation transform, the order in training, and the loaders.
-
-Letters: B images, V views, S side of a view in pixels, M dataset size.
-"""
+"""From image sets to batches of B images with side S: transform, order in training, loaders."""
 
 from __future__ import annotations
 
@@ -10,9 +7,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,13 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from dino_simpool import distributed
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.data.decode import BrokenImage, EncodedImage
-from dino_simpool.data.replace import read_or_replace
 from dino_simpool.data.sources import ImageSet
 
-PREFETCH = 4
-"""Batches that each loader process prepares ahead, so one slow image does not stop the run."""
 LONGEST = 64
 """EvalTransform keeps this multiple of the shorter side; more could take gigabytes to resize."""
+MAX_ATTEMPTS = 100
+"""Images to try in place of a broken one. If all fail, the files are not the problem."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,8 @@ class EvalTransform:
         short = self.resize or self.image_size * 256 // 224
         shorter = min(image.size)
         if max(image.size) > LONGEST * shorter:
-            sides = [
-                min(side, LONGEST * shorter + side % 2) for side in image.size
-            ]  # even or odd as before, so the center stays
+            # Sides stay even or odd, so the center stays too.
+            sides = [min(side, LONGEST * shorter + side % 2) for side in image.size]
             left, top = ((side - kept) // 2 for side, kept in zip(image.size, sides, strict=True))
             image = image.crop((left, top, left + sides[0], top + sides[1]))
         method = Image.Resampling[self.interpolation.upper()]
@@ -74,10 +72,7 @@ class Augmentation(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TransformedImages(Dataset[tuple[Any, int]]):
-    """(transformed image, index) by index.
-
-    With `skip_broken`, (a black image, ~index) for a broken one.
-    """
+    """(transformed image, index) by index; with `skip_broken`, (black image, ~index) if broken."""
 
     images: ImageSet
     transform: Callable[[Image.Image], Any]
@@ -94,11 +89,7 @@ class TransformedImages(Dataset[tuple[Any, int]]):
 
 @dataclass(frozen=True, eq=False)
 class AugmentedImages(Dataset[tuple[list[Tensor], int, str]]):
-    """(tensors of the augmentation, index, "") by (epoch, index).
-
-    With `replace_broken`, a broken image is replaced by another one, and the reason is in place of
-    "".
-    """
+    """(views, index, "") by (epoch, index); `replace_broken`: another image and why, if broken."""
 
     images: ImageSet
     augment: Augmentation
@@ -118,6 +109,31 @@ class AugmentedImages(Dataset[tuple[list[Tensor], int, str]]):
         return views, index, problem
 
 
+def read_or_replace(read: Callable[[int], T], index: int, *, total: int, seed: int, epoch: int) -> tuple[T, str]:
+    """(read(index), ""), or (read of another image, what is wrong with this one) if it is broken.
+
+    read: takes an image number, 0 to total - 1.   A broken replacement is skipped silently, because
+    it has its own turn. BrokenImage if MAX_ATTEMPTS others are broken too.
+    """
+    try:
+        return read(index), ""
+    except BrokenImage as error:
+        broken = error
+    if total == 1:
+        raise broken
+    for attempt in range(MAX_ATTEMPTS):
+        with suppress(BrokenImage):
+            return read(replacement(index, total=total, seed=seed, epoch=epoch, attempt=attempt)), broken.reason
+    raise BrokenImage(broken.name, f"{broken.reason}; {MAX_ATTEMPTS} others drawn in its place are broken too") from broken
+
+
+def replacement(index: int, *, total: int, seed: int, epoch: int, attempt: int) -> int:
+    """The number of another image, uniform over the total - 1 others: a pure function (Philox)."""
+    # The second word of the key is 0 for the augmentation: its numbers are independent of these.
+    key, counter = np.array([seed % 2**64, 1], np.uint64), np.array([0, attempt, index, epoch], np.uint64)
+    return (index + 1 + int(np.random.Philox(key=key, counter=counter).random_raw()) % (total - 1)) % total
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainBatches:
     """The (epoch, index) pairs of each micro-batch of one process, starting at `start_step`.
@@ -131,11 +147,13 @@ class TrainBatches:
     num_images: int
     seed: int
     batch_size: int
-    accumulate: int
-    start_step: int
+    """Images of one process in one forward pass."""
     total_steps: int
-    rank: int
-    world_size: int
+    start_step: int = 0
+    """Steps already done, whose images are not read."""
+    accumulate: int = 1
+    rank: int = field(default_factory=distributed.rank)
+    world_size: int = field(default_factory=distributed.world_size)
 
     def __len__(self) -> int:
         return (self.total_steps - self.start_step) * self.accumulate
@@ -154,54 +172,24 @@ class TrainBatches:
 
 
 def epoch_order(num_images: int, *, seed: int, epoch: int) -> np.ndarray:
-    """(M,) int64: the order of the images in one epoch, a pure function of seed and epoch."""
+    """(num_images,) int64: the order of one epoch, a pure function of seed and epoch."""
     # Mixed and not added, because seed 1 would then repeat the epochs of seed 0 one epoch later.
     state = np.random.SeedSequence((seed % 2**64, epoch)).generate_state(1, np.uint64)
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(int(state[0]))).numpy()
 
 
 def train_loader(
-    images: ImageSet,
-    augment: Augmentation,
-    *,
-    seed: int,
-    batch_size: int,
-    accumulate: int,
-    start_step: int,
-    total_steps: int,
-    rank: int,
-    world_size: int,
-    workers: int | None,
-    device: torch.device,
+    images: ImageSet, augment: Augmentation, batches: TrainBatches, *, workers: int | None, device: torch.device
 ) -> DataLoader:
-    """Micro-batches for the rest of a run, in one iterator whose workers live until its end.
+    """The batches, in one iterator whose workers live until its end.
 
-    batch_size: images of one process in one forward pass.   start_step: number of steps already
-    done, whose images are not read.   workers: loader processes, 0 for none, None for
-    `default_workers()`; they do not change a single bit.   device: where batches will go. Each
-    item: the tensors of the augmentation, with the images of the batch as the first dimension; (B,)
-    int64 image numbers; and for each of the B images "", or what is wrong with it if it was
-    replaced.
+    workers: loader processes, 0 for none, None for `default_workers()`; they do not change a bit.
+    device: where batches will go.   Each item: the tensors of the augmentation, each (B, ...); (B,)
+    int64 image numbers; and for each image "", or what is wrong with it if it was replaced.
     """
-    batches = TrainBatches(
-        num_images=len(images),
-        seed=seed,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        start_step=start_step,
-        total_steps=total_steps,
-        rank=rank,
-        world_size=world_size,
-    )
-    return DataLoader(
-        AugmentedImages(images, augment, seed, replace_broken=True),
-        batch_sampler=batches,
-        num_workers=_number(workers),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),
-        prefetch_factor=PREFETCH if _number(workers) else None,
-    )
+    dataset = AugmentedImages(images, augment, batches.seed, replace_broken=True)
+    # Each loader process prepares four batches ahead, so one slow image does not stop the run.
+    return _loader(dataset, batches, workers=workers, device=device, prefetch=4)
 
 
 def index_loader(
@@ -221,14 +209,22 @@ def index_loader(
     With `skip_broken` it is black instead, and its number i becomes ~i, below 0.
     """
     order = np.asarray(indices, np.int64).tolist()
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return _loader(TransformedImages(images, transform, skip_broken), batches, workers=workers, device=device)
+
+
+def _loader(
+    dataset: Dataset[Any], batches: Iterable[list[Any]], *, workers: int | None, device: torch.device, prefetch: int = 2
+) -> DataLoader:
+    workers = default_workers() if workers is None else workers
     return DataLoader(
-        TransformedImages(images, transform, skip_broken),
-        batch_size=batch_size,
-        sampler=order,
-        num_workers=_number(workers),
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # its default is a draw from the global one
+        prefetch_factor=prefetch if workers else None,
     )
 
 
@@ -241,22 +237,17 @@ def default_workers() -> int:
     return max(1, cores // distributed.local_world_size())
 
 
-def _number(workers: int | None) -> int:
-    return default_workers() if workers is None else workers
-
-
 def start_worker(worker: int) -> None:
-    """Set up a loader process: one thread, and no reaction to most signals.
+    """Set up a loader process: one thread, and of the signals only its parent's SIGTERM counts.
 
-    Schedulers and terminals send signals to all processes, but the training process still needs
-    images to finish its step. Only a SIGTERM from the training process itself ends this process.
+    Schedulers and terminals send signals to all processes, but the parent still needs images to
+    finish its step.
     """
     torch.set_num_threads(1)
     keep_freed_memory()
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_obey_parent, daemon=True).start()
 

@@ -13,23 +13,13 @@ import numpy as np
 from PIL import Image
 
 from dino_simpool.config import MAX_PIXELS
-from dino_simpool.data.archives import (
-    ARCHIVE_SUFFIXES,
-    COMPRESSED_SUFFIXES,
-    IMAGE_SUFFIXES,
-    ArchiveReader,
-    Place,
-    compressed_error,
-    is_compressed,
-)
+from dino_simpool.data.archives import IMAGE_SUFFIXES, PACKED_SUFFIXES, ArchiveReader, Place, compressed_error, is_compressed
 from dino_simpool.data.cache import load_index
 from dino_simpool.data.decode import BrokenImage, EncodedImage
 from dino_simpool.data.index import Index, join
-from dino_simpool.data.scan import is_list, stamps
+from dino_simpool.data.scan import below, is_list, stamps
 from dino_simpool.logs import say
 
-_BYTES_PER_PIXEL = 8
-"""The most that an image file needs: four uncompressed channels of 16 bits."""
 _ENDINGS = " ".join(IMAGE_SUFFIXES)
 
 
@@ -67,7 +57,7 @@ class ImageSet:
         return len(self.paths)
 
     def path(self, index: int) -> str:
-        """The path of one image for messages: a file, or ARCHIVE/PATH_INSIDE."""
+        """The path of one image, for messages: a file, or ARCHIVE/PATH_INSIDE."""
         return os.path.join(self.root, self.name(index))
 
     def name(self, index: int) -> str:
@@ -91,19 +81,17 @@ class ImageSet:
                 with open(self.path(index), "rb") as file:
                     return file.read()
             archive, stamp, place = member
-            most = 2**20 + _BYTES_PER_PIXEL * self.max_pixels  # with room for headers and color profiles
-            return self._archives.read(_below(self.root, archive), stamp, place, most=most)
+            # Four uncompressed channels of 16 bits, with room for headers and color profiles.
+            most = 2**20 + 8 * self.max_pixels
+            return self._archives.read(below(self.root, archive), stamp, place, most=most)
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # a fault of this process, not of the image
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise BrokenImage(self.path(index), reason) from error
+            raise BrokenImage(self.path(index), getattr(error, "strerror", None) or str(error)) from error
 
     def encoded(self, index: int) -> EncodedImage:
         """One image as stored, ready to be decoded. BrokenImage as for `read_bytes`."""
-        return EncodedImage(
-            self.read_bytes(index), name=self.path(index), max_pixels=self.max_pixels, exif_orientation=self.exif_orientation
-        )
+        return EncodedImage(self.read_bytes(index), self.path(index), self.max_pixels, self.exif_orientation)
 
     def read(self, index: int) -> Image.Image:
         """One image as RGB, cropped to its box, if any. BrokenImage if it cannot be read."""
@@ -120,10 +108,7 @@ class ImageSet:
         return dataclasses.replace(self, max_pixels=max_pixels, exif_orientation=exif_orientation)
 
     def digest(self) -> str:
-        """SHA-256 of the names in order.
-
-        It stays the same if the folder is moved, or packed into one archive.
-        """
+        """SHA-256 of the names in order: the same after moving or packing a folder."""
         return self.index.digest()
 
     def sizes_digest(self) -> str:
@@ -138,14 +123,11 @@ class ImageSet:
 def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = None) -> ImageSet:
     """All images of one or more folders, archives and text files of paths, in a fixed order.
 
-    Folders are searched at any depth. The .tar and .zip archives in them count as unpacked there
-    (scan.py, archives.py). A text file has one path per line, relative to the file; empty lines and
-    lines that start with # are skipped. `subset_per_class` takes the first N images of each
-    top-level folder. If all images of a single source lie in top-level folders, these are the
-    `classes`, and `labels_of` computes labels on request; `labels` are not stored.
-    FileNotFoundError for a missing folder or file, PermissionError for an unreadable one,
-    ValueError for a source without images or an archive that is damaged or compressed. cache.py
-    describes how large sources are listed.
+    Folders are searched at any depth; the .tar and .zip archives in them count as unpacked there. A
+    text file has one path per line, relative to the file; empty lines and lines that start with #
+    are skipped. `subset_per_class` takes the first N images of each top-level folder. If all images
+    of a single source lie in top-level folders, these are the `classes`; `labels` are not stored.
+    ValueError for a source without images, and the errors of `scan.scan`.
     """
     roots = [roots] if isinstance(roots, str) else list(roots)
     if not roots or "" in roots:
@@ -156,18 +138,18 @@ def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = No
     if len(parts) > 1:
         return ImageSet("", join(parts))
     [(base, index)] = parts
-    folders = tuple(name for name, count in _groups(index) if count)
+    folders = tuple(name for name, count in index.images_per_group().items() if count)
     return ImageSet(base, index, classes=() if "" in folders else folders)
 
 
 def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
     """Labeled images of the form root/class/image, in sorted order.
 
-    root: a folder, or an archive of one. If the folder does not exist, root.tar or root.zip is
-    used. Archives in a folder count as unpacked there: in a folder of shards, the classes are the
-    top-level folders inside the shards. The classes are the folder names. `subset_per_class` takes
-    the first N images of each class. FileNotFoundError for a missing folder; ValueError if there
-    are no class folders, one has no images, or images lie outside of them.
+    root: a folder, or an archive of one; if there is none, root.tar or root.zip. Archives in a
+    folder count as unpacked there: in a folder of shards, the classes are the top-level folders
+    inside the shards. `subset_per_class` takes the first N images of each class.
+    FileNotFoundError for a missing folder; ValueError if there are no class folders, one has no
+    images, or images lie outside of them.
     """
     root = folder_or_archive(root)
     if is_compressed(root):
@@ -175,27 +157,24 @@ def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
     if is_list(root):
         raise FileNotFoundError(f"{root} is not a folder: give a folder of images, or a .tar or .zip archive of one")
     _, index = _load(root)
-    empty = [name for name, count in _groups(index) if name and not count]
+    empty = [name for name, count in index.images_per_group().items() if name and not count]
     if empty or not len(index):
         problem = f"class folder {empty[0]} has no images" if empty else "no class folders"
         raise ValueError(f"{problem} in {root}: give a folder of the form DIR/CLASS/IMAGE, with files ending in {_ENDINGS}")
-    index = _subset(root, _only_classes(root, index), subset_per_class)
+    index = _classes_only(root, index, subset_per_class)
     labels = np.repeat(np.arange(len(index.groups)), index.counts)
     return ImageSet(root, index, labels, tuple(index.groups))
 
 
 def evenly(total: int, count: int) -> np.ndarray:
-    """At most `count` of the indices 0..total-1, evenly spread from the first to the last: int64, ascending, each once."""
+    """At most `count` of 0..total-1, evenly spread from first to last: int64, ascending, unique."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
 
 
 def folder_or_archive(root: str) -> str:
     """`root`, or root.tar or root.zip if only such an archive exists."""
-    if not os.path.exists(root):
-        for suffix in ARCHIVE_SUFFIXES + COMPRESSED_SUFFIXES:
-            if os.path.isfile(root + suffix):
-                return root + suffix
-    return root
+    archives = (root + suffix for suffix in PACKED_SUFFIXES)
+    return root if os.path.exists(root) else next(filter(os.path.isfile, archives), root)
 
 
 def _source(root: str, subset_per_class: int | None) -> tuple[str, Index]:
@@ -208,7 +187,7 @@ def _source(root: str, subset_per_class: int | None) -> tuple[str, Index]:
             f"no images in {root}: give a folder with files at any depth ending in {_ENDINGS}, "
             "or a text file with one path per line"
         )
-    return base, index if subset_per_class is None else _subset(root, _only_classes(root, index), subset_per_class)
+    return base, index if subset_per_class is None else _classes_only(root, index, subset_per_class)
 
 
 def _load(root: str) -> tuple[str, Index]:
@@ -221,29 +200,15 @@ def _load(root: str) -> tuple[str, Index]:
     return base, index
 
 
-def _groups(index: Index) -> list[tuple[str, int]]:
-    """(top-level folder, number of images), in the order of the images."""
-    return list(zip(index.groups, index.counts.tolist(), strict=True))
-
-
-def _only_classes(root: str, index: Index) -> Index:
-    """The same index, after checking that all images lie in class folders."""
-    loose = dict(_groups(index)).get("", 0)
-    if loose:
+def _classes_only(root: str, index: Index, subset_per_class: int | None) -> Index:
+    """The images, or the first of each class. ValueError if some are not in a class folder."""
+    images = index.images_per_group()
+    if loose := images.get("", 0):
         what = "put each archive into a folder for its class" if index.member(0) else "move or remove them"
         raise ValueError(f"{index[0]} and {loose - 1} other images in {root} are not in a class folder: {what}")
-    return index
-
-
-def _subset(root: str, index: Index, count: int | None) -> Index:
-    """The first `count` images of each class."""
-    if count is None:
+    if subset_per_class is None:
         return index
-    for name, images in _groups(index):
-        if 0 < images < count:
-            raise ValueError(f"class {name} in {root} has {images} images: subset_per_class {count} must be lower")
-    return index.first_of_each_group(count)
-
-
-def _below(root: str, path: str) -> str:
-    return os.path.join(root, path) if path else root
+    for name, count in images.items():
+        if 0 < count < subset_per_class:
+            raise ValueError(f"class {name} in {root} has {count} images: subset_per_class {subset_per_class} must be lower")
+    return index.first_of_each_group(subset_per_class)

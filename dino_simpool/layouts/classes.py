@@ -22,7 +22,7 @@ def _read_imagenet(folder: Path, problems: Problems) -> Parts:
         except (ValueError, OSError) as error:
             problems.append(str(error))
             continue
-        counts = dict(zip(images.index.groups, images.index.counts.tolist(), strict=True))
+        counts = images.index.images_per_group()
         if loose := counts.pop("", 0):
             problems.append(f"{root}: {loose:,} images are not in a class folder, the first {images.name(0)}")
         problems += [f"{root}/{name}: the class folder has no images" for name, count in counts.items() if not count]

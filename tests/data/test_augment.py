@@ -350,11 +350,11 @@ def test_views_are_the_drawn_ones_in_order():
     draw = crop.draw(60, 50, seed=4, epoch=5, index=6)
     finished = crop.finish([view[None] for view in views])
     normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
-    for number, (view, done, kind) in enumerate(zip(views, finished, crop.kinds, strict=True)):
-        expected = pixels.resized_crop(np.asarray(image), tuple(draw.box[number].tolist()), kind.size)
+    for number, (view, done, size) in enumerate(zip(views, finished, crop.sizes, strict=True)):
+        expected = pixels.resized_crop(np.asarray(image), tuple(draw.box[number].tolist()), size)
         expected = torch.from_numpy(pixels.apply_colors(expected, draw, number))
         assert torch.equal(view, expected)
-        assert done.is_contiguous(memory_format=torch.channels_last) and done.shape == (1, 3, kind.size, kind.size)
+        assert done.is_contiguous(memory_format=torch.channels_last) and done.shape == (1, 3, size, size)
         torch.testing.assert_close(done[0], normalize(expected.permute(2, 0, 1) / 255), rtol=1e-5, atol=1e-5)
 
 

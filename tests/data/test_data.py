@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import pickle
 import shutil
@@ -20,7 +21,7 @@ from torchvision import datasets, transforms
 
 from dino_simpool import data, distributed
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
-from dino_simpool.data import EvalTransform, class_folder, evenly, find_images, index_loader, loaders, train_loader
+from dino_simpool.data import EvalTransform, TrainBatches, class_folder, evenly, find_images, index_loader, train_loader
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.decode import read_rgb
 
@@ -446,7 +447,7 @@ def test_index_loader_of_nothing(images):
 def batches(**changes) -> list[list[tuple[int, int]]]:
     settings = {"num_images": 37, "seed": 3, "batch_size": 8, "accumulate": 1, "start_step": 0, "total_steps": 10, "rank": 0,
                 "world_size": 1}  # fmt: skip
-    return list(loaders.TrainBatches(**settings | changes))
+    return list(TrainBatches(**settings | changes))
 
 
 def test_an_epoch_is_a_permutation_without_its_remainder():
@@ -482,9 +483,10 @@ def test_batches_can_start_at_any_step(start):
 
 
 def load(images: data.ImageSet, **changes):
-    settings = {"seed": 0, "batch_size": 3, "accumulate": 2, "start_step": 0, "total_steps": 8, "rank": 0, "world_size": 1,
-                "workers": 0, "device": CPU}  # fmt: skip
-    return train_loader(images, CROP, **settings | changes)
+    settings = {"seed": 0, "batch_size": 3, "accumulate": 2, "start_step": 0, "total_steps": 8, "rank": 0, "world_size": 1}
+    workers = changes.pop("workers", 0)
+    batches = TrainBatches(num_images=len(images), **settings | changes)
+    return train_loader(images, CROP, batches, workers=workers, device=CPU)
 
 
 def test_train_loader_yields_views_and_indices(images):
@@ -555,8 +557,9 @@ def test_a_broken_image_is_named(tmp_path, workers):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")
 def test_workers_outlive_signals_meant_for_the_training_process(images, tmp_path):
-    items = iter(train_loader(images, SignalAtOnce(), seed=0, batch_size=2, accumulate=1, start_step=0, total_steps=3, rank=0,
-                              world_size=1, workers=1, device=CPU))  # fmt: skip
+    gc.collect()  # a loader left by another test, if freed in the worker, starts a thread there that heeds signals
+    batches = TrainBatches(num_images=len(images), seed=0, batch_size=2, total_steps=3)
+    items = iter(train_loader(images, SignalAtOnce(), batches, workers=1, device=CPU))
     assert len(list(items)) == 3
 
 

@@ -21,9 +21,9 @@ from test_data import CPU, CROP, EVALUATE, assert_equal_items, collect, message,
 from torch.utils.data import DataLoader
 
 from dino_simpool.config import MAX_PIXELS
-from dino_simpool.data import ImageSet, decode, find_images, index_loader, read_or_replace, train_loader
+from dino_simpool.data import ImageSet, TrainBatches, decode, find_images, index_loader, read_or_replace, train_loader
 from dino_simpool.data.decode import BrokenImage, EncodedImage, examine, read_rgb
-from dino_simpool.data.replace import MAX_ATTEMPTS, replacement
+from dino_simpool.data.loaders import MAX_ATTEMPTS, replacement
 
 ORIENTATION = 0x0112
 
@@ -420,8 +420,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, ImageSet, 
 
 
 def load(images: ImageSet, **changes: int) -> DataLoader:
-    settings = {"seed": 5, "batch_size": 4, "accumulate": 1, "start_step": 0, "total_steps": 20, "rank": 0, "world_size": 1}
-    return train_loader(images, CROP, workers=changes.pop("workers", 0), device=CPU, **settings | changes)
+    workers = changes.pop("workers", 0)
+    batches = TrainBatches(num_images=len(images), **{"seed": 5, "batch_size": 4, "total_steps": 20} | changes)
+    return train_loader(images, CROP, batches, workers=workers, device=CPU)
 
 
 def test_intact_images_keep_their_crops(pair: tuple[ImageSet, ImageSet, set[int]]) -> None:

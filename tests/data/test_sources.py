@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
-from dino_simpool.data import ImageSet, archives, cache, class_folder, find_images, train_loader
+from dino_simpool.data import ImageSet, TrainBatches, archives, cache, class_folder, find_images, train_loader
 from dino_simpool.data import scan as scanning
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.decode import read_rgb
@@ -628,9 +628,9 @@ CROP = MultiCrop(
 
 
 def load(images: ImageSet, **changes) -> list[torch.Tensor]:
-    settings = {"seed": 0, "batch_size": 3, "accumulate": 1, "start_step": 0, "total_steps": 6, "rank": 0, "world_size": 1,
-                "workers": 0, "device": torch.device("cpu")}  # fmt: skip
-    loader = train_loader(images, CROP, **settings | changes)
+    workers = changes.pop("workers", 0)
+    batches = TrainBatches(num_images=len(images), seed=0, batch_size=3, total_steps=6, **changes)
+    loader = train_loader(images, CROP, batches, workers=workers, device=torch.device("cpu"))
     return [torch.cat([index.float(), *(view.flatten() for view in views)]) for views, index, _ in loader]
 
 

@@ -98,7 +98,7 @@ def test_images_per_second_are_those_of_all_processes(tmp_path: Path, monkeypatc
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     loader = [([torch.zeros(size, 3, 8, 8)], torch.arange(size), [""] * size) for size in (4, 2, 4)]
     images = ImageSet("", np.array(["x.jpg"] * 4))
-    feed = Feed(loader, torch.device("cpu"), list, images, BadFiles(images, tmp_path, max_share=0.0, found={}))
+    feed = Feed(loader, torch.device("cpu"), list, BadFiles(images, tmp_path, max_share=0.0, found={}))
     assert [len(batch.views[0]) for batch in feed.batches(2)] == [4, 2]
     clock[0] += 2
     window = feed.timings("window")

@@ -1,16 +1,13 @@
 """The color operations of the recipe on a batch of views, each with its own parameters.
 
-They run on any device. Like pixels.apply_colors: the same operations in the same order with the
-same numbers, but in float32 and without rounding to 8 bits after each one. Every step handles all
-views. An operation that a view skips becomes one that changes nothing (factor 1, kernel [0, 1, 0]),
-so there are no branches and no waiting for the device, and torch.compile fuses the steps into few
-kernels.
+The same operations with the same numbers as pixels.apply_colors, on any device, but in float32 and
+without rounding to 8 bits after each one. An operation that a view skips becomes one that changes
+nothing (factor 1, kernel [0, 1, 0]), so there are no branches and no waiting for the device, and
+torch.compile fuses the steps into few kernels.
 
 Color jitter applies four operations in any order. Three of them mix a view with black, its mean
 gray level or its grayscale version. The order is kept by three such mixtures before the hue and
-three after it, of which three are used.
-
-Letters: R views (rows) of one size, S their side in pixels.
+three after it, of which three are used. Letters: R views (rows) of one size, S side in pixels.
 """
 
 from __future__ import annotations
@@ -35,8 +32,7 @@ _NONE = -1.0
 def pack(draw: ViewDraw, *, radius: int) -> Tensor:
     """The random numbers of V views without their boxes: (V, 12 + radius) float32.
 
-    Columns: flip, four factors, their order, grayscale, solarize, and the middle and right half of
-    the blur kernel.   radius: of the widest kernel, in pixels.
+    radius: of the widest blur, in pixels; its columns are the middle and right half of its kernel.
     """
     rows = np.zeros((len(draw.flip), _KERNEL.start + 1 + radius), np.float32)
     rows[:, _FLIP], rows[:, _GRAYSCALE], rows[:, _SOLARIZE] = draw.flip, draw.grayscale, draw.solarize
@@ -54,8 +50,7 @@ def pack(draw: ViewDraw, *, radius: int) -> Tensor:
 def apply_colors(views: Tensor, parameters: Tensor) -> Tensor:
     """Flip, jitter, grayscale, blur and solarize each view: (R, 3, S, S) float32 in 0..255.
 
-    views: (R, 3, S, S) of any dtype in 0..255.   parameters: (R, 12 + radius) from `pack`, on the
-    same device.
+    views: the same shape and range, any dtype.   parameters: (R, 12 + radius), rows of `pack`.
     """
     x = views.float()
     columns = parameters[:, :, None, None, None]
@@ -74,10 +69,7 @@ def apply_colors(views: Tensor, parameters: Tensor) -> Tensor:
 
 @cache
 def compiled_colors() -> Callable[[Tensor, Tensor], Tensor]:
-    """`apply_colors` with torch.compile.
-
-    Cached, because each call of torch.compile delays a batch by a millisecond.
-    """
+    """`apply_colors` with torch.compile, called once because each call takes a millisecond."""
     return torch.compile(apply_colors, dynamic=False)
 
 
@@ -93,8 +85,8 @@ def normalize(views: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...],
 def _along_rows(mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale and shift of a row of pixels, each (3 * width,).
 
-    On a CPU, broadcasting over three values takes five times as long. Cached, because copying to
-    the device would wait for all work queued there.
+    Broadcasting three values takes five times as long on a CPU. Cached, because copying to the
+    device would wait for all work queued there.
     """
     scale = torch.tensor([1 / (255 * s) for s in std])
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
@@ -102,15 +94,11 @@ def _along_rows(mean: tuple[float, ...], std: tuple[float, ...], width: int, dev
 
 
 def _gray(x: Tensor) -> Tensor:
-    """The gray level of each pixel, (R, 1, S, S)."""
     return sum(weight * x[:, channel, None] for channel, weight in enumerate(GRAY))  # type: ignore[return-value]
 
 
 def _mix(x: Tensor, operation: Tensor, factors: Tensor) -> Tensor:
-    """Apply brightness, contrast, saturation or nothing to each view.
-
-    operation: (R,), the number in JITTER.
-    """
+    """Apply brightness, contrast, saturation or nothing (_NONE) to each view; operation: (R,)."""
     operation = operation[:, None, None, None]
     is_saturation, is_contrast = (operation == JITTER.index(name) for name in ("saturation", "contrast"))
     gray = _gray(x)
@@ -127,11 +115,8 @@ def _turn_hue(x: Tensor, shift: Tensor) -> Tensor:
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
     divisor = chroma.clamp(min=1e-6)
-    sixths = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
+    sixths = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
+    sixths = torch.where(value == red, (green - blue) / divisor, sixths)
     hue = sixths + 6 * (shift * 255).trunc() / 256  # in steps of an 8-bit hue, as published
     # Each channel is value minus chroma times a trapezoid over the hue circle, 1/3 turn apart.
     places = [(offset + hue) % 6 for offset in (5, 3, 1)]
@@ -139,10 +124,7 @@ def _turn_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, half: Tensor) -> Tensor:
-    """Filter each view along both axes.
-
-    half: (R, r + 1), the middle and right half of its symmetric kernel.
-    """
+    """Filter each view along both axes; half: (R, r + 1), from the middle of its kernel."""
     rows, channels, height, width = x.shape
     radius = half.shape[1] - 1
     kernel = torch.cat([half.flip(1)[:, :-1], half], 1).repeat_interleave(channels, 0)

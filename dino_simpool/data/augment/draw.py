@@ -1,12 +1,8 @@
 """The random numbers of the augmentation: a pure function of (seed, epoch, image, view).
 
-The distributions are those of DINO and SimPool (facebookresearch/dino and billpsomas/simpool,
-main_dino.py): random resized crop, horizontal flip, color jitter in random order, grayscale,
-Gaussian blur, solarize. One deviation: the numbers come from a counter-based generator and not from
-the state of worker processes, so they do not depend on workers, processes, or where the pixels are
-computed.
-
-Letters: V views (global 1, global 2, then local ones).
+The distributions are the published ones. One deviation: the numbers come from a counter-based
+generator and not from the state of worker processes, so they do not depend on workers, processes,
+or where the pixels are computed.
 """
 
 from __future__ import annotations
@@ -17,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CROP_RATIO = (3 / 4, 4 / 3)
-_LOG_RATIO = (math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]))
+NARROWEST, WIDEST = 3 / 4, 4 / 3
+"""Ratios of width to height of a crop."""
+_LOG_RATIO = (math.log(NARROWEST), math.log(WIDEST))
 CROP_TRIES = 10
 CROP_NUMBERS = 2 * CROP_TRIES + 2
 """Uniform numbers per crop box: area and ratio for ten tries, then top and left."""
@@ -43,12 +40,10 @@ def uniforms(seed: int, epoch: int, index: int, *, rows: int, columns: int) -> n
 
 
 def crop_box(height: int, width: int, *, scale: tuple[float, float], numbers: Sequence[float]) -> Box:
-    """The box of a random resized crop as in torchvision's RandomResizedCrop.
+    """The box of a crop of a height x width image, as in torchvision's RandomResizedCrop.
 
-    There are ten tries, then the largest center crop is taken.
-    height, width: of the image.   scale: range of the area as a fraction of the image.
-    numbers: CROP_NUMBERS values in [0, 1), area and ratio for ten tries, then top and left.
-    The box is inside the image.
+    scale: range of the area as a fraction of the image.   numbers: CROP_NUMBERS values in [0, 1).
+    After ten tries that do not fit, the largest center crop with an allowed ratio is taken.
     """
     for area, ratio in zip(numbers[0 : 2 * CROP_TRIES : 2], numbers[1 : 2 * CROP_TRIES : 2], strict=True):
         pixels = height * width * (scale[0] + (scale[1] - scale[0]) * area)
@@ -57,26 +52,16 @@ def crop_box(height: int, width: int, *, scale: tuple[float, float], numbers: Se
         if 0 < tall <= height and 0 < wide <= width:
             top, left = int(numbers[-2] * (height - tall + 1)), int(numbers[-1] * (width - wide + 1))
             return top, left, tall, wide
-    tall, wide = _center_size(height, width)
+    tall, wide = min(height, round(width / NARROWEST)), min(width, round(height * WIDEST))
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
-def _center_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width of the largest center crop with an allowed ratio, or of the whole image."""
-    if width / height < CROP_RATIO[0]:
-        return round(width / CROP_RATIO[0]), width
-    if width / height > CROP_RATIO[1]:
-        return height, round(height * CROP_RATIO[1])
-    return height, width
-
-
 def blur_kernel(sigma: float) -> np.ndarray:
-    """The 2 r + 1 weights of Pillow's Gaussian blur along one axis.
+    """The 2 r + 1 weights of Pillow's Gaussian blur along one axis; sigma: in pixels, above 0.
 
     They come from three box filters of variance sigma^2 / 3 each. A box of radius l + a has 2 l + 1
     whole pixels and a fraction a of one more at each end (Gwosdek et al., Theoretical Foundations
     of Gaussian Convolution by Extended Box Filtering, 2011).
-    sigma: in pixels, above 0.
     """
     variance = sigma * sigma / 3
     whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
@@ -92,60 +77,58 @@ class ViewDraw:
     box: np.ndarray
     """(V, 4) int64: top, left, height and width of the crop in pixels."""
     flip: np.ndarray
-    """(V,) bool."""
     jitter: np.ndarray
-    """(V,) bool: whether color jitter is applied."""
+    grayscale: np.ndarray
+    solarize: np.ndarray
+    """These four: (V,) bool, whether it is applied."""
     factors: np.ndarray
     """(V, 4) float32: factors of brightness, contrast and saturation, and shift of hue in turns."""
     order: np.ndarray
     """(V, 4) int64: the order of these four operations; order[v, 0] is applied first."""
-    grayscale: np.ndarray
-    """(V,) bool."""
     sigma: np.ndarray
     """(V,) float32: standard deviation of the blur in pixels of the view; 0: no blur."""
-    solarize: np.ndarray
-    """(V,) bool."""
 
 
-@dataclass(frozen=True)
-class ViewKind:
-    """The distribution of one view: its part of config.CropsConfig, with the same field names."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The distributions: fields as in config.CropsConfig, triples for global 1, global 2, local."""
 
-    size: int
-    scale: tuple[float, float]
+    global_size: int
+    local_size: int
+    num_local: int
+    global_scale: tuple[float, float]
+    local_scale: tuple[float, float]
     flip: float
     jitter: tuple[float, float, float, float]
     jitter_probability: float
     grayscale: float
-    blur: float
+    blur: tuple[float, float, float]
     blur_sigma: tuple[float, float]
-    solarize: float
+    solarize: tuple[float, float, float]
+    shrink_margin: float | None
 
+    @property
+    def sizes(self) -> list[int]:
+        """The sides of the V views in pixels."""
+        return [self.global_size] * 2 + [self.local_size] * self.num_local
 
-def draw_views(kinds: Sequence[ViewKind], height: int, width: int, *, seed: int, epoch: int, index: int) -> ViewDraw:
-    """All random numbers for the views of a height x width image: one view of each kind."""
-    numbers = uniforms(seed, epoch, index, rows=len(kinds), columns=NUM_UNIFORMS)
-    # Plain Python takes a third of the time of numpy calls on eight short rows.
-    boxes, flags, factors, order, sigma = [], [], [], [], []
-    for kind, row in zip(kinds, numbers.tolist(), strict=True):
-        boxes.append(crop_box(height, width, scale=kind.scale, numbers=row[:CROP_NUMBERS]))
-        chances, shifts, keys = row[CROP_NUMBERS:-9], row[-9:-5], row[-5:-1]
-        probabilities = (kind.flip, kind.jitter_probability, kind.grayscale, kind.solarize)
-        flags.append([chances[i] < p for i, p in zip((0, 1, 2, 4), probabilities, strict=True)])
-        factors.append(
-            [neutral + spread * (2 * u - 1) for neutral, spread, u in zip((1, 1, 1, 0), kind.jitter, shifts, strict=True)]
+    def draw(self, height: int, width: int, *, seed: int, epoch: int, index: int) -> ViewDraw:
+        """All random numbers for the views of a height x width image."""
+        numbers = uniforms(seed, epoch, index, rows=2 + self.num_local, columns=NUM_UNIFORMS)
+        scales = [self.global_scale] * 2 + [self.local_scale] * self.num_local
+        rows = numbers[:, :CROP_NUMBERS].tolist()  # crop_box is faster on plain numbers
+        boxes = [crop_box(height, width, scale=scale, numbers=row) for scale, row in zip(scales, rows, strict=True)]
+        flip, jitter, grayscale, blur, solarize = numbers[:, CROP_NUMBERS:-9].T
+        kinds = [0, 1] + [2] * self.num_local
+        low, high = self.blur_sigma
+        sigma = np.where(blur < np.array(self.blur)[kinds], low + (high - low) * numbers[:, -1], 0)
+        return ViewDraw(
+            box=np.array(boxes),
+            flip=flip < self.flip,
+            jitter=jitter < self.jitter_probability,
+            grayscale=grayscale < self.grayscale,
+            solarize=solarize < np.array(self.solarize)[kinds],
+            factors=((1, 1, 1, 0) + np.array(self.jitter) * (2 * numbers[:, -9:-5] - 1)).astype(np.float32),
+            order=numbers[:, -5:-1].argsort(1, kind="stable"),
+            sigma=sigma.astype(np.float32),
         )
-        order.append(sorted(range(4), key=keys.__getitem__))
-        low, high = kind.blur_sigma
-        sigma.append(low + (high - low) * row[-1] if chances[3] < kind.blur else 0.0)
-    flip, jitter, grayscale, solarize = np.array(flags).T
-    return ViewDraw(
-        box=np.array(boxes),
-        flip=flip,
-        jitter=jitter,
-        factors=np.array(factors, np.float32),
-        order=np.array(order),
-        grayscale=grayscale,
-        sigma=np.array(sigma, np.float32),
-        solarize=solarize,
-    )

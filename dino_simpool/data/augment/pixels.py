@@ -1,4 +1,4 @@
-"""The operations of the recipe on the pixels of one image on the CPU: (S, S, 3) uint8.
+"""The operations of the recipe on the pixels of one view on the CPU: (S, S, 3) uint8.
 
 Each is the fastest among those measured in well-maintained libraries (`dino-simpool bench data`
 times the whole): decoding by libjpeg-turbo (simplejpeg), resizing by torch's antialiased kernel for
@@ -14,8 +14,6 @@ recipe on Pillow images. Largest difference from Pillow, in levels of 255 (teste
              passes. 35 at the border, because Pillow extends the border pixels again after every
              pass. A sampled Gaussian, as in torchvision's tensor operation, would be a different
              blur: half as strong at sigma 0.5.
-
-S side of a view in pixels.
 """
 
 from __future__ import annotations
@@ -74,7 +72,6 @@ def adjust_hue(pixels: np.ndarray, shift: float) -> np.ndarray:
 
 @lru_cache
 def _first_of_three(width: int) -> np.ndarray:
-    """1, 0, 0 for each pixel of a row."""
     return np.tile(np.array([1, 0, 0], np.uint8), width)
 
 
@@ -83,10 +80,7 @@ ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
 def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur by `blur_kernel`; sigma: standard deviation in pixels, above 0.
-
-    Border pixels are replicated.
-    """
+    """Filter with `blur_kernel` along both axes; border pixels are replicated."""
     kernel = blur_kernel(sigma).astype(np.float32)  # floats are three times as fast as OpenCV's 8-bit filter
     return cv2.convertScaleAbs(cv2.sepFilter2D(pixels, cv2.CV_32F, kernel, kernel, borderType=cv2.BORDER_REPLICATE))
 
