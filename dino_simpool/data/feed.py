@@ -18,8 +18,8 @@ from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.loaders import TrainBatches, default_workers, train_loader
 
-Loaded = tuple[list[Tensor], Tensor, Sequence[str]]
-"""An item of `train_loader`: augmented tensors, image numbers, and why each was replaced, or ""."""
+Loaded = tuple[list[Tensor], Tensor, Sequence[str], Tensor]
+"""An item of `train_loader`: tensors, image numbers, why each was replaced or "", images shown."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class Feed:
         self._waited += time.monotonic() - started
         if loaded is None:
             return None
-        parts, indices, problems = loaded
-        classes = self.bad_files.images.labels_of(indices.numpy())
+        parts, indices, problems, shown = loaded
+        classes = self.bad_files.images.labels_of(shown.numpy())  # a replaced image has its own class
         labels = None if classes is None else torch.from_numpy(classes)
         with torch.cuda.stream(self._stream):  # does nothing without a stream
             views = self._finish([part.to(self._device, non_blocking=True) for part in parts])
             if labels is not None:  # pinned, because otherwise the copy waits for the device
-                labels = (labels.pin_memory() if self._stream else labels).to(self._device, non_blocking=True)
+                labels = (labels.pin_memory() if self._stream is not None else labels).to(self._device, non_blocking=True)
         return Batch(views, indices, labels), problems
 
     def advice(self, cfg: TrainConfig) -> str:

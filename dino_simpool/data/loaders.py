@@ -88,25 +88,28 @@ class TransformedImages(Dataset[tuple[Any, int]]):
 
 
 @dataclass(frozen=True, eq=False)
-class AugmentedImages(Dataset[tuple[list[Tensor], int, str]]):
-    """(views, index, "") by (epoch, index); `replace_broken`: another image and why, if broken."""
+class AugmentedImages(Dataset[tuple[list[Tensor], int, str, int]]):
+    """(views, index, "", index) by (epoch, index).
+
+    `replace_broken`: of a broken image (views of another one, index, what is wrong, the other's).
+    """
 
     images: ImageSet
     augment: Augmentation
     seed: int
     replace_broken: bool = False
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int, str]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int, str, int]:
         epoch, index = key
 
-        def read(number: int) -> list[Tensor]:
+        def read(number: int) -> tuple[list[Tensor], int]:
             # `index`, not `number`: the random numbers of a position do not depend on the files.
-            return self.augment(self.images.encoded(number), seed=self.seed, epoch=epoch, index=index)
+            return self.augment(self.images.encoded(number), seed=self.seed, epoch=epoch, index=index), number
 
         if not self.replace_broken:
-            return read(index), index, ""
-        views, problem = read_or_replace(read, index, total=len(self.images), seed=self.seed, epoch=epoch)
-        return views, index, problem
+            return read(index)[0], index, "", index
+        (views, shown), problem = read_or_replace(read, index, total=len(self.images), seed=self.seed, epoch=epoch)
+        return views, index, problem, shown
 
 
 def read_or_replace(read: Callable[[int], T], index: int, *, total: int, seed: int, epoch: int) -> tuple[T, str]:
@@ -185,7 +188,8 @@ def train_loader(
 
     workers: loader processes, 0 for none, None for `default_workers()`; they do not change a bit.
     device: where batches will go.   Each item: the tensors of the augmentation, each (B, ...); (B,)
-    int64 image numbers; and for each image "", or what is wrong with it if it was replaced.
+    int64 image numbers; for each image "", or what is wrong with it if it was replaced; and (B,) int64
+    numbers of the images that are shown.
     """
     dataset = AugmentedImages(images, augment, batches.seed, replace_broken=True)
     # Each loader process prepares four batches ahead, so one slow image does not stop the run.

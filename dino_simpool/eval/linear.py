@@ -190,7 +190,7 @@ def _paper(
             for size, parts in batches(epoch):
                 features, labels = torch.empty(0, encoder.embed_dim, device=device), torch.empty(0, dtype=torch.int64)
                 for _ in parts:
-                    (images,), index, _ = next(items)
+                    (images,), index, *_ = next(items)
                     features = torch.cat([features, encode(encoder, images, precision=cfg.precision)])
                     labels = torch.cat([labels, train_y[index]])
                 loss += heads.step(features, labels.to(device), batch_size=size, decay=decay).item() * size / len(train)

@@ -542,7 +542,7 @@ def test_loaders_leave_the_global_random_state_alone(images):
 def test_what_workers_get_can_be_pickled(images):
     loader = load(images)
     dataset, start = pickle.loads(pickle.dumps((loader.dataset, loader.worker_init_fn)))
-    views, index, problem = dataset[1, 7]
+    views, index, problem, _ = dataset[1, 7]
     assert (index, problem) == (7, "") and all(torch.equal(a, b) for a, b in zip(views, loader.dataset[1, 7][0], strict=True))
     assert callable(start)
 

@@ -17,9 +17,10 @@ from test_train import VIT, changed, config, log_of
 from dino_simpool import distributed
 from dino_simpool.checkpoint import read_state
 from dino_simpool.config import CropsConfig, DataConfig, TrainConfig
-from dino_simpool.data import ImageSet
+from dino_simpool.data import ImageSet, find_images
 from dino_simpool.data.bad_files import BadFiles
-from dino_simpool.data.feed import Feed
+from dino_simpool.data.feed import Feed, build_feed
+from dino_simpool.data.loaders import replacement
 from dino_simpool.train import train
 
 PLACES = ("cpu", "device")
@@ -91,12 +92,32 @@ def test_auto_is_the_cpu_where_the_device_is_one(sources, whole, tmp_path: Path)
     assert log_of(tmp_path) == log_of(whole["cpu"])
 
 
+def test_batches_carry_the_classes_of_the_images_that_are_shown(sources, tmp_path: Path):
+    """Class folders give labels; the place of a broken image of class b has the class of the image shown there instead."""
+    cfg = two_epochs(sources["folder"], "cpu", tmp_path)
+    images = find_images(cfg.data.root)
+    bad_files = BadFiles(images, tmp_path, max_share=0.1, found={})
+    for seed in range(4):  # the replacement is of class a for some seed, and of class b for another
+        seeded = changed(cfg, seed=seed)
+        feed = build_feed(seeded, bad_files, batch_size=20, start_step=0, total_steps=1, device=torch.device("cpu"))
+        [batch] = feed.batches(1)
+        shown = replacement(BROKEN, total=20, seed=seed, epoch=0, attempt=0)
+        expected = [(shown if index == BROKEN else index) // 10 for index in batch.indices.tolist()]
+        assert batch.labels is not None and batch.labels.tolist() == expected
+    mixed = find_images(sources["mixed"])
+    feed = build_feed(
+        cfg, BadFiles(mixed, tmp_path, max_share=0.1, found={}), batch_size=20, start_step=0, total_steps=1,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert next(feed.batches(1)).labels is None  # several sources have no common classes
+
+
 def test_images_per_second_are_those_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Three of them, batches of 4 and 2 of this one and a clock that is told: each row counts from its last call on."""
     clock = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    loader = [([torch.zeros(size, 3, 8, 8)], torch.arange(size), [""] * size) for size in (4, 2, 4)]
+    loader = [([torch.zeros(size, 3, 8, 8)], torch.arange(size), [""] * size, torch.arange(size)) for size in (4, 2, 4)]
     images = ImageSet("", np.array(["x.jpg"] * 4))
     feed = Feed(loader, torch.device("cpu"), list, BadFiles(images, tmp_path, max_share=0.0, found={}))
     assert [len(batch.views[0]) for batch in feed.batches(2)] == [4, 2]
