@@ -187,10 +187,7 @@ def _truncate(path: Path, *, step: int, epoch: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines with their records.
-
-    A last line that is incomplete, because the process died, is skipped.
-    """
+    """The lines with their records, without a last line that a dying process left incomplete."""
     lines = path.read_bytes().splitlines()
     for i, line in enumerate(lines):
         record = _parse(line)

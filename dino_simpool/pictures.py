@@ -42,13 +42,13 @@ def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def enlarge(cells: Tensor, size: Size, *, smooth: bool) -> Tensor:
-    """Cells (h, w) as pixels `size`: rectangles, or bicubic between their centers, in their range."""
+    """Cells (h, w) as pixels `size`: rectangles, or bicubic between centers, in their range."""
     pixels = F.interpolate(cells[None, None], size, mode="bicubic" if smooth else "nearest-exact")[0, 0]
     return pixels.clamp(cells.min(), cells.max())
 
 
 def paint(strength: Tensor, ramp: Sequence[Sequence[float]]) -> Tensor:
-    """Values (H, W) in 0..1 as colors (C, H, W) in 0..1, on a ramp of evenly spaced colors (0..255)."""
+    """Values (H, W) in 0..1 as colors (C, H, W) in 0..1; ramp: evenly spaced colors (0..255)."""
     colors = torch.tensor(ramp, dtype=torch.float64) / 255
     place = strength.double().clamp(0, 1) * (len(ramp) - 1)
     low = place.long().clamp(max=len(ramp) - 2)
@@ -72,7 +72,7 @@ def overlay(image: Tensor, attention: Tensor, *, seen: Size | None = None, smoot
 
 
 def mask_overlay(image: Tensor, mask: Tensor, *, seen: Size | None = None) -> Tensor:
-    """An image (3, H, W) with a mask (h, w) in half-opaque color and an outline inside its border."""
+    """An image (3, H, W) with a mask (h, w) in half-opaque color, and its outline inside."""
     down, across = seen or (image.shape[1], image.shape[2])
     inside = torch.zeros(image.shape[1:])
     inside[:down, :across] = enlarge(mask.float(), (down, across), smooth=False)
@@ -159,7 +159,7 @@ def contact_sheet(
 
 
 def shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, or dots and the part of its end that fits into `width` pixels: it tells files apart."""
+    """The text, or dots and as much of its end, which tells files apart, as fits into `width`."""
     text = text.encode("utf-8", "replace").decode()  # a file name need not be text
     if font.getlength(text) <= width:
         return text

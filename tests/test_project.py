@@ -223,6 +223,26 @@ def test_public_functions_are_documented_and_typed(module: str) -> None:
     assert (undocumented(tree.body), untyped(tree.body), classes) == ([], [], [])
 
 
+def wide_texts(source: str) -> list[int]:
+    """Numbers of the lines of docstrings and comments that have more than 100 columns."""
+    lines = source.splitlines()
+    texts = {number for number, line in enumerate(lines, 1) if line.lstrip().startswith("#")}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            texts |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return sorted(number for number in texts if len(lines[number - 1]) > 100)
+
+
+def test_the_search_for_wide_texts_finds_them() -> None:
+    long = "x" * 100
+    assert wide_texts(f'"""{long}"""\n# {long}\nname = "{long}"\n# short\n') == [1, 2]
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_docstrings_and_comments_wrap_at_100_columns(module: str) -> None:
+    assert wide_texts(SOURCES[module].read_text()) == []
+
+
 # -- commands, names and files that must agree
 
 

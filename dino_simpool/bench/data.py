@@ -1,10 +1,10 @@
 """Time from image files to the views of a training run, in processor time of one core, as a whole
 and part by part.
 
-    published      recipe of facebookresearch/dino and billpsomas/simpool: torchvision on Pillow images
+    published      recipe of facebookresearch/dino and billpsomas/simpool: torchvision and Pillow
     cpu            this package, all on the CPU: decode, crop, colors, normalization of the batch
     device_share   the CPU's part if colors are applied on the device: decode and crop
-    decode         decoding alone, at full size: only paths that decode large JPEGs smaller are faster
+    decode         decoding alone, at full size: only decoding large JPEGs smaller is faster
 
 All start from the bytes of the files in memory. Every batch goes through all four in turn, so that
 other load on the machine affects them alike. Times are processor time of this process, not

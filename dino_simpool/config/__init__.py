@@ -8,7 +8,7 @@ appear at once.
 
     parts.py     options that several commands share     train.py     of a training run
     data.py      of its data                             evaluate.py  of the evaluators
-    features.py  of extract and search                   bench.py     of the benchmarks and of resources
+    features.py  of extract and search                   bench.py     of benchmarks and resources
     tools.py     of check-data, synthetic, report, table
     parse.py     recipes and command line <-> dataclass
 """

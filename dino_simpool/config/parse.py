@@ -111,7 +111,7 @@ def _check_groups(config: type, values: dict[str, Any]) -> None:
 
 
 def _check_recipe(path: str, config: type) -> str:
-    """The path, after checks that the library lacks: groups are groups, and no option is given twice."""
+    """The path, after checks that the library lacks: groups are groups, no option comes twice."""
     try:
         node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -54,7 +54,7 @@ class ModelConfig(Options):
 
     group = "model."
     arch: str = "vit_small"
-    """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or any timm ViT, ResNet or ConvNeXt."""
+    """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or a ViT, ResNet, ConvNeXt of timm."""
     pool: Literal["simpool", "cls", "gap"] = "simpool"
     """simpool, or a baseline: cls (the class token, ViT only) or gap (global average pooling)."""
     gamma: float | None = None
@@ -82,7 +82,7 @@ class ModelConfig(Options):
     depth: int | tuple[int, ...] | None = option(None, least=1)
     """Blocks of a ViT, or blocks per stage of a CNN. null: those of the architecture."""
     heads: int | None = option(None, least=1)
-    """Attention heads of a ViT block. null: those of the architecture; width / 64 if width is set."""
+    """Attention heads of a ViT block. null: the architecture's, or width / 64 if width is set."""
     drop_path: float = 0.0
     """Stochastic depth of the student, 0 to 1. The teacher's is teacher.drop_path."""
     image_size: int = option(224, least=1)

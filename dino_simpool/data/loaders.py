@@ -188,8 +188,8 @@ def train_loader(
 
     workers: loader processes, 0 for none, None for `default_workers()`; they do not change a bit.
     device: where batches will go.   Each item: the tensors of the augmentation, each (B, ...); (B,)
-    int64 image numbers; for each image "", or what is wrong with it if it was replaced; and (B,) int64
-    numbers of the images that are shown.
+    int64 image numbers; for each image "", or what is wrong with it if it was replaced; and (B,)
+    int64 numbers of the images that are shown.
     """
     dataset = AugmentedImages(images, augment, batches.seed, replace_broken=True)
     # Each loader process prepares four batches ahead, so one slow image does not stop the run.

@@ -230,7 +230,7 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
 
 
 def compile_blocks(model: DinoModel) -> None:
-    """torch.compile each block of the trunk in place: few small graphs, and names stay as they are."""
+    """torch.compile each block of the trunk in place: few small graphs, and names do not change."""
     blocks = [m for m in model.encoder.trunk.modules() if isinstance(m, (Block, BasicBlock, Bottleneck, ConvNeXtBlock))]
     if not blocks:
         raise ValueError(f"run.compile does not know the blocks of {model.encoder.config.arch}: set run.compile false")

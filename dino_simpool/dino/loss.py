@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_simpool.distributed import all_mean
+from dino_simpool.models.pooling.simpool import without_autocast
 
 CHUNK_ELEMENTS = 2**24
 """Student logits that `DinoLoss.fused` holds at a time: 64 MiB of float32."""
@@ -68,7 +69,7 @@ class DinoLoss(nn.Module):
         moves it by calling `update_center`. ValueError for shapes that do not fit.
         """
         self._check_shapes(student, teacher, self.center.shape[1])
-        with _no_autocast(student):
+        with without_autocast(student):
             views = _wide(student) / self.student_temp
             views = views - views.detach().amax(-1, keepdim=True)  # same loss and gradient, with smaller numbers to round
             targets = self._targets(teacher, teacher_temp)
@@ -91,7 +92,7 @@ class DinoLoss(nn.Module):
         in the backward pass. ValueError for shapes that do not fit.
         """
         self._check_shapes(student_features, teacher_logits, prototypes.shape[0])
-        with _no_autocast(student_features):
+        with without_autocast(student_features):
             features, weight = _wide(student_features), _wide(prototypes)
             targets = self._targets(teacher_logits, teacher_temp)
             agreement = ((targets @ weight) * _partners(features)).sum() / self.student_temp
@@ -133,10 +134,7 @@ class DinoLoss(nn.Module):
 
 
 class _ChunkedLogSumExp(torch.autograd.Function):
-    """logsumexp over k of <x_m, w_k> / temperature for x (M, D), w (K, D): (M,).
-
-    Only some rows of logits exist at a time.
-    """
+    """logsumexp over k of <x_m, w_k> / temperature, (M,), of x (M, D) and w (K, D), in chunks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -151,7 +149,7 @@ class _ChunkedLogSumExp(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         scale = (grad / ctx.temperature).unsqueeze(-1)
-        with _no_autocast(x):
+        with without_autocast(x):
             for start in range(0, len(x), ctx.rows):
                 part = slice(start, start + ctx.rows)
                 pull = (x[part] @ weight.T).div_(ctx.temperature).softmax(-1).mul_(scale[part])
@@ -168,7 +166,3 @@ def _partners(views: Tensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it was that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)

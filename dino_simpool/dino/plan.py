@@ -40,10 +40,7 @@ def cosine_schedule(
 
 
 def teacher_temperature(epoch: int, warmup_epochs: int, warm: float, final: float) -> float:
-    """The temperature of an epoch: linear from warm to final over warmup_epochs values, then final.
-
-    Both ends are included.
-    """
+    """The temperature of an epoch: linear, warmup_epochs values from warm to final, then final."""
     if epoch >= warmup_epochs:
         return final
     return warm + epoch * (final - warm) / max(1, warmup_epochs - 1)
@@ -199,10 +196,7 @@ def _suggestions(plan: Plan) -> tuple[str, ...]:
 
 
 def _suggest_out_dim(plan: Plan) -> str:
-    """With fewer images than prototypes, most prototypes are never used.
-
-    ImageNet has 20 images per prototype, its 20 % subset 4.
-    """
+    """With few images, most prototypes are never used. ImageNet has 20 images each, its 20 % 4."""
     out_dim = plan.cfg.head.out_dim
     advised = max(256, 2 ** int(math.log2(max(1, plan.num_images / 20))))
     if plan.num_images >= out_dim or advised >= out_dim:

@@ -91,7 +91,7 @@ def _vit(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
 
 
 def _stages(cfg: ModelConfig, argument: str) -> dict[str, Any]:
-    """timm's argument for the blocks of each of four stages, if given; a stage left out has none."""
+    """timm's argument for the blocks of the four stages, if given; a stage left out has none."""
     if cfg.depth is None:
         return {}
     depth = cfg.depth if isinstance(cfg.depth, tuple) else (cfg.depth,) * 4

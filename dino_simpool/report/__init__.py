@@ -123,7 +123,7 @@ def _tiles(cfg: TrainConfig, steps: list[Record], metrics: dict[str, Record]) ->
 
 
 def _results(out: Path, data: str, metrics: dict[str, Record]) -> str:
-    """A table of metrics (trained, untrained, raw pixels), what is missing, a list of everything."""
+    """A table of metrics (trained, untrained, raw pixels), what is missing, and a full list."""
     rows, absent = [], []
     command = f"--checkpoint {out}/last.pth --data {data or 'DIR'}"
     for evaluator, name in EVALUATORS.items():

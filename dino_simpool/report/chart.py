@@ -63,7 +63,7 @@ def shorten(points: Sequence[Point]) -> list[Point]:
 
 
 def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
-    """About `count` (at least two) multiples of 1, 2 or 5 times a power of ten around low and high."""
+    """About `count` (at least two) multiples of 1, 2 or 5 times a power of ten, low to high."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # a single value: leave room on both sides
         room = abs(high) * 0.1 or 1.0
         low, high = low - room, high + room
@@ -109,7 +109,7 @@ def _line(name: str, points: Sequence[Point], place: Place, style: str) -> str:
 
 
 def _end_labels(ends: Sequence[tuple[float, str, float, str]]) -> str:
-    """Name and last value at the right end of each line (y, name, value, style), without overlap."""
+    """Name and last value at the end of each line (y, name, value, style), without overlap."""
     x, space, lowest = WIDTH - RIGHT + 8, 24, HEIGHT - BOTTOM - 14
     ordered = sorted(ends)
     heights: list[float] = []

@@ -6,7 +6,7 @@ the attention. Color stands for attention relative to uniform attention, on one 
 panels, so that before and after can be compared; a separate scale for each image would show
 structure in noise.
 
-h, w: cells of the attention; S: side of the picture; seen: pixels of that side that the cells cover.
+h, w: cells of the attention; S: side of the picture; seen: pixels of it that the cells cover.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def attention_cards(encoders: dict[str, Encoder], data: str, *, num_images: int)
 
 
 def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: int) -> tuple[str, str]:
-    """Outline of the true mask and density of attention (h, w) in it, or outline of most attention."""
+    """Outline of the true mask and density of attention in it, or outline of most attention."""
     if truth is None:
         return outline(mass_mask(attention), seen), ""
     cells = min(OUTLINE_CELLS, seen)
@@ -136,7 +136,7 @@ def figure(caption: str, size: tuple[int, int], *layers: str, width: int | None 
 
 
 def image_layer(pixels: np.ndarray, width: int, height: int, *, name: str = "", stretched: bool = False) -> str:
-    """A picture (H, W, 3 or 4) uint8 as a PNG of this size on the panel. Small ones show their pixels.
+    """A picture (H, W, 3 or 4) uint8 as a PNG of this size on the panel. Small ones stay sharp.
 
     name: for using it again on the page.   stretched: fill the size, whatever the picture's shape.
     """
@@ -156,7 +156,7 @@ def heat_layer(strength: Tensor, seen: int) -> str:
 
 
 def outline(mask: np.ndarray, seen: int) -> str:
-    """The border of a mask (n, n) bool, which covers seen x seen units, along the edges of cells."""
+    """The border of a mask (n, n) bool, over seen x seen units, along the edges of cells."""
     padded = np.pad(mask, 1)
     unit = seen / len(mask)
     across = [f"M{x * unit:g} {y * unit:g}h{unit:g}" for y, x in np.argwhere(padded[1:] != padded[:-1]) - (0, 1)]
