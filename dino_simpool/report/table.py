@@ -69,8 +69,8 @@ def main(cfg: TableConfig) -> None:
 
 
 def find_results(places: Iterable[str]) -> list[Path]:
-    """Each file once: those given, and of each folder all results/*.json in it and below, or else its
-    own *.json. ValueError if a place has no results."""
+    """Each file once: those given, and of a folder all results/*.json in it and below, else its own
+    *.json. ValueError if a place has no results."""
     found: dict[Path, Path] = {}
     for place in map(Path, places):
         files = [place] if place.is_file() else sorted(place.glob("**/results/*.json")) or sorted(place.glob("*.json"))
