@@ -66,7 +66,7 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
     path = folder / f"{result_name(record['evaluator'], cfg)}.json"
     record = write_record(path, record, cfg, tensors=tensors)
     if distributed.is_main():
-        print(describe(record, path))
+        print(describe(record if cfg.needs_encoder else record | {"model": None}, path))
     distributed.barrier()
     return record
 
