@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce as sum_with_gradient
 
 GATHER_BYTES = 2**26
 """Rows of one process that `gather_by_index` sends at a time."""
@@ -116,13 +115,17 @@ def barrier() -> None:
         dist.barrier()
 
 
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum over the processes, as a new tensor."""
+    total = tensor.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
 def all_mean(tensor: Tensor) -> Tensor:
     """Mean over the processes, as a new tensor."""
-    if world_size() == 1:
-        return tensor.clone()
-    total = tensor.clone()
-    dist.all_reduce(total)
-    return total / world_size()
+    return all_sum(tensor) / world_size()
 
 
 def all_max(tensor: Tensor) -> Tensor:
@@ -183,6 +186,18 @@ def gather_by_index(rows: Tensor, indices: Tensor, total: int) -> Tensor:
     return gathered
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum over the processes, whose gradient is summed too (torch's own function is deprecated)."""
+
+    @staticmethod
+    def forward(context: torch.autograd.function.FunctionCtx, tensor: Tensor) -> Tensor:
+        return all_sum(tensor)
+
+    @staticmethod
+    def backward(context: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
+        return all_sum(gradients[0])
+
+
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of all processes, for CPU groups: torch's own refuses CPU tensors.
 
@@ -205,9 +220,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = x.numel() // x.shape[1] * world_size()
         # Two passes: the variance about the common mean does not cancel, as E[x^2] - E[x]^2 would
         # in float32.
-        mean = sum_with_gradient(x.sum(over)) / count
+        mean = _SumOverProcesses.apply(x.sum(over)) / count
         centered = x - mean.view(shape)
-        variance = sum_with_gradient(centered.square().sum(over)) / count
+        variance = _SumOverProcesses.apply(centered.square().sum(over)) / count
         if self.track_running_stats:
             with torch.no_grad():
                 assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None

@@ -53,7 +53,7 @@ class Learner(Protocol):
     def step(self, batches: Iterable[Batch], values: Any) -> dict[str, Tensor]:
         """One optimizer step on the batches of run.accumulate passes.
 
-        values: `plan.values(steps)`. Returns the metrics of this process, scalars on its device.
+        values: `plan.values(steps)`. Returns the metrics of this process, scalars without gradient.
         NonFiniteLoss leaves the weights as they were.
         """
 
@@ -69,7 +69,7 @@ class Learner(Protocol):
     def state(self) -> dict[str, Any]:
         """Everything that a step changes, as tensors and plain values.
 
-        `load_encoder` reads the encoder from the entry "teacher", as encoder.*.
+        It has "step", and for `load_encoder` the evaluated encoder in "teacher", as encoder.*.
         """
 
     def load(self, state: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +54,20 @@ def write_record(path: Path, record: dict[str, Any], cfg: Any, *, tensors: dict[
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that the numbers depend on, without importing it.
+    """Versions of everything that the numbers depend on; what is not imported yet stays so.
 
-    Only torch and torchvision are asked directly: the metadata of their wheels on PyPI lacks the
-    build (2.14.1 in place of 2.14.1+cu130).
+    torch and torchvision, which timm imports, are asked directly: the metadata of their wheels on
+    PyPI lacks the build (2.14.1 in place of 2.14.1+cu130).
     """
-    import torchvision  # timm has imported it already
+    import torchvision
 
-    packages = {"timm": "timm", "numpy": "numpy", "faiss": "faiss-cpu", "PIL": "pillow"}
+    providers = packages_distributions()  # faiss may come from faiss-cpu or faiss-gpu
     return {
         "dino_simpool": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
-        **{name: version(package) for name, package in packages.items()},
+        **{name: version(providers[name][0]) if name in providers else "unknown" for name in ("timm", "numpy", "faiss", "PIL")},
     }
 
 
@@ -82,6 +82,7 @@ def describe(record: dict[str, Any], path: Path) -> str:
     model = record["model"]
     source = f": {model['which']} of {model['checkpoint']}" if model else ""
     counts = ", ".join(f"{number} {name}" for name, number in record.get("counts", {}).items())
-    lines = [f"{path.stem}{source}", f"  {record['dataset']}/{record['split']} ({counts})"]
+    split = f"/{record['split']}" if record["split"] else ""
+    lines = [f"{path.stem}{source}", f"  {record['dataset']}{split} ({counts})"]
     lines += [f"  {name:<18} {value:8.2f}{'' if name == 'ratio' else ' %'}" for name, value in record["metrics"].items()]
     return "\n".join([*lines, f"  written to {path}"])

@@ -42,6 +42,7 @@ from dino_simpool.features.maps import attention_of
 from dino_simpool.files import make_writable, write_atomically
 from dino_simpool.learners import Learner, build_learner
 from dino_simpool.logs import RunLog, progress, say
+from dino_simpool.models.weights import weights_sha256
 from dino_simpool.pictures import overlay, strip, unnormalize
 from dino_simpool.signals import stop_signals
 
@@ -56,6 +57,7 @@ class Means:
         exact = torch.float32 if device.type == "mps" else torch.float64
         self.names, self.sums = names, torch.zeros(2, 1 + len(names), dtype=exact, device=device)
 
+    @torch.no_grad()
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Count one step."""
         assert tuple(metrics) == self.names
@@ -186,7 +188,9 @@ def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
     if saved:
         _resume(run, saved)
     # No process writes until all have read, and have read the same.
-    distributed.require_agreement("the images and the step to go on from", (len(images), facts["images"][:8], learner.steps))
+    weights = weights_sha256(learner.network)[:8] if saved and distributed.world_size() > 1 else ""
+    what = "the images, and the step and the weights to go on from"
+    distributed.require_agreement(what, (len(images), facts["images"][:8], learner.steps, weights))
     return run, saved
 
 

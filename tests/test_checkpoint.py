@@ -188,7 +188,7 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["cut", "empty", "text", "list", "dict", "other format"])
-def test_foreign_and_damaged_files_are_one_line(tmp_path: Path, content: str) -> None:
+def test_foreign_and_broken_files_are_one_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "last.pth"
     save_state(tmp_path, state())
     if content == "cut":
@@ -364,11 +364,11 @@ def test_export_and_overrides(tmp_path: Path) -> None:
         load_encoder(tmp_path / "backbone.safetensors", width=16)
 
 
-@pytest.mark.parametrize("damaged", ["backbone.safetensors", "model.json"])
-def test_damaged_export_is_one_line(tmp_path: Path, damaged: str) -> None:
+@pytest.mark.parametrize("broken", ["backbone.safetensors", "model.json"])
+def test_broken_export_is_one_line(tmp_path: Path, broken: str) -> None:
     export_encoder(tmp_path, network(1).encoder)
-    content = (tmp_path / damaged).read_bytes()
-    (tmp_path / damaged).write_bytes(content[: len(content) // 2])
+    content = (tmp_path / broken).read_bytes()
+    (tmp_path / broken).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"backbone\.safetensors or model\.json beside it cannot be read") as caught:
         load_encoder(tmp_path / "backbone.safetensors")
     assert "\n" not in str(caught.value)

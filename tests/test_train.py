@@ -334,7 +334,7 @@ def test_a_finished_run_stays_as_it_is(whole: TrainConfig, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
 @pytest.mark.parametrize("stop", [4, 5])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+def test_a_broken_checkpoint_falls_back_to_the_one_before(
     whole: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, stop: int
 ) -> None:
     """That one is from inside an epoch (4) or from its end, before the evaluation, which then copies it to other names (3)."""
@@ -354,7 +354,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert_same_run(tmp_path, Path(whole.run.out))
 
 
-def test_nothing_is_started_over_damaged_checkpoints(whole: TrainConfig, tmp_path: Path) -> None:
+def test_nothing_is_started_over_broken_checkpoints(whole: TrainConfig, tmp_path: Path) -> None:
     for name in ("last.pth", "prev.pth"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 not one")
     before = contents(tmp_path)

@@ -83,7 +83,7 @@ def list_archive(path: str, *, limit: float) -> tuple[dict[str, Place], set[str]
     """The images of an archive by their path inside, and the top-level folders that it creates.
 
     TooMany if it has more members than `limit`. ValueError if it is compressed, truncated or
-    damaged, if it holds a link to a folder with images, or if an image in it is sparse, encrypted,
+    broken, if it holds a link to a folder with images, or if an image in it is sparse, encrypted,
     packed by an unknown method, or a link to something outside the archive.
     """
     read = _zip_entries if path.lower().endswith(".zip") else _tar_entries
@@ -101,7 +101,7 @@ def list_archive(path: str, *, limit: float) -> tuple[dict[str, Place], set[str]
                 files[name] = files.get(_inside(entry.link), entry) if entry.hard else entry
     except (tarfile.TarError, zipfile.BadZipFile, RuntimeError, struct.error, EOFError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} cannot be read as an archive ({error}): it is truncated or damaged, create it again"
+            f"{path} cannot be read as an archive ({error}): it is truncated or broken, create it again"
         ) from error
     images = {}
     for name in files:
@@ -231,7 +231,7 @@ class ArchiveReader:
         """The bytes of one image. OSError if the archive cannot be read.
 
         stamp: of the archive when it was listed (scan.stamp).   ValueError if it has changed since
-        or is damaged there, or if the image has more than `most` bytes.
+        or is broken there, or if the image has more than `most` bytes.
         """
         if place.unpacked > most:
             raise ValueError(
@@ -252,9 +252,9 @@ class ArchiveReader:
             try:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.unpacked + 1)
             except zlib.error as error:
-                raise ValueError(f"its compressed data is damaged, {error}") from error
+                raise ValueError(f"its compressed data is broken, {error}") from error
         if place.checksum >= 0 and (len(data), zlib.crc32(data)) != (place.unpacked, place.checksum):
-            raise ValueError("its bytes are damaged: they do not match the checksum in the zip archive")
+            raise ValueError("its bytes are broken: they do not match the checksum in the zip archive")
         return data
 
     def _file(self, path: str, stamp: tuple[int, int]) -> _Descriptor:

@@ -121,7 +121,7 @@ def read_rgb(
     source: the path of a file, or its bytes.   name: for errors; by default the path.
     max_pixels: the largest allowed width x height. A value above Pillow's own limit (MAX_PIXELS)
     raises that limit in this process.   BrokenImage if the file is missing, empty, truncated,
-    damaged, too large or not an image, or has 32-bit samples, whose range is undefined.
+    broken, too large or not an image, or has 32-bit samples, whose range is undefined.
     """
     with _opened(source, name=name, max_pixels=max_pixels) as image:
         rgb = _to_rgb(image)
@@ -182,7 +182,7 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 if there is none."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data gives no orientation, but the pixels may be fine
+    except Exception:  # broken EXIF data gives no orientation, but the pixels may be fine
         return 1
 
 

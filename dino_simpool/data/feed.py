@@ -18,6 +18,8 @@ from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.loaders import TrainBatches, default_workers, train_loader
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The half precisions by name."""
 Loaded = tuple[list[Tensor], Tensor, Sequence[str], Tensor]
 """An item of `train_loader`: tensors, image numbers, why each was replaced or "", images shown."""
 
@@ -54,7 +56,7 @@ def build_feed(
         total_steps=total_steps,
     )
     loader = train_loader(bad_files.images, augment, batches, workers=cfg.data.workers, device=device)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.run.precision) if on_device else None
+    half = HALF.get(cfg.run.precision) if on_device else None
     finish = partial(augment.finish, dtype=half or torch.float32, compiled=cfg.run.compile and on_device)
     return Feed(loader, device, finish, bad_files)
 

@@ -166,7 +166,7 @@ _ARRAYS = ("counts", "stamps", "members")
 def open_index(path: str, sha256: str | None = None) -> Index:
     """Map a file that `Index.save` wrote. sha256: the digest that it must have.
 
-    ValueError if it is damaged or has another format or digest, OSError if it cannot be opened.
+    ValueError if it is broken or has another format or digest, OSError if it cannot be opened.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -51,7 +51,7 @@ def scan(root: str, *, limit: float = math.inf, bar: bool = False) -> Index:
 
     limit: TooMany is raised if there are more files and folders.   bar: show progress.
     FileNotFoundError if the source or a listed file is missing, PermissionError for an unreadable
-    folder, ValueError for a damaged or compressed archive or a file that is not a list.
+    folder, ValueError for a broken or compressed archive or a file that is not a list.
     """
     try:
         with _threads() as pool, progress(None, 0, f"listing {root}", shown=bar) as shown:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dino_simpool import distributed
 from dino_simpool.config import TrainConfig
-from dino_simpool.data.feed import Batch
+from dino_simpool.data.feed import HALF, Batch
 from dino_simpool.dino.loss import DinoLoss
 from dino_simpool.dino.model import DinoHead, DinoModel, make_teacher
 from dino_simpool.dino.monitor import Monitor, effective_rank, feature_spread
@@ -41,8 +41,6 @@ from dino_simpool.dino.plan import Plan, StepValues, make_plan
 from dino_simpool.failures import NonFiniteLoss
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import load_strict
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -85,7 +83,7 @@ class DinoLearner:
         return f"{model.arch} with {model.pool}, {encoder:,} parameters, head {head:,} parameters"
 
     def step(self, batches: Iterable[Batch], values: StepValues) -> dict[str, Tensor]:
-        """One step of the optimizer on `accumulate` batches; returns its metrics in float64.
+        """One step of the optimizer on `accumulate` batches; returns its metrics in high precision.
 
         NonFiniteLoss leaves the weights as they were.
         """
@@ -159,6 +157,7 @@ class DinoLearner:
             "effective_rank": rank,
             "center_norm": self.loss.center.norm().item(),
         }
+        fields |= {name: value for name, value in means.items() if name not in (*fields, "entropy")}
         loss, entropy = means["loss"], means["entropy"]
         return fields, self.monitor.update(loss=loss, entropy=entropy, out_dim=out_dim, spread=spread, step=self.steps)
 

@@ -53,6 +53,7 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
     record = {
         "evaluator": name,
         "dataset": cfg.data,
+        "split": None,
         "metrics": metrics,
         "units": "%",
         "model": model,

@@ -137,9 +137,10 @@ def knn_accuracy(
 class Pixels(nn.Flatten):
     """Not an encoder: the normalized pixels themselves, (B, 3, S, S) -> (B, 3 * S * S)."""
 
-    def __init__(self, image_size: int):
+    def __init__(self, image_size: int, device: torch.device | None = None):
         super().__init__()
         self.embed_dim = 3 * image_size**2
+        self.register_buffer("place", torch.empty(0, device=device), persistent=False)
 
 
 def main(cfg: KnnConfig) -> None:
@@ -152,7 +153,10 @@ def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
     check_settings(cfg.k, cfg.temperature)
     settings = preprocessing(None if encoder is None else encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     train_set, val_set = class_folders(cfg)
-    features = Pixels(settings["image_size"]) if encoder is None or cfg.features == "pixels" else encoder
+    features: nn.Module | None = encoder
+    if encoder is None or cfg.features == "pixels":
+        features = Pixels(settings["image_size"], None if encoder is None else device_of(encoder))
+    assert features is not None
     forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
     accuracy = knn_accuracy(features, train_set, val_set, forward, ks=cfg.k, temperature=cfg.temperature)
     metrics = {f"{name}_k{k}": value for k, names in accuracy.items() for name, value in names.items()}

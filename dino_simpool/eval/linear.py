@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 
 from dino_simpool import distributed
 from dino_simpool.config import LinearConfig
-from dino_simpool.data import AugmentedImages, EvalTransform, ImageSet, default_workers, epoch_order
+from dino_simpool.data import AugmentedImages, EvalTransform, ImageSet, default_workers, epoch_order, start_worker
 from dino_simpool.data.augment import CROP_NUMBERS, crop_box, to_tensor, uniforms
 from dino_simpool.data.decode import EncodedImage
 from dino_simpool.eval import class_folders, classes_of, run
@@ -71,7 +71,6 @@ class Heads:
         features (b, D), labels (b,): this process's part (perhaps none) of the batch. decay: factor
         of the learning rates.
         """
-        world = distributed.world_size()
         gradient = self.logits(features).log_softmax(2)
         picked = labels[:, None, None].expand(-1, len(self.bias), 1)
         loss = -gradient.gather(2, picked).sum((0, 2)) / batch_size
@@ -79,10 +78,10 @@ class Heads:
         gradient.scatter_add_(2, picked, gradient.new_full((), -1.0).expand(picked.shape)).div_(batch_size)
         weight = (gradient.flatten(1).T @ features).view_as(self.weight)
         for parameter, velocity, slope in zip((self.weight, self.bias), self._velocity, (weight, gradient.sum(0)), strict=True):
-            velocity.mul_(MOMENTUM).add_(distributed.all_mean(slope) * world)
+            velocity.mul_(MOMENTUM).add_(distributed.all_sum(slope))
             rate = (decay * self.learning_rates).view(-1, *[1] * (parameter.dim() - 1))
             parameter.sub_(rate * velocity)
-        return distributed.all_mean(loss) * world
+        return distributed.all_sum(loss)
 
     def fit(self, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, seed: int) -> Heads:
         """Train on features (M, D) and labels (M,) on any device, cosine to 0 by epoch."""
@@ -179,6 +178,7 @@ def _paper(
             num_workers=default_workers() if cfg.workers is None else cfg.workers,
             pin_memory=device.type == "cuda",
             batch_sampler=keys,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),
         )
     )

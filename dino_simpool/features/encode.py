@@ -12,6 +12,7 @@ M images of the set, D width of a feature.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ def evaluation_mode(encoder: nn.Module) -> Iterator[None]:
 
 
 def device_of(encoder: nn.Module) -> torch.device:
-    """The device of an encoder; the CPU if it has no parameters."""
-    return next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
+    """The device of an encoder."""
+    return next(itertools.chain(encoder.parameters(), encoder.buffers())).device
 
 
 def try_sizes(encoder: Encoder, sizes: Sequence[int]) -> None:
@@ -124,9 +125,9 @@ def extract_features(
     features = distributed.gather_by_index(rows, indices, total)
     if broken is not None:
         broken.update(*distributed.gather_objects(skipped))
-    if len(damaged := torch.nonzero(~features.sum(1).isfinite())):
+    if len(not_finite := torch.nonzero(~features.sum(1).isfinite())):
         raise ValueError(
-            f"{len(damaged)} of {total} features are not finite, the first of {images.path(int(damaged[0]))}: "
+            f"{len(not_finite)} of {total} features are not finite, the first of {images.path(int(not_finite[0]))}: "
             "check the weights and that image, and use precision fp32"
         )
     return features

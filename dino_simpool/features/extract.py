@@ -54,6 +54,7 @@ from dino_simpool.files import file_sha256, write_atomically, write_json
 from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.pooling.simpool import SimPool
+from dino_simpool.models.weights import weights_sha256
 from dino_simpool.results import versions
 
 
@@ -153,7 +154,7 @@ def extract(
         missing = rows.remaining()
         distributed.barrier()  # no process writes the progress until all have read it
         mine = np.array_split(missing, distributed.world_size())[distributed.rank()]
-        batches = Forward(make_transform(view), batch_size, workers).batches(images, rows.rows_of(mine), device)
+        batches = Forward(make_transform(view), batch_size, workers, precision).batches(images, rows.rows_of(mine), device)
         with rows, progress(len(images), len(images) - len(rows.rows_of(missing)), "extract") as bar:
             for number, (batch, indices) in zip(mine.tolist(), batches, strict=True):
                 values = encode(encoder, batch, precision=precision, method=method).cpu()
@@ -213,22 +214,13 @@ def read_meta(folder: str | Path) -> dict[str, Any] | None:
         if settings_hash(meta["settings"]) != meta["hash"]:
             raise ValueError("its hash does not match its settings")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or was written by another tool ({error}): give another folder") from error
+        raise ValueError(f"{path} is broken or was written by another tool ({error}): give another folder") from error
     return meta
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
     """SHA-256 of settings in a canonical form."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def weights_sha256(encoder: Encoder) -> str:
-    """SHA-256 of the weights by name, the same for a checkpoint and for an export of it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[str, Any], source: dict[str, Any]) -> None:
@@ -279,8 +271,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 
 def _require_finite(values: Tensor, images: ImageSet, indices: Tensor) -> None:
-    if damaged := indices[~values.flatten(1).sum(1).isfinite()].tolist():
-        name = images.name(damaged[0])
+    if not_finite := indices[~values.flatten(1).sum(1).isfinite()].tolist():
+        name = images.name(not_finite[0])
         raise ValueError(f"the features of {name} are not finite: check the weights and that image, and use precision fp32")
 
 

@@ -107,7 +107,7 @@ class RowFile:
         try:
             array = np.lib.format.open_memmap(self.partial, "r")
         except ValueError as error:
-            raise ValueError(f"{self.partial} is damaged ({error}): remove {self.path.parent} and start again") from error
+            raise ValueError(f"{self.partial} is broken ({error}): remove {self.path.parent} and start again") from error
         if array.shape != self.shape or array.dtype != np.float32:
             raise ValueError(f"{self.partial} holds {array.shape} and not {self.shape}: remove {self.path.parent}")
         self._offset, self._saved = array.offset, time.monotonic()

@@ -13,9 +13,10 @@ classes 101 to 200 of CUB, 99 to 196 of Cars, Ebay_test.txt of SOP, and all imag
 In-Shop has queries and a gallery, and the landmarks have queries and a database. These are the
 splits of metric learning, where training and test have different classes. For CUB and Cars this is
 not the official split, which divides the images of each class. The images are those that the lists
-name, in that order; other files are only counted, by `check_layout`. Only the test part is read.
+name, in that order; other files are only counted, by `check_layout`. Of metric learning only the
+test part is read.
 
-Missing or damaged files stop a reader. Counts that differ from the official ones are only reported,
+Missing or broken files stop a reader. Counts that differ from the official ones are only reported,
 by `check_layout` and the evaluators, so a part of a data set can be used.
 """
 
@@ -32,7 +33,7 @@ LAYOUTS: dict[str, Layout] = FINE_GRAINED | LANDMARKS | {IMAGENET.name: IMAGENET
 
 
 def check_layout(layout: str, root: str) -> Problems:
-    """Everything that is missing, damaged or not of the official size, one line each.
+    """Everything that is missing, broken or not of the official size, one line each.
 
     layout: one of LAYOUTS. No image is opened. Problems that stop a reader come first, differing
     counts last. Images that no list names are in the `notes`.

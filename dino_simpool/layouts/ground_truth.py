@@ -43,7 +43,7 @@ class GroundTruth:
 
 
 def read_ground_truth(folder: Path, name: str) -> GroundTruth:
-    """gnd_<name>.json if it exists, else gnd_<name>.pkl. ValueError if missing or damaged."""
+    """gnd_<name>.json if it exists, else gnd_<name>.pkl. ValueError if missing or broken."""
     path = folder / f"gnd_{name}.json"
     if not path.is_file():
         path = path.with_suffix(".pkl")
@@ -55,8 +55,8 @@ def read_ground_truth(folder: Path, name: str) -> GroundTruth:
         except pickle.UnpicklingError as error:
             said = " ".join(str(error).split())
             raise ValueError(f"{path}: {said}; get the file again, or give the same content as gnd_{name}.json") from error
-        except Exception as error:  # a damaged pickle raises almost anything
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): get it again") from error
+        except Exception as error:  # a broken pickle raises almost anything
+            raise ValueError(f"{path} is broken ({type(error).__name__}: {error}): get it again") from error
     try:
         return _checked(content)
     except (ValueError, TypeError, KeyError, OverflowError) as error:

@@ -14,7 +14,7 @@ def fine_grained(layout: str, root: str) -> tuple[ImageSet, ImageSet | None]:
     """The test images of a metric-learning data set, with labels: (queries, gallery).
 
     layout: a name in FINE_GRAINED. The gallery is None if the queries are their own gallery. Both
-    sets have the same class numbers. ValueError, in one line, if something is missing or damaged.
+    sets have the same class numbers. ValueError, in one line, if something is missing or broken.
     """
     parts = load(layout, root, FINE_GRAINED)
     return parts["queries"], parts.get("gallery")
@@ -43,7 +43,7 @@ def _cars196(folder: Path, problems: Problems) -> Parts:
     try:
         found = np.atleast_1d(loadmat(str(path), variable_names=["annotations"], squeeze_me=True)["annotations"])
         pairs = [(str(name), int(number)) for name, number in zip(found["relative_im_path"], found["class"], strict=True)]
-    except Exception as error:  # a damaged file raises almost anything
+    except Exception as error:  # a broken file raises almost anything
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} holds no annotations with relative_im_path and class ({said}): get it again") from error
     test = [(name, str(number)) for name, number in pairs if number > 98]

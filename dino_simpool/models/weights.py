@@ -12,6 +12,7 @@ A row of a table is (dino, supervised, ours); `#` stands for a number, `*` for t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import pickle
 import re
@@ -158,6 +159,15 @@ def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict
     return {f"backbone.{name}": value for name, value in renamed.items()} | {
         f"head.{name}": value for name, value in _rename(head, _head_rows(head), "dino").items()
     }
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 of the weights by name, the same for a checkpoint and for an export of it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:

@@ -63,7 +63,7 @@ def build_report(out: Path, *, data: str, num_images: int, device: torch.device)
     """Write OUT/report.html and return its path.
 
     out: folder of a training run.   data, num_images: as in ReportConfig.   ValueError or OSError
-    if `out` holds no run, or a file of the run is damaged.
+    if `out` holds no run, or a file of the run is broken.
     """
     if not (out / "config.yaml").is_file():
         raise ValueError(f"{out} holds no run (there is no config.yaml): give the run.out of a training run")

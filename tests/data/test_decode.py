@@ -109,7 +109,7 @@ def test_a_tiff_file_is_turned_by_pillow_and_not_twice() -> None:
         np.testing.assert_array_equal(pixels(file, exif_orientation=option), np.rot90(noise(5, 7), -1))
 
 
-def test_damaged_exif_data_leaves_the_image_readable() -> None:
+def test_broken_exif_data_leaves_the_image_readable() -> None:
     whole = stored(Image.fromarray(smooth(8, 8)), "JPEG")
     for text in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage and more of it"):
         file = whole[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(text)) + text + whole[2:]
@@ -429,7 +429,7 @@ def test_intact_images_keep_their_crops(pair: tuple[ImageSet, ImageSet, set[int]
     """A broken one has crops of another image, with the random numbers of the broken one."""
     whole, spoilt, broken = pair
     for step, (ours, theirs) in enumerate(zip(load(spoilt), load(whole), strict=True)):
-        views, indices, problems = ours
+        views, indices, problems, shown = ours
         assert torch.equal(indices, theirs[1]) and not any(theirs[2])
         for place, index in enumerate(indices.tolist()):
             epoch = step // 10
@@ -437,6 +437,7 @@ def test_intact_images_keep_their_crops(pair: tuple[ImageSet, ImageSet, set[int]
             if index in broken:
                 attempts = (replacement(index, total=40, seed=5, epoch=epoch, attempt=a) for a in range(MAX_ATTEMPTS))
                 source = next(other for other in attempts if other not in broken)
+            assert shown[place] == source
             expected = CROP(whole.encoded(source), seed=5, epoch=epoch, index=index)
             assert all(torch.equal(view[place], other) for view, other in zip(views, expected, strict=True))
             assert bool(problems[place]) == (index in broken)
@@ -447,10 +448,10 @@ def test_intact_images_keep_their_crops(pair: tuple[ImageSet, ImageSet, set[int]
 def test_replacements_depend_on_no_worker_process_or_start(pair: tuple[ImageSet, ImageSet, set[int]]) -> None:
     _, spoilt, broken = pair
     items = collect(load(spoilt))
-    problems = [each for _, _, problems in load(spoilt) for each in problems]
+    problems = [each for _, _, problems, _ in load(spoilt) for each in problems]
     assert sum(map(bool, problems)) == 2 * len(broken)
     assert_equal_items(collect(load(spoilt, workers=2)), items)
-    assert [each for _, _, problems in load(spoilt, workers=2) for each in problems] == problems
+    assert [each for _, _, problems, _ in load(spoilt, workers=2) for each in problems] == problems
     assert_equal_items(collect(load(spoilt, start_step=7)), items[7:])
     halves = [collect(load(spoilt, batch_size=2, rank=rank, world_size=2)) for rank in range(2)]
     for step, (views, index) in enumerate(items):

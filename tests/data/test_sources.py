@@ -289,7 +289,7 @@ def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path):
     (tmp_path / "short.tar").write_bytes(whole[:end] + bytes(512))  # one of the two blocks of zeros is enough
     assert len(find_images(str(tmp_path / "short.tar"))) == 2
     (tmp_path / "short.tar").write_bytes(whole[: second.offset] + b"x" * 512 + whole[second.offset + 512 :])
-    with pytest.raises(ValueError, match="truncated or damaged"):
+    with pytest.raises(ValueError, match="truncated or broken"):
         find_images(str(tmp_path / "short.tar"))
 
 
@@ -378,13 +378,13 @@ def test_a_bomb_in_a_zip_is_refused_before_it_is_unpacked(tmp_path, monkeypatch)
         message(error)
 
 
-def test_a_zip_member_that_unpacks_to_more_than_it_says_is_damaged(tmp_path):
+def test_a_zip_member_that_unpacks_to_more_than_it_says_is_broken(tmp_path):
     path = pack_zip(tmp_path / "x.zip", write_tree(tmp_path / "x", "1.jpg"), method=zipfile.ZIP_DEFLATED)
     data = bytearray(path.read_bytes())
     place = data.index(b"PK\1\2") + 24
     data[place : place + 4] = (10).to_bytes(4, "little")
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"its bytes are damaged"):
+    with pytest.raises(ValueError, match=r"its bytes are broken"):
         find_images(str(path)).read_bytes(0)
 
 
@@ -393,7 +393,7 @@ def test_damage_inside_names_the_image(tmp_path):
     path = pack_zip(tmp_path / "x.zip", root, method=zipfile.ZIP_DEFLATED)
     images, before = find_images(str(path)), os.stat(path)
     data = bytearray(path.read_bytes())
-    for start, text, pattern in ((40, b"\xff" * 60, "compressed data is damaged"), (0, b"no", "no file starts")):
+    for start, text, pattern in ((40, b"\xff" * 60, "compressed data is broken"), (0, b"no", "no file starts")):
         data[start : start + len(text)] = text
         path.write_bytes(data)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -631,7 +631,7 @@ def load(images: ImageSet, **changes) -> list[torch.Tensor]:
     workers = changes.pop("workers", 0)
     batches = TrainBatches(num_images=len(images), seed=0, batch_size=3, total_steps=6, **changes)
     loader = train_loader(images, CROP, batches, workers=workers, device=torch.device("cpu"))
-    return [torch.cat([index.float(), *(view.flatten() for view in views)]) for views, index, _ in loader]
+    return [torch.cat([index.float(), *(view.flatten() for view in views)]) for views, index, *_ in loader]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -781,7 +781,7 @@ def test_changes_of_lists_and_archives_are_noticed(tmp_path, big, scans):
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "format"])
-def test_a_damaged_cache_is_not_used(mixed, big, scans, damage, capsys):
+def test_a_broken_cache_is_not_used(mixed, big, scans, damage, capsys):
     expected = names(find_images(str(mixed)))
     file = cache.cache_file(str(mixed))
     data = file.read_bytes()

@@ -30,9 +30,10 @@ from dino_simpool.data import EvalTransform, find_images
 from dino_simpool.data.decode import read_rgb
 from dino_simpool.features import extract as module
 from dino_simpool.features import rows as rows_module
-from dino_simpool.features.extract import build_index, extract, level_of, main, weights_sha256
+from dino_simpool.features.extract import build_index, extract, level_of, main
 from dino_simpool.features.rows import RowFile
 from dino_simpool.models.encoder import Encoder, build_encoder
+from dino_simpool.models.weights import weights_sha256
 
 FAMILIES = {"vit": {"pool": "simpool gamma"}, "resnet": {}, "convnext": {"pool": "gap"}}
 SIZES = [(40, 40), (33, 57), (64, 20), (20, 64), (1, 90), (90, 1), (32, 32)]
@@ -473,10 +474,10 @@ def test_folders_of_unknown_content_are_refused(tmp_path: Path, images: Path, ch
     main(config(checkpoint, images, out))
     meta = (out / "meta.json").read_text()
     (out / "meta.json").write_text(meta.replace('"batch_size": 4', '"batch_size": 5'))
-    with pytest.raises(ValueError, match=r"is damaged or was written by another tool \(its hash does not match its settings"):
+    with pytest.raises(ValueError, match=r"is broken or was written by another tool \(its hash does not match its settings"):
         main(config(checkpoint, images, out))
     (out / "meta.json").write_text(meta[:50])
-    with pytest.raises(ValueError, match=r"meta\.json is damaged or was written by another tool"):
+    with pytest.raises(ValueError, match=r"meta\.json is broken or was written by another tool"):
         main(config(checkpoint, images, out))
     (out / "meta.json").unlink()
     with pytest.raises(ValueError, match=r"has features\.npy, but no meta\.json says what they are: give another --out"):
@@ -484,7 +485,7 @@ def test_folders_of_unknown_content_are_refused(tmp_path: Path, images: Path, ch
     (out / "meta.json").write_text(meta)
     (out / "features.npy").rename(out / "features.partial.npy")
     (out / "features.partial.npy").write_bytes((out / "features.partial.npy").read_bytes()[:300])
-    with pytest.raises(ValueError, match=r"features\.partial\.npy is damaged"):
+    with pytest.raises(ValueError, match=r"features\.partial\.npy is broken"):
         main(config(checkpoint, images, out))
 
 

@@ -144,7 +144,7 @@ def test_sizes_are_tried(model: ModelConfig, sizes: list[int], message: str):
     assert all(module.training for module in encoder.modules())
 
 
-def test_damaged_features_name_the_image(images: ImageSet):
+def test_broken_features_name_the_image(images: ImageSet):
     class Damaged(TinyEncoder):
         def forward(self, images: Tensor) -> Tensor:
             features = super().forward(images)

@@ -442,7 +442,7 @@ def test_bytes_of_a_file_become_no_objects_and_no_gigabytes(name: str, tmp_path:
     assert effects([FORGED[name]]) == set()
     (tmp_path / "gnd_rparis6k.pkl").write_bytes(FORGED[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"gnd_rparis6k\.pkl(: it|: the content|: the dtype| is damaged|: an array)") as error:
+    with pytest.raises(ValueError, match=r"gnd_rparis6k\.pkl(: it|: the content|: the dtype| is broken|: an array)") as error:
         read_ground_truth(tmp_path, "rparis6k")
     assert "\n" not in str(error.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
@@ -459,12 +459,12 @@ def test_a_pickle_of_many_megabytes_is_refused_unread() -> None:
         load_plain_pickle(io.BytesIO(b"\x80\x02(" + b"]" * 2**24 + b"l."))
 
 
-def test_damaged_pickles_raise_and_do_nothing_else() -> None:
+def test_broken_pickles_raise_and_do_nothing_else() -> None:
     """4,000 variants of a real one with bytes changed, cut or moved: the result is plain or an
     exception."""
     rng = np.random.default_rng(0)
     truth = LANDMARKS["rparis6k"] | {"arrays": [np.arange(5), np.array(["a", "bc"]), np.array([[1], {2}], object)]}
-    damaged = []
+    broken = []
     for protocol in (0, 2, 4, 5):
         whole = pickle.dumps(truth, protocol=protocol)
         for _ in range(1000):
@@ -475,8 +475,8 @@ def test_damaged_pickles_raise_and_do_nothing_else() -> None:
                 data[start : start + length] = rng.choice(
                     np.array([bytes(rng.integers(0, 256, length, np.uint8)), bytes(data[other : other + length]), b""], object)
                 )
-            damaged.append(bytes(data))
-    assert effects(damaged) == set()
+            broken.append(bytes(data))
+    assert effects(broken) == set()
 
 
 class Malicious:

@@ -239,7 +239,7 @@ def test_bad_input_writes_nothing(finished, tmp_path):
     with pytest.raises(ValueError, match=r"knn\.json is not JSON"):
         build_report(tmp_path, data="", num_images=1, device=CPU)
     (tmp_path / "results/knn.json").unlink()
-    (tmp_path / "last.pth").write_bytes(b"damaged")
+    (tmp_path / "last.pth").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"last\.pth cannot be read"):
         build_report(tmp_path, data="", num_images=1, device=CPU)
     with pytest.raises(FileNotFoundError, match="gone"):

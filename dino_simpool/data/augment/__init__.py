@@ -24,13 +24,13 @@ from PIL import Image
 from torch import Tensor
 
 from dino_simpool.data.augment import batch
-from dino_simpool.data.augment.draw import CROP_NUMBERS, Recipe, ViewDraw, blur_kernel, crop_box, uniforms
+from dino_simpool.data.augment.draw import CROP_NUMBERS, ViewDraw, ViewRecipe, blur_kernel, crop_box, uniforms
 from dino_simpool.data.augment.pixels import apply_colors, resized_crop
 from dino_simpool.data.decode import EncodedImage
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiCrop(Recipe):
+class MultiCrop(ViewRecipe):
     """The multi-crop recipe: an image file in, V views out, global views first."""
 
     mean: tuple[float, float, float]
@@ -39,7 +39,7 @@ class MultiCrop(Recipe):
     """Flips, colors and blur are left to `finish`."""
 
     def __call__(self, file: EncodedImage, *, seed: int, epoch: int, index: int) -> list[Tensor]:
-        """V views (S, S, 3) uint8 of an image file, for `finish`. BrokenImage if it is damaged.
+        """V views (S, S, 3) uint8 of an image file, for `finish`. BrokenImage if it is broken.
 
         The randomness depends only on seed, epoch and index (of the image in its set). With
         `on_device` the views have their original colors, and a tensor of parameters comes last.

@@ -90,7 +90,7 @@ class ViewDraw:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class ViewRecipe:
     """The distributions: fields as in config.CropsConfig, triples for global 1, global 2, local."""
 
     global_size: int

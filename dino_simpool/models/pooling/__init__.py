@@ -27,6 +27,7 @@ def build_pool(cfg: ModelConfig, dim: int) -> Any:
         return ClsPool(dim)
     if cfg.pool == "gap":
         return GapPool(dim)
+    assert cfg.pool == "simpool", f"ModelConfig allows {cfg.pool}, and no pooling was built for it"
     from dino_simpool.models.trunk import find_arch  # not at the top: it needs timm
 
     pool = SimPool(dim, gamma=cfg.gamma, num_heads=cfg.num_heads, beta=cfg.beta, min_over=cfg.min_over)
