@@ -160,7 +160,11 @@ def load_encoder(
         saved, run = state["config"]["model"], state["config"]["run"]
         steps_per_epoch = state.get("num_images", 0) // run["batch_size"]
         seed, epochs = run["seed"], state["step"] / steps_per_epoch if steps_per_epoch else None
-        weights = {name: _encoder_part(state[name]) for name in ("teacher", "student") if name in state}
+        parts = ((name, state[name]) for name in ("teacher", "student") if name in state)
+        weights = {
+            name: {key.removeprefix("encoder."): x for key, x in part.items() if key.startswith("encoder.")}
+            for name, part in parts
+        }
     config = from_dict(ModelConfig, {**saved, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -184,7 +188,3 @@ def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], i
         return load_file(path), json.loads(options.read_text()), run["seed"], run["epochs"]
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} or model.json beside it cannot be read (truncated, or not of this tool): {error}") from error
-
-
-def _encoder_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key.removeprefix("encoder."): tensor for key, tensor in state.items() if key.startswith("encoder.")}

@@ -7,7 +7,7 @@ it batches, logs what it returns, saves its state, and evaluates its encoder.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +23,14 @@ from dino_simpool.models.encoder import Encoder
 class Learner(Protocol):
     """What the loop asks for. `dino.learner.DinoLearner` is one."""
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of what `step` returns, in this order."""
-
-    @property
-    def shown(self) -> str:
-        """The field of a log line that the progress bar shows."""
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps done."""
-
-    @property
-    def plan(self) -> Plan:
-        """Length and schedules of the run; the fields of `plan.values(step)` are logged."""
+    metrics: ClassVar[tuple[str, ...]]
+    """Names of what `step` returns, in this order."""
+    shown: ClassVar[str]
+    """The field of a log line that the progress bar shows."""
+    steps: int
+    """Optimizer steps done."""
+    plan: Plan
+    """Length and schedules of the run; the fields of `plan.values(step)` are logged."""
 
     @property
     def encoder(self) -> Encoder:

@@ -190,19 +190,14 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The lines with their records, without a last line that a dying process left incomplete."""
     lines = path.read_bytes().splitlines()
     for i, line in enumerate(lines):
-        record = _parse(line)
-        if record is not None:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
             yield line, record
         elif i < len(lines) - 1:
             raise ValueError(f"{path}, line {i + 1}: not a JSON object. Repair or remove this line")
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _finite(value: Any) -> Any:

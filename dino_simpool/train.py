@@ -112,7 +112,8 @@ def train(cfg: TrainConfig) -> Path:
             (run.out / "prev.pth").replace(run.out / "last.pth")
         (run.out / "error.txt").unlink(missing_ok=True)
         write_atomically(run.out / "config.yaml", lambda path: path.write_text(dump(cfg)))
-    run.log = RunLog(run.out, resume_step=first, resume_epoch=_epochs_logged(run), enabled=distributed.is_main())
+    logged = (plan.epochs if run.done else first // plan.steps_per_epoch) - run.epoch_open  # epochs with a line
+    run.log = RunLog(run.out, resume_step=first, resume_epoch=logged, enabled=distributed.is_main())
     run.feed = build_feed(
         cfg,
         BadFiles(run.images, run.out, max_share=cfg.data.max_bad_share, found=saved.get("bad_files", {})),
@@ -371,9 +372,3 @@ def _images_of_one_pass(cfg: TrainConfig) -> int:
             f"{cfg.run.accumulate} accumulation step(s): use {f'{lower} or ' if lower else ''}{lower + parts}"
         )
     return cfg.run.batch_size // parts
-
-
-def _epochs_logged(run: Run) -> int:
-    """Epochs whose line is in the log."""
-    plan = run.learner.plan
-    return (plan.epochs if run.done else run.learner.steps // plan.steps_per_epoch) - run.epoch_open

@@ -169,7 +169,9 @@ def make_plan(cfg: TrainConfig, num_images: int) -> Plan:
         peak_lr=cfg.optim.lr * batch / 256,
         cfg=cfg,
     )
-    return replace(plan, warnings=(*warnings, *_warnings(plan)), suggestions=_suggestions(plan))
+    # Advice where a run is far from the published setting (batch 480 to 1280, 1.3 M images).
+    advice = (_suggest_out_dim(plan), _suggest_momentum(plan), _suggest_lr(plan), _suggest_warmup(plan))
+    return replace(plan, warnings=(*warnings, *_warnings(plan)), suggestions=tuple(filter(None, advice)))
 
 
 def _warnings(plan: Plan) -> list[str]:
@@ -187,12 +189,6 @@ def _warnings(plan: Plan) -> list[str]:
             "it, or set 100% if that is what you want"
         )
     return found
-
-
-def _suggestions(plan: Plan) -> tuple[str, ...]:
-    """Advice where a run is far from the published setting (batch 480 to 1280, 1.3 M images)."""
-    advice = (_suggest_out_dim(plan), _suggest_momentum(plan), _suggest_lr(plan), _suggest_warmup(plan))
-    return tuple(text for text in advice if text)
 
 
 def _suggest_out_dim(plan: Plan) -> str:
