@@ -429,7 +429,7 @@ def test_intact_images_keep_their_crops(pair: tuple[ImageSet, ImageSet, set[int]
     """A broken one has crops of another image, with the random numbers of the broken one."""
     whole, spoilt, broken = pair
     for step, (ours, theirs) in enumerate(zip(load(spoilt), load(whole), strict=True)):
-        views, indices, problems = ours
+        views, indices, problems, shown = ours
         assert torch.equal(indices, theirs[1]) and not any(theirs[2])
         for place, index in enumerate(indices.tolist()):
             epoch = step // 10
@@ -439,7 +439,7 @@ def test_intact_images_keep_their_crops(pair: tuple[ImageSet, ImageSet, set[int]
                 source = next(other for other in attempts if other not in broken)
             expected = CROP(whole.encoded(source), seed=5, epoch=epoch, index=index)
             assert all(torch.equal(view[place], other) for view, other in zip(views, expected, strict=True))
-            assert bool(problems[place]) == (index in broken)
+            assert bool(problems[place]) == (index in broken) and shown[place] == source
             if index not in broken:
                 assert all(torch.equal(view[place], other[place]) for view, other in zip(views, theirs[0], strict=True))
 
@@ -447,10 +447,10 @@ def test_intact_images_keep_their_crops(pair: tuple[ImageSet, ImageSet, set[int]
 def test_replacements_depend_on_no_worker_process_or_start(pair: tuple[ImageSet, ImageSet, set[int]]) -> None:
     _, spoilt, broken = pair
     items = collect(load(spoilt))
-    problems = [each for _, _, problems in load(spoilt) for each in problems]
+    problems = [each for _, _, problems, _ in load(spoilt) for each in problems]
     assert sum(map(bool, problems)) == 2 * len(broken)
     assert_equal_items(collect(load(spoilt, workers=2)), items)
-    assert [each for _, _, problems in load(spoilt, workers=2) for each in problems] == problems
+    assert [each for _, _, problems, _ in load(spoilt, workers=2) for each in problems] == problems
     assert_equal_items(collect(load(spoilt, start_step=7)), items[7:])
     halves = [collect(load(spoilt, batch_size=2, rank=rank, world_size=2)) for rank in range(2)]
     for step, (views, index) in enumerate(items):
