@@ -473,3 +473,9 @@ def test_a_log_line_is_over_all_processes_and_in_units_of_ln_k(monkeypatch: pyte
             "loss": 2.0, "loss_over_lnK": 2.0 / math.log(out_dim), "entropy_over_lnK": 1.5 / math.log(out_dim),
             "kl": 0.5, "grad_norm": 3.0, "center_norm": 2.0 * math.sqrt(out_dim),
         })  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "scaled"), [("fp32", False), ("bf16", False), ("fp16", True)])
+def test_the_loss_is_scaled_in_float16_only(precision: str, scaled: bool) -> None:
+    learner = build_dino(dataclasses.replace(config(), run=RunConfig(precision=precision)), 256, CPU)
+    assert (learner.precision, learner.scaler.is_enabled()) == (precision, scaled)
