@@ -250,6 +250,14 @@ def test_another_network_is_refused_and_other_changes_are_told() -> None:
             check_same_run({**saved, group: {**saved[group], name: value}}, saved, where)
 
 
+def test_another_order_of_images_is_refused() -> None:
+    """Batch, seed and subset decide which images a step sees."""
+    saved = to_dict(CONFIG)
+    for group, name in [("run", "batch_size"), ("run", "seed"), ("data", "subset_per_class")]:
+        with pytest.raises(ValueError, match=rf"OUT holds a run with another order of images \({group}\.{name} .* -> 77\)"):
+            check_same_run({**saved, group: {**saved[group], name: 77}}, saved, Path("OUT"))
+
+
 def test_a_run_from_before_an_option_existed_can_be_compared() -> None:
     saved = to_dict(CONFIG)
     older = {group: dict(options) for group, options in saved.items() if group != "teacher"}

@@ -327,6 +327,21 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch)
         distributed.setup("cuda:3")
 
 
+@pytest.mark.parametrize(
+    ("step", "count", "used"), [("0", 1, 0), ("0", 4, 3), (None, 4, 3)], ids=["bound", "step sees all", "torchrun"]
+)
+def test_the_gpu_of_a_process(monkeypatch: pytest.MonkeyPatch, step: str | None, count: int, used: int) -> None:
+    """The one of its number on the node, except for a SLURM task that sees its own only."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # nothing to join
+    ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"} | ({} if step is None else {"SLURM_STEP_ID": step})
+    monkeypatch.setattr(os, "environ", ranks)
+    assert distributed.setup("auto") == torch.device("cuda", used) and chosen == [used]
+
+
 def test_a_single_slurm_task_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the batch script of several tasks, before srun makes a step of them."""
     monkeypatch.setenv("SLURM_NTASKS", "1")
@@ -362,6 +377,11 @@ def test_slurm_variables_become_those_of_torch(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(os, "environ", environment.copy())
     distributed._slurm_environment()
     assert {name: os.environ[name] for name in wanted} == wanted
+    # A step may be smaller than its job: three tasks on its second node.
+    step = {"SLURM_STEP_NODELIST": "gpu08", "SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_NTASKS": "3"}
+    monkeypatch.setattr(os, "environ", environment | step)
+    distributed._slurm_environment()
+    assert [os.environ[name] for name in ("MASTER_ADDR", "LOCAL_WORLD_SIZE", "WORLD_SIZE")] == ["gpu08", "3", "3"]
     monkeypatch.setattr(os, "environ", environment | {"RANK": "0"})
     distributed._slurm_environment()  # torchrun inside the job: its variables win
     assert os.environ == environment | {"RANK": "0"}

@@ -191,6 +191,14 @@ def test_rate_counts_images_of_this_start_only(monkeypatch):
     bar.close()
 
 
+def test_seconds_between_the_lines_of_a_bar(monkeypatch):
+    """In a file 10 for steps and 30 for images, of which a bar of images waits for the first; on a terminal it moves."""
+    for terminal, steps, images in ((False, 10, 30), (True, 0.2, 0.5)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        with logs.progress(4, 0, "x", images_per_step=2) as bar, logs.progress(4, 0, "x") as other:
+            assert (bar.mininterval, bar.delay) == (steps, 0) and (other.mininterval, other.delay) == (images, images)
+
+
 def test_text_table():
     rows = [["way", "s", ""], ["longer", "10.0", "x"], ["", "", ""]]
     assert text_table(rows) == "way     s\nlonger  10.0  x\n"

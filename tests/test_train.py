@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import signal
@@ -38,11 +39,16 @@ from dino_simpool.config import (
     dump,
     parse,
 )
-from dino_simpool.data.feed import Batch
+from dino_simpool.data import EvalTransform, ImageSet, evenly, find_images
+from dino_simpool.data.bad_files import BadFiles
+from dino_simpool.data.feed import Batch, Feed, build_feed
 from dino_simpool.dino.learner import DinoLearner, build_dino
 from dino_simpool.dino.plan import StepValues, make_plan
+from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.failures import NonFiniteLoss
-from dino_simpool.logs import TIMING_FIELDS, read_log
+from dino_simpool.features.encode import Forward
+from dino_simpool.logs import TIMING_FIELDS, progress, read_log
+from dino_simpool.pictures import strip
 from dino_simpool.train import EPOCH, WINDOW, Means, train
 
 # The bank has fewer images than the largest k, which k-NN says.
@@ -280,6 +286,95 @@ def test_other_seeds_are_other_runs(whole: TrainConfig, tmp_path: Path) -> None:
     assert log_of(tmp_path)[0]["loss"] != log_of(Path(whole.run.out))[0]["loss"]
 
 
+def test_a_last_epoch_that_is_partial_is_logged_and_stays(images: Path, tmp_path: Path) -> None:
+    """4 steps of 3 an epoch: a line for epoch 1 at step 4, 4/3 epochs in the export, and the same after another start."""
+    cfg = config(images, tmp_path, model=VIT, epochs="4it")
+    for _ in range(2):
+        train(cfg)
+        epochs = [(line["epoch"], line["step"], "k-NN" in line) for line in log_of(tmp_path) if line["kind"] == "epoch"]
+        assert epochs == [(0, 3, True), (1, 4, True)]
+    for name in ("last.pth", "backbone.safetensors"):
+        assert load_encoder(tmp_path / name).epochs == pytest.approx(4 / 3)
+
+
+def test_the_pictures_in_tensorboard(whole: TrainConfig, images: Path, tmp_path: Path) -> None:
+    """The crops of the first step of a start, and above attention the held-out images of the k-NN (else those of training)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def shown(out: Path, tag: str) -> dict[int, Tensor]:
+        events = EventAccumulator(str(out / "tensorboard")).Reload().Images(tag)
+        opened = {event.step: Image.open(io.BytesIO(event.encoded_image_string)) for event in events}
+        return {step: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for step, image in opened.items()}
+
+    def expected(root: str) -> Tensor:
+        found = find_images([root])
+        transform = EvalTransform(16, resize=None, mean=(0.0,) * 3, std=(1.0,) * 3)
+        return strip([transform(found.read(i)) for i in evenly(len(found), 8).tolist()])
+
+    train(changed(whole, out=tmp_path, stop_after_steps=2))
+    train(changed(whole, out=tmp_path, knn_train=None, knn_val=None))
+    for out, at, root in ((Path(whole.run.out), [1], whole.run.knn_val), (tmp_path, [1, 3], str(images / "train"))):
+        crops, attention = shown(out, "crops"), shown(out, "attention")
+        assert list(crops) == at and list(attention) == [3, 6]
+        for picture in crops.values():
+            assert 0.3 < picture.mean() < 0.6  # noise of 0 to 208 of 255; normalized it would be around 0
+        for picture in attention.values():
+            top = expected(root)
+            assert_close(picture[:, : top.shape[1]], top, 0, 1.01 / 255, "images above the attention")
+
+
+def test_changes_since_the_last_start_are_said(whole: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options with the old value first, and the number of processes."""
+    train(changed(whole, out=tmp_path, stop_after_steps=1))
+    state = read_state(tmp_path / "last.pth")
+    torch.save(state | {"world_size": 4}, tmp_path / "last.pth")
+    capsys.readouterr()
+    train(changed(whole, out=tmp_path, log_every=3, stop_after_steps=2))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed since this run was saved: ")]
+    told = [line.partition(": ")[2] for line in said]
+    assert told == ["run.log_every: 2 -> 3", "run.stop_after_steps: 1 -> 2", "number of processes: 4 -> 1"]
+
+
+def test_options_reach_what_they_are_for(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads, the bar's images a step, decoding of all three image sets, and the resizing of the k-NN."""
+    seen: dict[str, Any] = {}
+
+    def accuracy(encoder: Any, bank: ImageSet, val: ImageSet, forward: Forward, **options: Any) -> Any:
+        seen.update(bank=bank, val=val, transform=forward.transform)
+        return knn_accuracy(encoder, bank, val, forward, **options)
+
+    def bar(*args: Any, **options: Any) -> Any:
+        seen.update(bar=options)
+        return progress(*args, **options)
+
+    def feed(cfg: TrainConfig, bad_files: BadFiles, **options: Any) -> Feed:
+        seen.update(train=bad_files.images)
+        return build_feed(cfg, bad_files, **options)
+
+    for name, replacement in (("knn_accuracy", accuracy), ("progress", bar), ("build_feed", feed)):
+        monkeypatch.setattr(f"dino_simpool.train.{name}", replacement)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.update(threads=count))
+    cfg = config(images, tmp_path, model=dataclasses.replace(VIT, resize=18), epochs=1, threads=3)
+    data = dataclasses.replace(cfg.data, max_pixels=1000, exif_orientation=True, subset_per_class=16)
+    train(dataclasses.replace(cfg, data=data))
+    assert seen["threads"] == 3 and seen["bar"]["images_per_step"] == 10 and seen["transform"].resize == 18
+    assert {(s.max_pixels, s.exif_orientation) for s in (seen[name] for name in ("train", "bank", "val"))} == {(1000, True)}
+    assert [len(seen[name]) for name in ("train", "bank", "val")] == [32, 34, 8]
+
+
+@pytest.mark.parametrize(("waiting", "seconds", "count"), [(50.0, 20.0, 1), (10.0, 20.0, 0), (50.0, 10.0, 0)])
+def test_waiting_for_images_is_warned_of_once(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    waiting: float, seconds: float, count: int,
+) -> None:  # fmt: skip
+    """In a run of two epochs, if more than 10 % of more than 10 s went by."""
+    timings = Feed.timings
+    told = {"data_wait_percent": waiting, "seconds": seconds}
+    monkeypatch.setattr(Feed, "timings", lambda self, row: timings(self, row) | told)
+    train(config(images, tmp_path, model=VIT, knn_train=None, knn_val=None))
+    assert capsys.readouterr().err.count(f"warning: {waiting:.0f} % of the time was spent waiting for images: ") == count
+
+
 # -- stopped and resumed
 
 
@@ -504,7 +599,8 @@ def test_a_non_finite_loss_keeps_the_last_checkpoint(whole: TrainConfig, tmp_pat
     assert record["not_finite"]["parameters"] == ["head.fc2.bias"]
     (paths,) = record["images_of_each_process"]
     assert len(paths) == 10 and all(Path(path).is_file() for path in paths)
-    assert record["schedules"]["lr"] > 0 and record["sums_since_the_last_log_line"]["steps"] == 0
+    assert record["schedules"] == dataclasses.asdict(make_plan(whole, NUM_IMAGES).values(2))
+    assert record["sums_since_the_last_log_line"]["steps"] == 0
 
 
 @pytest.fixture(scope="module")

@@ -210,6 +210,18 @@ def test_factors_sigma_and_order_are_uniform(draws):
         assert ((counts - expected) ** 2 / expected).sum() < 49.7  # chi-square, 23 degrees of freedom, once in 1,000
 
 
+def test_views_stay_those_of_earlier_versions():
+    """Each random quantity from its own column of the numbers, and from its low end up: runs repeat across versions."""
+    recipe = MultiCrop(**dataclasses.asdict(SMALL), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    draw = recipe.draw(40, 50, seed=1, epoch=2, index=3)
+    numbers = uniforms(1, 2, 3, rows=len(recipe.sizes), columns=CROP_NUMBERS + 14)
+    sigma, blurred = 0.1 + 1.9 * numbers[:, -1], draw.sigma > 0
+    assert blurred.any() and np.allclose(draw.sigma[blurred], sigma[blurred], rtol=1e-6)
+    turned = np.array((0.6, 0.6, 0.8, -0.1)) + np.array((0.8, 0.8, 0.4, 0.2)) * numbers[:, -9:-5]
+    assert np.allclose(draw.factors, turned, rtol=1e-5, atol=1e-6)
+    assert (draw.order == numbers[:, -5:-1].argsort(1)).all() and (draw.flip == (numbers[:, CROP_NUMBERS] < 0.5)).all()
+
+
 def test_probabilities_follow_the_options():
     never = dataclasses.replace(SMALL, flip=0.0, jitter_probability=0.0, grayscale=0.0, blur=(0.0,) * 3, solarize=(0.0,) * 3)
     draw = recipe(never).draw(30, 30, seed=0, epoch=0, index=0)

@@ -440,7 +440,7 @@ def test_intact_images_keep_their_crops(pair: tuple[ImageSet, ImageSet, set[int]
             assert shown[place] == source
             expected = CROP(whole.encoded(source), seed=5, epoch=epoch, index=index)
             assert all(torch.equal(view[place], other) for view, other in zip(views, expected, strict=True))
-            assert bool(problems[place]) == (index in broken)
+            assert bool(problems[place]) == (index in broken) and shown[place] == source
             if index not in broken:
                 assert all(torch.equal(view[place], other[place]) for view, other in zip(views, theirs[0], strict=True))
 

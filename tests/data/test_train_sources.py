@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from dino_simpool.checkpoint import read_state
 from dino_simpool.config import CropsConfig, DataConfig, TrainConfig
 from dino_simpool.data import ImageSet, find_images
 from dino_simpool.data.bad_files import BadFiles
-from dino_simpool.data.feed import Feed, build_feed
+from dino_simpool.data.feed import Feed, Loaded, build_feed
 from dino_simpool.data.loaders import replacement
 from dino_simpool.train import train
 
@@ -128,3 +129,41 @@ def test_images_per_second_are_those_of_all_processes(tmp_path: Path, monkeypatc
     clock[0] += 4
     assert feed.timings("window")["images_per_second"] == 3 * 4 / 4
     assert feed.timings("epoch")["images_per_second"] == 3 * 10 / 6
+
+
+def test_waiting_and_memory_of_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A loader that takes 1 s for each batch and steps of 3 s: the share since the row's last call, and memory in MiB."""
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def items() -> Iterator[Loaded]:
+        for _ in range(4):
+            clock[0] += 1
+            yield [torch.zeros(2, 3, 8, 8)], torch.arange(2), ["", ""], torch.arange(2)
+
+    images = ImageSet("", np.array(["x.jpg"] * 4))
+    feed = Feed(items(), torch.device("cpu"), list, BadFiles(images, tmp_path, max_share=0.0, found={}))
+    shares = []
+    for pause in (3, 3, 1, 1):
+        list(feed.batches(1))
+        clock[0] += pause
+        shares.append(feed.timings("window")["data_wait_percent"])
+    assert shares == [25, 25, 50, 50]
+    epoch = feed.timings("epoch")
+    assert epoch["data_wait_percent"] == pytest.approx(100 * 4 / 12)
+    assert 50 < epoch["max_memory_mb"] < 1e6
+
+
+def test_advice_for_a_run_that_waits_for_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """More workers while there are cores for them, then the colors on a device that is not the CPU, then other means."""
+    monkeypatch.setattr("dino_simpool.data.feed.default_workers", lambda: 8)
+    bad_files = BadFiles(ImageSet("", np.array(["x.jpg"])), tmp_path, max_share=0.0, found={})
+    for device, workers, place, words in (
+        ("cpu", 7, "cpu", "raise data.workers, which is 7; this process may use 8 cores"),
+        ("cpu", 8, "cpu", "all 8 cores are busy"),
+        ("cpu", None, "cpu", "all 8 cores are busy"),
+        ("meta", 8, "cpu", "set data.augment_on device"),
+        ("meta", 8, "auto", "all 8 cores are busy"),
+    ):
+        cfg = TrainConfig(data=DataConfig(workers=workers, augment_on=place))
+        assert Feed([], torch.device(device), list, bad_files).advice(cfg).startswith(words)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from golden.load import assert_close, load, meta, sub
-from torch import Tensor
+from timm.layers import DropPath
+from torch import Tensor, nn
 
+from dino_simpool import distributed
 from dino_simpool.config import (
     CropsConfig,
     HeadConfig,
@@ -23,6 +27,7 @@ from dino_simpool.config import (
 )
 from dino_simpool.data.feed import Batch
 from dino_simpool.dino.learner import DinoLearner, build_dino, compile_blocks
+from dino_simpool.dino.monitor import feature_spread
 from dino_simpool.dino.plan import StepValues, make_plan
 from dino_simpool.failures import NonFiniteLoss
 from dino_simpool.models.encoder import Encoder
@@ -434,3 +439,43 @@ def test_compile_says_when_it_does_not_know_the_blocks() -> None:
     learner.student.encoder.trunk.blocks = torch.nn.Sequential()
     with pytest.raises(ValueError, match=r"run\.compile does not know the blocks of vit_tiny"):
         compile_blocks(learner.student)
+
+
+def test_options_reach_loss_teacher_monitor_and_step() -> None:
+    """Each with a value that is not the default."""
+    cfg = dataclasses.replace(
+        config(dataclasses.replace(VIT, drop_path=0.2)),
+        loss=LossConfig(student_temperature=0.2, center_momentum=0.7),
+        teacher=TeacherConfig(drop_path=0.1),
+        optim=OptimConfig(clip=0.3, warmup="3it"),
+        run=RunConfig(epochs=5, batch_size=4, accumulate=2),
+    )
+    learner = build_dino(cfg, 8, torch.device("cpu"))
+    assert (learner.loss.student_temp, learner.loss.center_momentum) == (0.2, 0.7)
+    assert max(m.drop_prob for m in learner.teacher.modules() if isinstance(m, DropPath)) == pytest.approx(0.1)
+    assert (learner.monitor.warmup_steps, learner.clip, learner.accumulate) == (3, 0.3, 2)
+
+
+def test_a_log_line_is_over_all_processes_and_in_units_of_ln_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spread and rank are means over processes, of 8 features or more; the center is measured by its norm."""
+    learner = learner_of(config(VIT))
+    learner.loss.center.fill_(2.0)
+    out_dim = learner.loss.center.shape[1]
+    means = {"loss": 2.0, "entropy": 1.5, "kl": 0.5, "grad_norm": 3.0}
+    monkeypatch.setattr(distributed, "all_mean", lambda tensor: tensor + 1)  # as if others had other features
+    for rows, said in ((4, True), (3, False)):
+        learner.features = nn.functional.normalize(torch.eye(8)[: 2 * rows], dim=-1).view(2, rows, 8)
+        fields, _ = learner.watch(means)
+        spread, rank = fields.pop("feature_spread"), fields.pop("effective_rank")
+        assert rank == pytest.approx(9 if said else math.nan, nan_ok=True)
+        assert spread == pytest.approx(1 + float(feature_spread(torch.eye(8))) if said else math.nan, nan_ok=True)
+        assert fields == pytest.approx({
+            "loss": 2.0, "loss_over_lnK": 2.0 / math.log(out_dim), "entropy_over_lnK": 1.5 / math.log(out_dim),
+            "kl": 0.5, "grad_norm": 3.0, "center_norm": 2.0 * math.sqrt(out_dim),
+        })  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "scaled"), [("fp32", False), ("bf16", False), ("fp16", True)])
+def test_the_loss_is_scaled_in_float16_only(precision: str, scaled: bool) -> None:
+    learner = build_dino(dataclasses.replace(config(), run=RunConfig(precision=precision)), 256, CPU)
+    assert (learner.precision, learner.scaler.is_enabled()) == (precision, scaled)

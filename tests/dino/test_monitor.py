@@ -111,6 +111,19 @@ def test_a_loss_that_stays_at_ln_k_after_the_warmup() -> None:
     assert feed(monitor, range(1500, 3001, 50), loss=1.001, entropy=0.95) == ["not learning"]
 
 
+def test_a_sign_of_exactly_its_patience_is_enough() -> None:
+    """40 steps for a collapse; a run that does not learn is told how many steps of that it has seen, here 1,000."""
+    for last, said in ((39, []), (40, ["point collapse"])):
+        assert feed(Monitor(), range(1, last + 1), spread=0.001) == said
+    log_k, monitor = math.log(OUT_DIM), Monitor(warmup_steps=500)
+    texts = [
+        text
+        for step in range(100, 1501, 100)
+        for text in monitor.update(loss=1.001 * log_k, entropy=0.95 * log_k, out_dim=OUT_DIM, spread=0.8, step=step)
+    ]
+    assert len(texts) == 1 and "for 1000 steps after the warm-up" in texts[0]
+
+
 def test_a_warning_comes_once_and_again_after_a_recovery() -> None:
     monitor = Monitor()
     assert feed(monitor, range(10, 1001, 10), spread=0.001) == ["point collapse"]

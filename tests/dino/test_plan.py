@@ -196,6 +196,12 @@ def suggested(cfg: TrainConfig, images: int) -> dict[str, float]:
     return found
 
 
+def test_the_rate_of_batches_from_128_on_is_the_users() -> None:
+    """With a rate that is low for any batch, advice is given below 128 images only."""
+    for batch, advised in ((127, True), (128, False)):
+        assert ("optim.lr" in suggested(make_config(batch=batch, optim_lr=2e-4), IMAGENET)) == advised
+
+
 def test_advice_for_small_data() -> None:
     assert suggested(make_config(), 50000) == {"head.out_dim": 2048}
     assert suggested(make_config(batch=128, head_out_dim=2048), 1000)["head.out_dim"] == 256

@@ -595,3 +595,11 @@ def test_same_seed_same_weights() -> None:
         torch.manual_seed(5)
         states.append(build_encoder(tiny("convnext")).state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize(("width", "heads", "expected"), [(128, None, 2), (48, None, 1), (128, 8, 8), (None, None, 3)])
+def test_heads_of_a_vit(width: int | None, heads: int | None, expected: int) -> None:
+    """One for each 64 of a given width, unless they are given too; else those of the architecture."""
+    sizes = {"width": width, "heads": heads, "depth": 1, "image_size": 32}
+    encoder = build_encoder(ModelConfig(arch="vit_tiny", **sizes))
+    assert encoder.trunk.blocks[0].attn.num_heads == expected
