@@ -321,3 +321,8 @@ def test_command_votes_with_the_temperature_of_its_options(tmp_path: Path):
         )
         found[temperature] = knn.evaluate(None, cfg)["top1_k4"]
     assert found == {0.001: 100, 100.0: 0}
+
+
+def test_the_number_of_neighbors_that_is_reported_is_the_papers():
+    """The first of them; reports and tables show it."""
+    assert KnnConfig().k == (10, 20, 100, 200)
