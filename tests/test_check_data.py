@@ -149,6 +149,7 @@ def test_a_long_list_is_cut_and_any_name_is_shown() -> None:
     lines = describe(Summary(broken=dict.fromkeys(range(22), "it is empty")), rows, seconds=2.0).splitlines()
     assert lines[0] == "check-data: 22 images in 2.0 s, 11 images/s" and lines[1].split() == ["broken", "22"]
     assert lines[2:] == [f"{number}.jpg\tit is empty" for number in range(20)] + ["and 2 more: --out FILE lists all"]
+    assert describe(Summary(), rows[:20], seconds=2.0).splitlines()[-1] == "19.jpg\tit is empty"  # all of them are shown
     name = b"\xff.jpg".decode("utf-8", "surrogateescape")
     describe(Summary(broken={0: "x"}), [(name, "x")], seconds=1.0).encode("utf-8")
 

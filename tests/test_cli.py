@@ -441,3 +441,18 @@ def test_scripts_are_the_same_commands(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "meant"),
+    [
+        ("check-data", ["A", "--out", "x"], ["--data", "A", "--out", "x"]),
+        ("check-data", ["A", "B", "--out", "x"], ['--data=["A", "B"]', "--out", "x"]),
+        ("table", ["A"], ['--results=["A"]']),
+        ("report", ["A"], ["--out", "A"]),
+        ("knn", ["A"], ["A"]),
+        ("table", ["--out", "x"], ["--out", "x"]),
+    ],
+)
+def test_first_arguments_without_a_name(command: str, given: list[str], meant: list[str]) -> None:
+    assert cli.with_named_arguments(command, given) == meant

@@ -34,7 +34,7 @@ from dino_simpool.config import (
     RetrievalConfig,
 )
 from dino_simpool.eval import run
-from dino_simpool.files import write_json
+from dino_simpool.files import file_sha256, write_json
 from dino_simpool.models.encoder import build_encoder
 from dino_simpool.results import result_name, versions, write_record
 
@@ -152,3 +152,18 @@ def test_an_unknown_evaluator_says_what_its_file_is_called_and_whether_it_needs_
     assert run("count", count, CountConfig(what="nothing", **options))["model"] is None
     assert (tmp_path / "out" / "counter_nothing.json").is_file()
     assert "counter_nothing\n  somewhere/all" in capsys.readouterr().out
+
+
+def test_the_record_names_the_weights_that_were_evaluated(tmp_path: Path) -> None:
+    """A training run may replace the file during the evaluation."""
+    encoder = build_encoder(ModelConfig("resnet18", width=8, depth=(1, 1), stem="small", pool="gap", image_size=16))
+    export_encoder(tmp_path, encoder)
+    weights = tmp_path / "backbone.safetensors"
+    expected = file_sha256(weights)
+
+    def meanwhile(encoder: Any, cfg: CountConfig) -> dict[str, Any]:
+        weights.write_bytes(b"those of a later epoch")
+        return count(encoder, cfg)
+
+    record = run("count", meanwhile, CountConfig(checkpoint=str(weights), out=str(tmp_path), device="cpu"))
+    assert record["model"]["sha256"] == expected

@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,3 +114,14 @@ def test_impossible_options():
     ):
         with pytest.raises(ValueError, match=message):
             BenchKnnConfig(**options)
+
+
+def test_peak_memory_is_in_gigabytes_of_ten_to_the_nine(monkeypatch: pytest.MonkeyPatch):
+    """From bytes on macOS, from KiB elsewhere."""
+    found: list[float] = []
+    for platform in ("darwin", "freebsd"):
+        monkeypatch.setattr(knn, "sys", SimpleNamespace(platform=platform))
+        usage = SimpleNamespace(ru_maxrss=3 * 10**9 if platform == "darwin" else 3 * 10**9 // 1024)
+        monkeypatch.setattr(knn.resource, "getrusage", lambda who, usage=usage: usage)
+        knn._recall_alone(TINY, SimpleNamespace(put=found.append))
+    assert found == pytest.approx([3, 3])

@@ -899,3 +899,31 @@ def test_packed_strings_are_the_strings(strings, tmp_path):
     expected = hashlib.sha256("\n".join(strings).encode("utf-8", "surrogateescape")).hexdigest()
     assert list(open_index(str(tmp_path / "x"))) == list(index) == strings
     assert index.digest() == open_index(str(tmp_path / "x")).digest() == expected
+
+
+def test_a_list_and_a_link_to_it_have_a_cache_each(tmp_path):
+    """The paths in a list are relative to the place where it was given."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "list.txt").write_text("1.jpg\n")
+    (tmp_path / "list.txt").symlink_to("a/list.txt")
+    assert cache.cache_file(str(tmp_path / "list.txt")) != cache.cache_file(str(tmp_path / "a" / "list.txt"))
+
+
+def test_a_common_folder_with_images_of_its_own_is_kept(tmp_path):
+    archive = tar_of(tmp_path / "x.tar", ("train/1.jpg", image(0)), ("train/c/2.jpg", image(1)))
+    assert names(find_images(str(archive))) == ["train/1.jpg", "train/c/2.jpg"]
+
+
+def test_a_small_image_may_have_a_megabyte_beside_its_pixels(tmp_path):
+    """Headers and color profiles."""
+    content = image(0) + bytes(1_000_000)
+    images = find_images(str(tar_of(tmp_path / "x.tar", ("1.jpg", content))))
+    assert images.with_decoding(max_pixels=480, exif_orientation=False).read_bytes(0) == content
+
+
+def test_a_box_beside_the_image_is_refused(tmp_path):
+    write_tree(tmp_path, "1.jpg")  # 24 x 20 pixels
+    for box in ((24, 0, 30, 5), (0, 20, 5, 30)):
+        with pytest.raises(ValueError, match=r"its box .* does not fit into 24 x 20 pixels"):
+            ImageSet(str(tmp_path), ["1.jpg"], boxes=np.array([box], float)).read(0)
+    assert ImageSet(str(tmp_path), ["1.jpg"], boxes=np.array([[23, 19, 30, 30]], float)).read(0).size == (7, 11)

@@ -20,7 +20,7 @@ from dino_simpool.config import AttentionConfig, ConfigError, ModelConfig, Train
 from dino_simpool.eval.attention import evaluate, find_any_images, main, resized
 from dino_simpool.features.maps import connected_parts, mass_mask
 from dino_simpool.models.encoder import Encoder, build_encoder
-from dino_simpool.pictures import GAP, VIRIDIS
+from dino_simpool.pictures import GAP, VIRIDIS, heat, overlay, to_bytes
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = {
@@ -459,3 +459,21 @@ def test_untrained_weights_have_their_own_files(tmp_path: Path) -> None:
     }
     one, other = (np.load(results / f"{name}/0_a0.npy") for name in ("attention", "attention_untrained"))
     assert not np.allclose(one, other)
+
+
+def test_smooth_pictures(tmp_path: Path) -> None:
+    """Both pictures of the attention."""
+    (image,) = write_images(tmp_path / "data", [(70, 56)])
+    _, folder = run_here(encoder_of(), options(tmp_path / "data", tmp_path, fit="native", smooth=True))
+    attention = torch.from_numpy(np.load(folder / "0_a0.npy"))
+    assert (pixels_of(folder / "0_a0_heat.png") == to_bytes(heat(attention, (64, 48), smooth=True))).all()
+    seen = torch.from_numpy(image / 255).permute(2, 0, 1).float()
+    drawn = to_bytes(overlay(seen, attention, seen=(64, 48), smooth=True)).astype(int)
+    assert np.abs(pixels_of(folder / "0_a0_overlay.png") - drawn).max() <= 1
+
+
+def test_the_mask_holds_the_mass_of_the_options(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", [(80, 80)])
+    result, folder = run_here(encoder_of(), options(tmp_path / "data", tmp_path, fit="native", mass=0.95))
+    attention = np.load(folder / "0_a0.npy")
+    assert result["mask_area"] == 100 * mass_mask(attention, 0.95).mean() > 100 * mass_mask(attention).mean()

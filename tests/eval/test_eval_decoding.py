@@ -1,4 +1,4 @@
-"""Every evaluator reads its images as `exif_orientation` and `max_pixels` say."""
+"""Every evaluator reads its images as `exif_orientation` and `max_pixels` say, and computes in its `precision`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ from test_extract import config, exported, load
 
 from dino_simpool import cli
 from dino_simpool.checkpoint import load_encoder
-from dino_simpool.config import AttentionConfig, KnnConfig, RecallConfig, RetrievalConfig, SearchConfig
-from dino_simpool.eval import attention, recall, retrieval
+from dino_simpool.config import (
+    AttentionConfig,
+    KnnConfig,
+    LinearConfig,
+    MasksConfig,
+    RecallConfig,
+    RetrievalConfig,
+    SearchConfig,
+)
+from dino_simpool.eval import attention, class_folders, knn, linear, masks, recall, retrieval
 from dino_simpool.features import extract, search
 
 LIMIT = 40 * 30
@@ -179,3 +187,48 @@ def test_impossible_limits() -> None:
         config("x", Path("x"), Path("x"), max_pixels=0)
     with pytest.raises(ValueError, match="max_pixels must be 1 or more"):
         KnnConfig(max_pixels=0)
+
+
+def labeled_with_masks(root: Path) -> Path:
+    """train/, val/ and masks/val/ with two images of each of two classes; the masks are full."""
+    for name in ("a/0", "a/1", "b/0", "b/1"):
+        for split in ("train", "val"):
+            write_image(root / split / f"{name}.png", name[0], seed=int(name[-1]))
+        mask = root / "masks" / "val" / f"{name}.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (40, 30), 255).save(mask)
+    return root
+
+
+def test_class_folders_are_decoded_so(tmp_path: Path) -> None:
+    """Both the images to learn from and those to measure on."""
+    cfg = KnnConfig(data=str(labeled_with_masks(tmp_path)), max_pixels=LIMIT, exif_orientation=True)
+    assert [(images.max_pixels, images.exif_orientation) for images in class_folders(cfg)] == [(LIMIT, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (knn, KnnConfig(workers=0)),
+        (linear, LinearConfig(workers=0, epochs=1)),
+        (linear, LinearConfig(workers=0, epochs=1, protocol="grid")),
+        (recall, RecallConfig(workers=0)),
+        (masks, MasksConfig(workers=0)),
+        (attention, AttentionConfig(workers=0, val="val", image_size=32)),
+        (retrieval, RetrievalConfig(workers=0)),
+    ],
+)
+def test_every_forward_pass_has_the_precision_of_the_options(
+    module: Any, options: Any, checkpoint: str, tmp_path: Path
+) -> None:
+    labeled_with_masks(tmp_path)
+    write_roxford5k(tmp_path)
+    data = tmp_path / "val" if module is recall else tmp_path
+    encoder, seen = load_encoder(checkpoint), set[bool]()
+    for part in encoder.modules():
+        part.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    for precision in ("fp32", "bf16"):
+        seen.clear()
+        changed = {"data": str(data), "out": str(tmp_path / precision), "precision": precision}
+        module.evaluate(encoder, dataclasses.replace(options, **changed))
+        assert seen == {precision == "bf16"}

@@ -302,3 +302,27 @@ def test_missing_input_is_named(checkpoint: Path):
         run("knn", knn.evaluate, KnnConfig(features="pixels", data="data", out=str(checkpoint.parent / "results")))
     with pytest.raises(ValueError, match="cannot write to"):
         run("knn", knn.evaluate, KnnConfig(checkpoint=str(checkpoint), data="data", out=str(checkpoint)))
+
+
+def test_command_votes_with_the_temperature_of_its_options(tmp_path: Path):
+    """One copy of the image in its class, three similar images in the other: the temperature decides."""
+    noise = np.random.default_rng(0)
+    pixels = noise.integers(60, 196, (8, 8, 3))
+    images = {"train/a/0": 0, "train/b/0": 55, "train/b/1": 55, "train/b/2": 55, "val/a/0": 0}
+    for name, spread in images.items():
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        changed = pixels + noise.integers(-spread, spread + 1, pixels.shape)
+        Image.fromarray(changed.clip(0, 255).astype(np.uint8)).save(path)
+    found = {}
+    for temperature in (0.001, 100.0):
+        cfg = KnnConfig(
+            data=str(tmp_path), features="pixels", image_size=8, resize=8, k=(4,), temperature=temperature, workers=0
+        )
+        found[temperature] = knn.evaluate(None, cfg)["top1_k4"]
+    assert found == {0.001: 100, 100.0: 0}
+
+
+def test_the_number_of_neighbors_that_is_reported_is_the_papers():
+    """The first of them; reports and tables show it."""
+    assert KnnConfig().k == (10, 20, 100, 200)

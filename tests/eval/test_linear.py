@@ -300,3 +300,24 @@ def test_saved_head_repeats_the_accuracy(data: Path, protocol: str):
     assert record["metrics"]["last_top1" if protocol == "paper" else "top1"] == pytest.approx(accuracy)
     assert record["evaluator"] == name and record["config"]["protocol"] == protocol
     assert record["selected_on"] == ("val_epochs" if protocol == "paper" else "train_heldout")
+
+
+def test_the_seed_chooses_what_is_held_out(data: Path, monkeypatch: pytest.MonkeyPatch):
+    seeds = []
+
+    def watched(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
+        seeds.append(seed)
+        return split_held_out(labels, share, seed=seed)
+
+    monkeypatch.setattr(linear, "split_held_out", watched)
+    evaluate(TinyEncoder(), config(data, protocol="grid", epochs=1, seed=7))
+    assert seeds == [7]
+
+
+@pytest.mark.parametrize("protocol", ["paper", "grid"])
+def test_every_image_has_the_size_of_the_options(data: Path, protocol: str):
+    """Augmented ones too."""
+    encoder, sizes = TinyEncoder(), set()
+    encoder.register_forward_pre_hook(lambda _, inputs: sizes.add(inputs[0].shape[2:]))
+    evaluate(encoder, config(data, protocol=protocol, epochs=1, image_size=12))
+    assert sizes == {(12, 12)}

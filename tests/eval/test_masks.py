@@ -127,3 +127,23 @@ def test_any_value_above_zero_is_object(tmp_path, mode):
     mask.save(tmp_path / "mask.png")
     Image.new("RGB", (2, 2)).save(tmp_path / "image.png")
     assert read_mask(tmp_path / "mask.png", ImageSet(str(tmp_path), ["image.png"]), 0).tolist() == [[False, True]] * 2
+
+
+def test_images_are_not_turned_since_their_masks_are_not(tmp_path):
+    rng = np.random.default_rng(4)
+    write_set(tmp_path, {f"a/{i}": rng.random((16, 24)) < 0.4 for i in range(2)})
+    encoder = build_encoder(ModelConfig(**MODEL))
+    cfg = MasksConfig(data=str(tmp_path), workers=0)
+    expected = evaluate(encoder, cfg)
+    for path in (tmp_path / "val" / "a").iterdir():
+        with Image.open(path) as image:
+            exif = image.getexif()
+            exif[0x0112] = 6
+            image.save(path, exif=exif)
+    assert evaluate(encoder, cfg) == expected
+
+
+def test_images_without_object_are_counted_among_the_chosen(tmp_path):
+    write_set(tmp_path, {f"a/{i}": np.full((20, 20), i != 2) for i in range(5)})
+    result = evaluate(build_encoder(ModelConfig(**MODEL)), MasksConfig(data=str(tmp_path), max_images=3, workers=0))
+    assert result["counts"] == {"images": 2, "without object": 1}

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from golden.load import assert_close, cases, load, meta, sub
-from miniatures import LANDMARKS, write_landmarks
+from miniatures import LANDMARKS, write_image, write_landmarks
 from PIL import Image
 from safetensors.torch import load_file
 from test_model_golden import load_encoder, tensors, with_options
@@ -495,3 +495,11 @@ def test_the_command(data: Path, encoder: Encoder, tmp_path: Path, capsys: pytes
     assert cli.main([*arguments, "--data", str(tmp_path)]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"dino-simpool retrieval: error: {tmp_path}/roxford5k/gnd_roxford5k.pkl is missing")
+
+
+def test_the_record_has_the_dimensions_that_a_whitening_keeps(data: Path, encoder: Encoder, tmp_path: Path) -> None:
+    """By default all of a feature with less than 256."""
+    for number in range(18):
+        write_image(tmp_path / f"{number}.png", "other", seed=number)
+    result = evaluate(encoder, options(data, whitening_data=str(tmp_path)))
+    assert result["whitening"] == {"data": str(tmp_path), "dimensions": 16}

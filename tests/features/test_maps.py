@@ -168,7 +168,8 @@ def test_coverage_equals_a_loop_over_cells_and_pixels(shape, grid, box):
 
 
 @pytest.mark.parametrize(
-    ("size", "resize", "crop"), [((40, 30), 20, 16), ((30, 41), 18, 16), ((16, 16), 16, 16), ((12, 50), 24, 12)]
+    ("size", "resize", "crop"),
+    [((40, 30), 20, 16), ((30, 41), 18, 16), ((16, 16), 16, 16), ((12, 50), 24, 12), ((23, 19), 19, 16)],
 )
 def test_seen_box_is_what_the_transform_keeps(size, resize, crop):
     """A ramp image holds its own coordinates: their means over the crop must be the centre of the box."""

@@ -267,3 +267,21 @@ def test_sheet_of_a_search_shows_query_and_neighbours(extracted: Path, tmp_path:
         np.testing.assert_array_equal(shown, np.asarray(image.resize(shape, Image.Resampling.BICUBIC)))
         beside = tuple(pixels[y + 5, x - 2].tolist())
         assert beside == {GAP: module.BLUE, 4 * GAP + 160: module.GOLD}.get(left, (255, 255, 255))
+
+
+def test_the_sheet_has_the_rows_and_columns_of_the_options(extracted: Path, tmp_path: Path) -> None:
+    """results.json has all of them."""
+    main(options(extracted, tmp_path, str(extracted / "other"), k=5, sheet_rows=2, sheet_columns=3))
+    assert [len(found["neighbors"]) for found in results(tmp_path)["queries"]] == [5] * 4
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.width == GAP + 4 * (160 + GAP) + 2 * GAP and 2 * 160 < sheet.height < 3 * 160
+
+
+def test_queries_go_through_the_weights_of_the_index(extracted: Path, tmp_path: Path) -> None:
+    """Here the untrained ones."""
+    checkpoint = str(extracted / "encoder" / "backbone.safetensors")
+    images = extracted / "images"
+    extraction.main(config(checkpoint, images, tmp_path / "index", index=True, which="untrained"))
+    main(options(extracted, tmp_path / "out", str(images / "b" / "001.png"), index=str(tmp_path / "index"), k=1))
+    (nearest_one,) = results(tmp_path / "out")["queries"][0]["neighbors"]
+    assert (nearest_one["name"], nearest_one["similarity"]) == ("b/001.png", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -19,14 +20,17 @@ from torch import nn
 
 from dino_simpool import checkpoint
 from dino_simpool.config import MasksConfig, ModelConfig, ReportConfig, TrainConfig, dump, from_dict, to_dict
+from dino_simpool.data import EvalTransform
+from dino_simpool.data.augment import MultiCrop
 from dino_simpool.eval import masks
+from dino_simpool.features.maps import attention_of, mass_mask
 from dino_simpool.logs import RunLog
 from dino_simpool.models import encoder as encoder_module
 from dino_simpool.models.encoder import build_encoder
 from dino_simpool.models.pooling.simpool import as_tokens
 from dino_simpool.report import _duration, build_report, main
 from dino_simpool.report.chart import MAX_POINTS, line_chart, nice_ticks, short, shorten
-from dino_simpool.report.panels import heat_layer, outline
+from dino_simpool.report.panels import attention_cards, crop_cards, heat_layer, outline
 
 CPU = torch.device("cpu")
 
@@ -283,6 +287,8 @@ def test_shortened_series_keep_mean_and_last_point(count):
     else:  # every point but the last is in exactly one mean
         run = math.ceil((count - 1) / (MAX_POINTS - 1))
         assert short_points[0] == pytest.approx((np.arange(run).mean(), np.mean([y for _, y in points[:run]])))
+        rest = points[:-1][(len(short_points) - 2) * run :]
+        assert short_points[-2] == pytest.approx(tuple(np.mean(rest, axis=0)))
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [
@@ -318,3 +324,33 @@ def test_heat_is_transparent_without_attention_and_full_at_the_top():
     link = re.search('href="data:image/png;base64,([^"]*)"', heat_layer(torch.tensor([[0.0, 5.0], [0.0, 5.0]]), 8))[1]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(link))))
     assert pixels.shape == (12, 12, 4) and (pixels[:, 0, 3] == 0).all() and (pixels[:, -1] == (140, 12, 74, 240)).all()
+
+
+def test_crops_are_those_that_the_run_saw(tmp_path):
+    """Boxes drawn with its seed, in images that are turned if the run turned them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = 6
+    for name in ("upright", "tagged"):
+        (tmp_path / name).mkdir()
+    image.save(tmp_path / "upright" / "0.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "tagged" / "0.png", exif=exif)
+    crops = {"global_size": 16, "local_size": 8, "num_local": 1}
+    model = {"arch": "vit_tiny", "patch_size": 4, "image_size": 16}
+    options = {"model": model, "crops": crops, "data": {"exif_orientation": True}, "run": {"seed": 7}}
+    cfg = from_dict(TrainConfig, options)
+    shown = crop_cards(cfg, [str(tmp_path / "tagged")], num_images=1)
+    assert shown == crop_cards(cfg, [str(tmp_path / "upright")], num_images=1)
+    augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
+    for top, left, height, width in augment.draw(30, 20, seed=7, epoch=0, index=0).box.tolist():
+        assert f'<rect x="{left}" y="{top}" width="{width}" height="{height}"' in shown
+
+
+def test_without_masks_the_outline_covers_the_cells_of_most_attention(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    model = {"arch": "vit_tiny", "patch_size": 4, "width": 16, "heads": 2, "depth": 1, "image_size": 16}
+    encoder = build_encoder(ModelConfig(**model, resize=16))
+    image = EvalTransform(16, resize=16, mean=encoder.config.mean, std=encoder.config.std)(Image.fromarray(pixels))
+    attention = attention_of(encoder, image[None], names=["0.png"])[0].double().numpy()
+    assert outline(mass_mask(attention), 16) in attention_cards({"after": encoder}, str(tmp_path), num_images=1)

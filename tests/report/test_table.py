@@ -163,6 +163,7 @@ def test_no_gamma_has_a_figure_of_its_own_in_the_release(tmp_path: Path) -> None
         (20, "20", ("epochs of pre-training 20 (paper: 100)",)),
         (100.0, "100", ()),
         (1 / 75, "0.0133", ("epochs of pre-training 0.0133 (paper: 100)",)),
+        (400, "400", ("epochs of pre-training 400 (paper: 100)",)),
         (None, "", ("epochs of pre-training unknown (paper: 100)",)),
     ],
 )
@@ -212,6 +213,8 @@ def test_retrieval_recall_and_grid(tmp_path: Path) -> None:
         "preset dino_default (the paper is silent)",
         "image_size 512 in place of the preset's",
     )
+    more = result("retrieval", {"map_hard": 1.0}, dataset="roxford5k", counts=counts, config__distractors="more.npy")
+    assert rows(tmp_path, more)["hard"].differences[0] == "distractors more.npy (paper: null)"
     counts = {"queries": 60_502, "classes": 11_316}
     found = rows(tmp_path, result("recall", {"recall_10": 70.0, "map_at_r": 9.0}, dataset="sop", counts=counts))
     assert found["R@10"].figure == (73.9, "Table C5") and found["map_at_r"].figure is None
