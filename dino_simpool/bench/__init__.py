@@ -24,11 +24,11 @@ from dino_simpool.results import results_folder, versions
 
 
 def run(
-    name: str, cfg: Any, measure: Callable[[torch.device], dict[str, Any]], describe: Callable[[dict[str, Any]], str]
+    name: str, cfg: Any, out: str, measure: Callable[[torch.device], dict[str, Any]], describe: Callable[[dict[str, Any]], str]
 ) -> None:
-    """Measure on the device, write the record to cfg.out/<name>.json, and print its description."""
+    """Measure on the device, write the record to out/<name>.json, and print its description."""
     device = distributed.setup(cfg.device)
-    path = results_folder(cfg.out, "") / f"{name}.json"  # fails before the measurements if it cannot write there
+    path = results_folder(out, "") / f"{name}.json"  # fails before the measurements if it cannot write there
     record = {"benchmark": name, "config": dataclasses.asdict(cfg), "machine": machine(device)} | measure(device)
     write_json(path, record)
     print(f"{describe(record)}\nwritten to {path}")

@@ -41,7 +41,7 @@ def main(cfg: BenchDataConfig) -> None:
     """The command bench data."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    run("data", cfg, lambda device: measure_all(cfg, device), describe)
+    run("data", cfg, cfg.out, lambda device: measure_all(cfg, device), describe)
 
 
 def measure_all(cfg: BenchDataConfig, device: torch.device) -> dict[str, Any]:

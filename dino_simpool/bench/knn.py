@@ -78,7 +78,7 @@ def make_features(count: int, num_classes: int, *, cfg: BenchKnnConfig, seed: in
 
 def main(cfg: BenchKnnConfig) -> None:
     """The command bench knn."""
-    run("knn", cfg, lambda device: {"recall": measure_recall(cfg, device), "knn": measure_knn(cfg, device)}, describe)
+    run("knn", cfg, cfg.out, lambda device: {"recall": measure_recall(cfg, device), "knn": measure_knn(cfg, device)}, describe)
 
 
 def measure_recall(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:

@@ -192,8 +192,9 @@ def main(cfg: RetrievalConfig) -> None:
 def resolve(cfg: RetrievalConfig) -> dict[str, Any]:
     """image_size, multi_scale and query_crop: those given, else the preset's. ValueError for boxes
     in rotated images."""
-    preset = zip(("image_size", "multi_scale", "query_crop"), PRESETS[cfg.preset][cfg.dataset], strict=True)
-    settings = {name: default if getattr(cfg, name) is None else getattr(cfg, name) for name, default in preset}
+    given = {"image_size": cfg.image_size, "multi_scale": cfg.multi_scale, "query_crop": cfg.query_crop}
+    preset = zip(given, PRESETS[cfg.preset][cfg.dataset], strict=True)
+    settings = {name: default if given[name] is None else given[name] for name, default in preset}
     if settings["query_crop"] and cfg.exif_orientation:
         raise ValueError("exif_orientation must be false with query_crop: boxes belong to the pixels as they are stored")
     return settings
