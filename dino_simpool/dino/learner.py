@@ -30,13 +30,7 @@ from dino_simpool.data.feed import HALF, Batch
 from dino_simpool.dino.loss import DinoLoss
 from dino_simpool.dino.model import DinoHead, DinoModel, make_teacher
 from dino_simpool.dino.monitor import Monitor, effective_rank, feature_spread
-from dino_simpool.dino.optim import (
-    build_optimizer,
-    clip_gradients,
-    drop_last_layer_gradients,
-    ema_update,
-    set_hyperparameters,
-)
+from dino_simpool.dino.optim import build_optimizer, clip_gradients, drop_last_layer_gradients, ema_update, set_hyperparameters
 from dino_simpool.dino.plan import Plan, StepValues, make_plan
 from dino_simpool.failures import NonFiniteLoss
 from dino_simpool.models.encoder import Encoder, build_encoder

@@ -18,23 +18,16 @@ import torch
 from torch import Tensor
 
 PATIENCE = 40
-"""Steps for which a sign must last without a break.
-
-The center needs them to forget its start: 0.9 ** 40 = 0.015.
-"""
+"""Steps for which a sign must last without a break. The center needs them to forget its start
+(0.9 ** 40 = 0.015)."""
 UNIFORM = 1e-3
-"""Uniform teacher: its entropy is this close to ln K, as a share of ln K.
-
-Untrained encoders, centered: 0.004 and more.
-"""
+"""Uniform teacher: its entropy is this close to ln K, as a share of ln K. Untrained encoders,
+centered: 0.004 and more."""
 SAME = 0.02
 """The same features for all images: their spread is below this. Untrained encoders: 0.27 and up."""
 CONSTANT, DIVERSE = 0.05, 0.5
-"""One prototype for all: loss and entropy are below 0.05 ln K.
-
-Not if the features are diverse (spread above 0.5): a small data set that has been memorized has
-many certain answers, not one.
-"""
+"""One prototype for all: loss and entropy are below 0.05 ln K. Not if the features are diverse
+(spread above 0.5): a small data set that has been memorized has many certain answers, not one."""
 FLAT, FLAT_STEPS = 5e-3, 1000
 """Not learning: the loss is this close to ln K for that many steps after the warm-up."""
 

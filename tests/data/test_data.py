@@ -145,13 +145,7 @@ def test_subset_takes_the_first_sorted_files_of_each_class(tmp_path):
 
 @pytest.mark.parametrize(
     ("total", "count", "expected"),
-    [
-        (1, 10, [0]),
-        (5, 5, [0, 1, 2, 3, 4]),
-        (5, 9, [0, 1, 2, 3, 4]),
-        (9, 3, [0, 4, 8]),
-        (7, 1, [0]),
-    ],
+    [(1, 10, [0]), (5, 5, [0, 1, 2, 3, 4]), (5, 9, [0, 1, 2, 3, 4]), (9, 3, [0, 4, 8]), (7, 1, [0])],
 )
 def test_evenly(total, count, expected):
     assert evenly(total, count).tolist() == expected

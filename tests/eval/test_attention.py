@@ -241,8 +241,7 @@ def test_sheet_shows_the_pictures_that_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fit", "expected"),
-    [("square", (24, 24)), ("shorter", (24, 60)), ("longer", (10, 24)), ("native", (20, 50))],
+    ("fit", "expected"), [("square", (24, 24)), ("shorter", (24, 60)), ("longer", (10, 24)), ("native", (20, 50))]
 )
 def test_fit(fit: str, expected: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8))

@@ -186,11 +186,7 @@ def test_zero_vectors_and_small_temperatures():
 
 def accuracy(train: Path, val: Path, encoder: nn.Module | None = None, **settings):
     return knn_accuracy(
-        encoder or TinyEncoder(),
-        class_folder(str(train)),
-        class_folder(str(val)),
-        Forward(TRANSFORM, 4, 0),
-        **settings,
+        encoder or TinyEncoder(), class_folder(str(train)), class_folder(str(val)), Forward(TRANSFORM, 4, 0), **settings
     )
 
 
