@@ -7,6 +7,22 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it
 
+from pathlib import Path
+
+import pytest
 import torch
+from PIL import EpsImagePlugin
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `gs` on the path that leaves a trace, which is returned; Pillow starts it to draw PostScript."""
+    program, trace = tmp_path / "bin" / "gs", tmp_path / "started"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow remembers whether there is one
+    return trace

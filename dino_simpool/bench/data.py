@@ -30,7 +30,7 @@ from dino_simpool.bench import interleave, medians, run
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, BenchDataConfig, CropsConfig
 from dino_simpool.data import ImageSet, TrainBatches, default_workers, evenly, find_images, keep_freed_memory, train_loader
 from dino_simpool.data.augment import MultiCrop, batch, pixels
-from dino_simpool.data.decode import EncodedImage
+from dino_simpool.data.decode import EncodedImage, safe_formats
 from dino_simpool.logs import text_table
 
 Way = Callable[[Sequence[EncodedImage]], Any]
@@ -106,7 +106,7 @@ def ways_of(crops: CropsConfig, crop: MultiCrop, *, seed: int) -> dict[str, Way]
 
     def by_published(files: Sequence[EncodedImage]) -> None:
         for file in files:
-            with Image.open(io.BytesIO(file.file)) as image:
+            with Image.open(io.BytesIO(file.file), formats=safe_formats()) as image:
                 published(image.convert("RGB"))
 
     def decode(files: Sequence[EncodedImage]) -> None:

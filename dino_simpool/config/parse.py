@@ -105,6 +105,9 @@ def _recipe(name: str) -> str:
 
 
 def _check_groups(config: type, values: dict[str, Any]) -> None:
+    """ConfigError where the library would read another file: a group that is text, and `config`."""
+    if "config" in values:
+        raise ConfigError("config is no option of a recipe: to merge recipes, write --config FIRST --config SECOND")
     for f in dataclasses.fields(config):
         if dataclasses.is_dataclass(f.default_factory) and not isinstance(values.get(f.name, {}), dict):
             raise ConfigError(f"{f.name} is a group of options: write {f.name}: {{NAME: VALUE}}")
@@ -113,15 +116,16 @@ def _check_groups(config: type, values: dict[str, Any]) -> None:
 def _check_recipe(path: str, config: type) -> str:
     """The path, after checks that the library lacks: groups are groups, no option comes twice."""
     try:
-        node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+        text = Path(path).read_text(encoding="utf-8")
+        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: {error.problem}" if isinstance(error, yaml.MarkedYAMLError) and mark else str(error)
         raise ConfigError(f"{path} is not YAML, {line}") from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path} is not a recipe: it has no options, such as `run: {{seed: 1}}`")
+    _check_groups(config, values)  # as loaded: aliases and merged mappings are resolved
     groups = {key.value: value for key, value in node.value if isinstance(value, yaml.MappingNode)}
-    _check_groups(config, {key.value: {} if key.value in groups else value.value for key, value in node.value})
     for prefix, mapping in [("", node), *((f"{name}.", group) for name, group in groups.items())]:
         keys = [key.value for key, _ in mapping.value]
         if twice := [key for key in keys if keys.count(key) > 1]:  # YAML would drop the first

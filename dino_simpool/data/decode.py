@@ -6,6 +6,10 @@ in three quarters of the time. Deviations from the published code:
 
 * Transparent pixels are composed on white. A plain conversion would show their hidden colors.
 * 16-bit samples keep their high byte. A plain conversion of 16-bit gray would clip them to white.
+* Files that Pillow would misread are refused by the property that it ignores: separate planes of
+  16 bits, signed and floating-point samples, samples of 32 bits, more than four bands.
+* 16-bit gray TIFF files with 0 as white are inverted, as those of 8 bits are by Pillow.
+* PostScript is refused: Pillow would start Ghostscript to draw it.
 * The EXIF orientation is ignored by default, as published. With `exif_orientation` the image is
   rotated according to its tag. (Pillow itself rotates TIFF files, with or without the option.)
 * The size in the header is checked against `max_pixels` before any pixel is decoded.
@@ -22,7 +26,7 @@ decoder does not notice (a changed byte in the data of a JPEG file) stays unnoti
 from __future__ import annotations
 
 import io
-import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +34,7 @@ from functools import cached_property
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from dino_simpool.config import MAX_PIXELS
 
@@ -50,6 +54,20 @@ _UPRIGHT = {
 """The operation that turns an image of each EXIF orientation upright; 1 is upright."""
 _ORIENTATION_TAGS = (b"Exif\0", b"tiff:Orientation")
 """Markers of EXIF data and XMP. Without them a JPEG has no orientation for Pillow."""
+
+
+_UNREADABLE = {
+    rb"%!PS|\xc5\xd0\xd3\xc6": "PostScript, which takes another program to draw; convert it to PNG",
+    rb"%PDF": "a PDF document; convert its pages to PNG",
+    rb"....ftyp(hei|hev|mif1|msf1)": "HEIC, which is not supported; convert it to JPEG",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL, which is not supported; convert it to PNG",
+    rb"....ftyp(?!avi[fs])|RIFF....AVI |\x1aE\xdf\xa3": "a video; extract its frames",
+    rb"version https://git-lfs": "a Git LFS pointer, not the image; run git lfs pull",
+    rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype svg[^>]*>\s*)?<svg": "an SVG drawing; convert it to PNG",
+    rb"\s*<(!doctype html|html|head)": "a web page, probably a failed download; download the image again",
+}
+"""Start of files that Pillow does not know, or is not allowed to open: what they are, what to do.
+The first that fits counts."""
 
 
 class BrokenImage(ValueError):
@@ -121,7 +139,7 @@ def read_rgb(
     source: the path of a file, or its bytes.   name: for errors; by default the path.
     max_pixels: the largest allowed width x height. A value above Pillow's own limit (MAX_PIXELS)
     raises that limit in this process.   BrokenImage if the file is missing, empty, truncated,
-    broken, too large or not an image, or has 32-bit samples, whose range is undefined.
+    broken, too large or not an image, or has samples or bands that are not supported.
     """
     with _opened(source, name=name, max_pixels=max_pixels) as image:
         rgb = _to_rgb(image)
@@ -150,6 +168,12 @@ def examine(source: str | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS
     return found
 
 
+def safe_formats() -> list[str]:
+    """Pillow's formats, in its order, but the one whose files are drawn by another program."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
 @contextmanager
 def _opened(source: str | bytes, *, name: str, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """Open a file, with its header read and its size checked. Any error becomes a BrokenImage."""
@@ -158,9 +182,10 @@ def _opened(source: str | bytes, *, name: str, max_pixels: int) -> Iterator[Imag
     if limit is not None and max_pixels > max(MAX_PIXELS, 2 * limit):
         Image.MAX_IMAGE_PIXELS = max_pixels  # only raised, and on request: Pillow checks crops too
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=safe_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
+            _check_samples(image)
             yield image
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error
         raise BrokenImage(name, " ".join(_reason(error, source, max_pixels).split())) from error
@@ -171,8 +196,12 @@ def _reason(error: Exception, source: str | bytes, max_pixels: int) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more than max_pixels {max_pixels:,}; raise max_pixels if the file is valid"
     if isinstance(error, UnidentifiedImageError):
-        empty = (len(source) if isinstance(source, bytes) else os.path.getsize(source)) == 0
-        return "it is empty" if empty else "it is not an image of a known format"
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            start = file.read(256)
+        named = (
+            f"it is {what}" for pattern, what in _UNREADABLE.items() if re.match(pattern, start, re.IGNORECASE | re.DOTALL)
+        )
+        return next(named, "it is not an image of a known format" if start else "it is empty")
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # the full text would repeat the path
     return str(error) or type(error).__name__
@@ -186,11 +215,28 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _check_samples(image: Image.Image) -> None:
+    """ValueError, by the property that Pillow ignores, if it would misread the samples."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        bits, bands = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))), tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+        if bands > 4:
+            raise ValueError(f"it has {bands} bands; at most 4 are supported")
+        if kind := {2: "signed", 3: "floating-point"}.get(max(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)))):
+            raise ValueError(f"it has {kind} samples; only unsigned samples of 8 and 16 bits are supported")
+        if bits == 16 and bands > 1 and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2:
+            raise ValueError("it has 16-bit samples in separate planes; store the bands of a pixel together")
+    else:  # Pillow reads PGM files of 16 bits as 32-bit integers
+        bits = 32 if image.mode == "F" or (image.mode == "I" and image.format != "PPM") else 8
+    if bits not in (1, 2, 4, 8, 16):
+        raise ValueError(f"it has {bits}-bit samples; only 8 and 16 bits are supported")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+    if image.mode.startswith("I"):
         samples = np.asarray(image)
-        if samples.dtype.kind == "f" or samples.min() < 0 or samples.max() > 65535:
-            raise ValueError("it has 32-bit samples; only 8 and 16 bits are supported")
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0:
+            samples = 65535 - samples  # 0 is white, which Pillow heeds up to 8 bits
         image = Image.fromarray((samples >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

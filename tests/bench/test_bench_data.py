@@ -60,7 +60,7 @@ def test_each_way_does_its_work_on_every_file(monkeypatch: pytest.MonkeyPatch):
     decoded: list[str] = []
     pixels, opened = EncodedImage.pixels, Image.open
     monkeypatch.setattr(EncodedImage, "pixels", lambda file, **options: decoded.append("ours") or pixels(file, **options))
-    monkeypatch.setattr(Image, "open", lambda file: decoded.append("pillow") or opened(file))
+    monkeypatch.setattr(Image, "open", lambda file, formats: decoded.append("pillow") or opened(file, formats=formats))
     finished: list[int] = []
     finish = bench_data.MultiCrop.finish
 

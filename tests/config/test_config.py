@@ -108,6 +108,18 @@ def test_recipe_that_is_none(tmp_path: Path, text: str, words: str) -> None:
     assert refusal("--config", path).startswith(f"{path} {words}")
 
 
+@pytest.mark.parametrize("text", ["config: {file}", "<<: {{config: {file}}}", "run: {file}", "<<: {{run: {file}}}"])
+def test_a_recipe_reads_no_other_file(tmp_path: Path, text: str) -> None:
+    """`config: /etc/passwd` would be read, and printed in the error."""
+    (tmp_path / "secret.txt").write_text("secret\n")
+    said = refusal("--config", recipe(tmp_path, text.format(file=tmp_path / "secret.txt")))
+    assert "secret" not in said.replace("secret.txt", "")
+    assert said.startswith(("config is no option of a recipe: to merge recipes, write", "run is a group of options"))
+    for values in ({"config": str(tmp_path / "secret.txt")}, {"run": str(tmp_path / "secret.txt")}):
+        with pytest.raises(ConfigError, match=r"^(config is no option|run is a group)"):
+            from_dict(TrainConfig, values)
+
+
 def test_recipe_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"run: {out: \xe9}\n")
     assert "is not YAML" in refusal("--config", str(tmp_path / "recipe.yaml"))

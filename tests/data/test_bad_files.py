@@ -25,7 +25,7 @@ from dino_simpool.features.encode import Forward
 from dino_simpool.train import train
 
 NUM_IMAGES = 40
-BROKEN = {"a/07.png": "it is not an image of a known format", "b/08.png": "it is empty"}
+BROKEN = {"a/07.png": "it is a web page, probably a failed download; download the image again", "b/08.png": "it is empty"}
 """Five per cent, with what is wrong; their turns are in the first and the third step."""
 FOUND = dict(zip((7, 28), BROKEN.values(), strict=True))
 LISTED = "".join(f"{name}\t{reason}\n" for name, reason in BROKEN.items())

@@ -267,21 +267,33 @@ def png(path: Path, samples: np.ndarray) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
-def tiff(path: Path, samples: np.ndarray, *, order: str = "<") -> None:
-    """An uncompressed TIFF file of (H, W, 1 or 3) samples of 16 bits."""
-    height, width, channels = samples.shape
-    body = samples.astype(f"{order}u2").tobytes()
-    bits_at, strip_at = 8, 16
-    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, bits_at if channels > 1 else 16), (259, 3, 1, 1),
-               (262, 3, 1, 2 if channels == 3 else 1), (273, 4, 1, strip_at), (277, 3, 1, channels), (278, 4, 1, height),
-               (279, 4, 1, len(body))]  # fmt: skip
-    start = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, strip_at + len(body))
-    bits = struct.pack(f"{order}4H", *[16] * channels, *[0] * (4 - channels))
-    directory = struct.pack(f"{order}H", len(entries))
-    for tag, kind, count, value in entries:
-        packed = struct.pack(f"{order}HH", value, 0) if kind == 3 and count == 1 else struct.pack(f"{order}I", value)
-        directory += struct.pack(f"{order}HHI", tag, kind, count) + packed
-    path.write_bytes(start + bits + body + directory + struct.pack(f"{order}I", 0))
+def tiff(
+    path: Path, samples: np.ndarray, *, order: str = "<", white: int = 255, separate: bool = False, sample_format: int = 1
+) -> None:
+    """An uncompressed TIFF file of samples (H, W, bands), written as the TIFF 6.0 specification says.
+
+    white: 0 for photometric interpretation WhiteIsZero.   separate: a strip for each band.
+    """
+    height, width, bands = samples.shape
+    planes = np.moveaxis(samples, -1, 0) if separate else samples[None]
+    strips = [plane.astype(samples.dtype.newbyteorder(order)).tobytes() for plane in planes]
+    offsets = [8 + sum(map(len, strips[:i])) for i in range(len(strips))]
+    photometric = 2 if bands >= 3 else int(white != 0)
+    extra = [0] * (bands - (3 if bands >= 3 else 1))
+    fields = {256: [width], 257: [height], 258: [8 * samples.itemsize] * bands, 259: [1], 262: [photometric], 273: offsets,
+              277: [bands], 278: [height], 279: [len(strip) for strip in strips], 284: [2 if separate else 1],
+              338: extra, 339: [sample_format] * bands}  # fmt: skip
+    directory, values = struct.pack(f"{order}H", sum(map(bool, fields.values()))), b"".join(strips)
+    for tag, numbers in fields.items():
+        if not numbers:
+            continue
+        kind, letter = (4, "I") if tag in (273, 279) else (3, "H")
+        packed = struct.pack(f"{order}{len(numbers)}{letter}", *numbers)
+        if len(packed) > 4:
+            values, packed = values + packed, struct.pack(f"{order}I", 8 + len(values))
+        directory += struct.pack(f"{order}HHI", tag, kind, len(numbers)) + packed.ljust(4, b"\0")
+    start = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(values))
+    path.write_bytes(start + values + directory + struct.pack(f"{order}I", 0))
 
 
 def pixels(path: Path) -> np.ndarray:

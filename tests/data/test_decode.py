@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,6 +264,95 @@ def test_16_bit_samples_keep_their_high_byte(tmp_path: Path, kind: str, channels
     np.testing.assert_array_equal(pixels(str(tmp_path / "x")), expected[..., None].repeat(3, -1))
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_gray_tiff_files_with_0_as_white_are_no_negatives(tmp_path: Path, kind: type) -> None:
+    samples = np.random.default_rng(0).integers(0, 256, (9, 7, 1)).astype(kind)
+    samples = samples * 257 if kind is np.uint16 else samples
+    tiff(tmp_path / "x.tif", np.iinfo(kind).max - samples, white=0)
+    expected = (samples // (257 if kind is np.uint16 else 1)).repeat(3, -1)
+    np.testing.assert_array_equal(pixels(str(tmp_path / "x.tif")), expected)
+
+
+def test_tiff_files_with_separate_planes_of_8_bits(tmp_path: Path) -> None:
+    tiff(tmp_path / "x.tif", noise(9, 7), separate=True)
+    np.testing.assert_array_equal(pixels(str(tmp_path / "x.tif")), noise(9, 7))
+
+
+@pytest.mark.parametrize(
+    "kind, bands, options, reason",
+    [
+        ("u2", 3, {"separate": True}, "it has 16-bit samples in separate planes"),
+        ("u2", 3, {"separate": True, "order": ">"}, "it has 16-bit samples in separate planes"),
+        ("u4", 1, {}, "it has 32-bit samples"),
+        ("i4", 1, {"sample_format": 2}, "it has signed samples"),
+        ("i2", 1, {"sample_format": 2}, "it has signed samples"),
+        ("f4", 1, {"sample_format": 3}, "it has floating-point samples"),
+        ("u1", 5, {}, "it has 5 bands"),
+        ("u1", 6, {}, "it has 6 bands"),
+    ],
+)
+def test_tiff_files_that_pillow_would_misread_are_refused(
+    tmp_path: Path, kind: str, bands: int, options: dict[str, Any], reason: str
+) -> None:
+    """Values of 0 to 255 are in the range of every kind: only the declared properties tell."""
+    samples = np.random.default_rng(0).integers(0, 256, (9, 7, bands)).astype(kind)
+    tiff(tmp_path / "x.tif", samples, **options)
+    for read in (read_rgb, examine):
+        with pytest.raises(BrokenImage, match=reason):
+            read(str(tmp_path / "x.tif"))
+
+
+def test_32_bit_integers_of_another_format_are_refused(tmp_path: Path) -> None:
+    """A FITS file of 32-bit integers would turn black."""
+    cards = ("SIMPLE  = T", "BITPIX  = 32", "NAXIS   = 2", "NAXIS1  = 9", "NAXIS2  = 7", "END")
+    header = "".join(card.ljust(80) for card in cards)
+    (tmp_path / "x.fits").write_bytes(header.ljust(2880).encode() + np.arange(63, dtype=">i4").tobytes())
+    with pytest.raises(BrokenImage, match="it has 32-bit samples"):
+        read_rgb(str(tmp_path / "x.fits"))
+
+
+def test_16_bit_pgm_files_keep_their_high_byte(tmp_path: Path) -> None:
+    """Pillow opens them as 32-bit integers too."""
+    (tmp_path / "x.pgm").write_bytes(b"P5 3 1 65535\n" + bytes([0, 255, 18, 255, 255, 255]))
+    np.testing.assert_array_equal(pixels(str(tmp_path / "x.pgm"))[0, :, 0], [0, 18, 255])
+
+
+@pytest.mark.parametrize("start", [b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xc5\xd0\xd3\xc6" + bytes(28)])
+def test_no_image_file_starts_another_program(tmp_path: Path, ghostscript: Path, start: bytes) -> None:
+    file = start + b"%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "x.png").write_bytes(file)
+    for source in (file, str(tmp_path / "x.png")):
+        with pytest.raises(BrokenImage, match="it is PostScript"):
+            read_rgb(source)
+    assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize(
+    "start, named",
+    [
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\xff\x0a\x00\x10", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2", "a video"),
+        (b"RIFF\x0a\x0a\0\0AVI LIST", "a video"),
+        (b"\x1aE\xdf\xa3\x01\0\0\0", "a video"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a Git LFS pointer"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'>", "an SVG drawing"),
+        (b"<?xml version='1.0'?>\n<!-- by hand -->\n<svg>", "an SVG drawing"),
+        (b"<!DOCTYPE html><html><svg>", "a web page"),
+        (b"\n<html lang=en>", "a web page"),
+        (b"plain text", "not an image of a known format"),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path: Path, start: bytes, named: str) -> None:
+    (tmp_path / "x.jpg").write_bytes(start + bytes(400))
+    for source in (start + bytes(400), str(tmp_path / "x.jpg")):
+        with pytest.raises(BrokenImage, match=f"it is {named}"):
+            read_rgb(source)
+
+
 def test_examine_names_what_is_unusual(tmp_path: Path) -> None:
     ordinary = Image.fromarray(noise(32, 40))
     samples = np.full((32, 40, 3), 40_000, np.uint16)
@@ -320,7 +410,7 @@ def test_a_truncated_file_is_broken(kind: str, share: float) -> None:
     "content, reason",
     [
         (b"", "it is empty"),
-        (TEXT, "it is not an image of a known format"),
+        (TEXT, "it is a web page, probably a failed download; download the image again"),
         (b"\xff\xd8\xff", "it is not an image of a known format"),
     ],
 )
@@ -461,7 +551,7 @@ def test_replacements_depend_on_no_worker_process_or_start(pair: tuple[ImageSet,
 
 def test_evaluation_replaces_nothing(pair: tuple[ImageSet, ImageSet, set[int]]) -> None:
     _, spoilt, _ = pair
-    with pytest.raises(BrokenImage, match=r"07\.jpg cannot be read as an image \(it is not an image of a known format\)"):
+    with pytest.raises(BrokenImage, match=r"07\.jpg cannot be read as an image \(it is a web page, [^)]*\)"):
         collect(index_loader(spoilt, EVALUATE, [5, 6, 7], batch_size=3, workers=0, device=CPU))
 
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig, ModelConfig
@@ -29,6 +29,15 @@ def write_set(root, masks: dict[str, np.ndarray], seed: int = 0) -> None:
         ):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
+
+
+def test_no_mask_starts_another_program(tmp_path, ghostscript):
+    write_set(tmp_path, {"a/0": np.ones((9, 9), bool)})
+    mask = tmp_path / "masks/val/a/0.png"
+    mask.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(UnidentifiedImageError, match=r"0\.png"):
+        read_mask(mask, ImageSet(str(tmp_path / "val"), ["a/0.png"]), 0)
+    assert not ghostscript.exists()
 
 
 def test_evaluate_equals_a_loop_and_leaves_the_encoder_as_it_was(tmp_path):
