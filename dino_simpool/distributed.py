@@ -115,6 +115,11 @@ def barrier() -> None:
         dist.barrier()
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """For sums and means of many numbers: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum over the processes, as a new tensor."""
     total = tensor.clone()
@@ -141,11 +146,7 @@ def any_process(*asked: bool) -> list[bool]:
 
     All processes call this together, on the CPU.
     """
-    if world_size() == 1:
-        return list(asked)
-    flags = torch.tensor([float(each) for each in asked])
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return flags.bool().tolist()
+    return all_max(torch.tensor([float(each) for each in asked])).bool().tolist()
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -54,8 +54,8 @@ class Means:
     """Running sums of a learner's metrics over both spans: (2, 1 + metrics), steps first."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        self.names, self.sums = names, torch.zeros(2, 1 + len(names), dtype=exact, device=device)
+        self.names = names
+        self.sums = torch.zeros(2, 1 + len(names), dtype=distributed.exact_dtype(device), device=device)
 
     @torch.no_grad()
     def add(self, metrics: dict[str, Tensor]) -> None:

@@ -13,7 +13,6 @@ wall-clock time. `device` has the speed of the device's part.
 
 from __future__ import annotations
 
-import io
 import random
 import time
 from collections import defaultdict
@@ -30,7 +29,7 @@ from dino_simpool.bench import interleave, medians, run
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, BenchDataConfig, CropsConfig
 from dino_simpool.data import ImageSet, TrainBatches, default_workers, evenly, find_images, keep_freed_memory, train_loader
 from dino_simpool.data.augment import MultiCrop, batch, pixels
-from dino_simpool.data.decode import EncodedImage, safe_formats
+from dino_simpool.data.decode import EncodedImage, open_image
 from dino_simpool.logs import text_table
 
 Way = Callable[[Sequence[EncodedImage]], Any]
@@ -106,7 +105,7 @@ def ways_of(crops: CropsConfig, crop: MultiCrop, *, seed: int) -> dict[str, Way]
 
     def by_published(files: Sequence[EncodedImage]) -> None:
         for file in files:
-            with Image.open(io.BytesIO(file.file), formats=safe_formats()) as image:
+            with open_image(file.file) as image:
                 published(image.convert("RGB"))
 
     def decode(files: Sequence[EncodedImage]) -> None:

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -168,10 +169,12 @@ def examine(source: str | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS
     return found
 
 
-def safe_formats() -> list[str]:
-    """Pillow's formats, in its order, but the one whose files are drawn by another program."""
+def open_image(source: str | bytes | Path) -> ImageFile.ImageFile:
+    """Image.open of a path or of the bytes of a file. It starts no other program: of Pillow's
+    formats, only PostScript needs one, and is left out. Errors are Pillow's."""
     Image.init()
-    return [name for name in Image.ID if name != "EPS"]
+    formats = [name for name in Image.ID if name != "EPS"]
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
 @contextmanager
@@ -182,7 +185,7 @@ def _opened(source: str | bytes, *, name: str, max_pixels: int) -> Iterator[Imag
     if limit is not None and max_pixels > max(MAX_PIXELS, 2 * limit):
         Image.MAX_IMAGE_PIXELS = max_pixels  # only raised, and on request: Pillow checks crops too
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=safe_formats()) as image:
+        with open_image(source) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
             _check_samples(image)

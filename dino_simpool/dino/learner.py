@@ -82,7 +82,7 @@ class DinoLearner:
         NonFiniteLoss leaves the weights as they were.
         """
         center = self.loss.center
-        exact = _exact(center.device)
+        exact = distributed.exact_dtype(center.device)
         set_hyperparameters(self.optimizer, values.lr, values.weight_decay)
         self.optimizer.zero_grad(set_to_none=True)
         summed = torch.zeros(3, dtype=exact, device=center.device)
@@ -137,7 +137,7 @@ class DinoLearner:
         rows = self.features.flatten(0, 1).float()
         spread, rank = math.nan, math.nan
         if len(rows) >= 8:  # two views of a handful of images say nothing about a collapse
-            measured = torch.stack([feature_spread(rows), effective_rank(rows)]).to(_exact(rows.device))
+            measured = torch.stack([feature_spread(rows), effective_rank(rows)]).to(distributed.exact_dtype(rows.device))
             spread, rank = distributed.all_mean(measured).tolist()
         out_dim = self.loss.center.shape[1]
         log_k = math.log(out_dim)
@@ -232,11 +232,6 @@ def compile_blocks(model: DinoModel) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(blocks))
     for block in blocks:
         block.compile()
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    """float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _not_finite_anywhere(loss: Tensor) -> tuple[Tensor, torch.Event | None]:

@@ -14,17 +14,15 @@ H, W: pixels of the image.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, evenly
-from dino_simpool.data.decode import safe_formats
+from dino_simpool.data.decode import open_image
 from dino_simpool.eval import run
 from dino_simpool.features.encode import Forward, preprocessing
 from dino_simpool.features.maps import attention_maps, cell_coverage, seen_box, shares
@@ -80,11 +78,7 @@ def read_mask(path: Path, images: ImageSet, index: int) -> np.ndarray:
     image = images.path(index)
     if not path.is_file():
         raise ValueError(f"{image} has no mask {path}: give a data set with masks/<split>/<class>/<name>.png for each image")
-    formats = safe_formats()
-    with (
-        Image.open(path, formats=formats) as mask,
-        Image.open(io.BytesIO(images.read_bytes(index)), formats=formats) as original,
-    ):
+    with open_image(path) as mask, open_image(images.read_bytes(index)) as original:
         if mask.size != original.size:
             raise ValueError(
                 f"mask {path} has {mask.width} x {mask.height} pixels, its image {original.width} x {original.height}: "
