@@ -6,7 +6,8 @@ import dataclasses
 import errno
 import hashlib
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,7 +96,11 @@ class ImageSet:
 
     def read(self, index: int) -> Image.Image:
         """One image as RGB, cropped to its box, if any. BrokenImage if it cannot be read."""
-        image = self.encoded(index).rgb()
+        return self.decoded(index, self.encoded(index))
+
+    def decoded(self, index: int, file: EncodedImage) -> Image.Image:
+        """`read`, with the file that `encoded` has read."""
+        image = file.rgb()
         if self.boxes is None:
             return image
         left, top, right, bottom = box = tuple(round(side) for side in self.boxes[index].tolist())
@@ -149,7 +154,7 @@ def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
     folder count as unpacked there: in a folder of shards, the classes are the top-level folders
     inside the shards. `subset_per_class` takes the first N images of each class.
     FileNotFoundError for a missing folder; ValueError if there are no class folders, one has no
-    images, or images lie outside of them.
+    images, two have the same `composed` name, or images lie outside of them.
     """
     root = folder_or_archive(root)
     if is_compressed(root):
@@ -162,8 +167,25 @@ def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
         problem = f"class folder {empty[0]} has no images" if empty else "no class folders"
         raise ValueError(f"{problem} in {root}: give a folder of the form DIR/CLASS/IMAGE, with files ending in {_ENDINGS}")
     index = _classes_only(root, index, subset_per_class)
+    if twins := same_names(index.groups):
+        raise ValueError(f"{twins} in {root}: put their images into one folder")
     labels = np.repeat(np.arange(len(index.groups)), index.counts)
     return ImageSet(root, index, labels, tuple(index.groups))
+
+
+def composed(name: str) -> str:
+    """A class name as it is compared: in Unicode's composed form (NFC). File systems differ in how
+    they store an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+def same_names(names: Iterable[str]) -> str:
+    """The first two names that differ only in how accents are stored, in words; "" for none."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(composed(name), name)) != name:
+            return f"class folders {other!a} and {name!a} have one name, with its accents stored in two ways"
+    return ""
 
 
 def evenly(total: int, count: int) -> np.ndarray:

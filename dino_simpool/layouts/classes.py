@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dino_simpool.data import find_images, folder_or_archive
+from dino_simpool.data import composed, find_images, folder_or_archive, same_names
 from dino_simpool.layouts.layout import Layout, Parts, Problems
 
 
@@ -26,7 +26,9 @@ def _read_imagenet(folder: Path, problems: Problems) -> Parts:
         if loose := counts.pop("", 0):
             problems.append(f"{root}: {loose:,} images are not in a class folder, the first {images.name(0)}")
         problems += [f"{root}/{name}: the class folder has no images" for name, count in counts.items() if not count]
-        folders[split] = set(counts)
+        if twins := same_names(counts):
+            problems.append(f"{root}: {twins}")
+        folders[split] = set(map(composed, counts))
     if len(folders) == 2:
         for split, other in (("train", "val"), ("val", "train")):
             if extra := sorted(folders[split] - folders[other]):

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from dino_simpool.data import ImageSet
+from dino_simpool.data.decode import EncodedImage
 from dino_simpool.layouts.ground_truth import read_ground_truth
 from dino_simpool.layouts.layout import Layout, Parts, Problems, listed_images, load
 
@@ -47,14 +48,14 @@ LANDMARKS = {
 class LenientImageSet(ImageSet):
     """Images that may be truncated. Missing rows become gray, with a warning, as published."""
 
-    def read(self, index: int) -> Image.Image:
-        """Like ImageSet.read, with a ValueError only if no part of the image can be read."""
+    def decoded(self, index: int, file: EncodedImage) -> Image.Image:
+        """Like ImageSet.decoded, with a ValueError only if no part of the image can be read."""
         try:
-            return super().read(index)
+            return super().decoded(index, file)
         except ValueError as error:
             before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
             try:
-                image = super().read(index)
+                image = super().decoded(index, file)
             finally:
                 ImageFile.LOAD_TRUNCATED_IMAGES = before
             warnings.warn(f"{error}; the readable part is used", stacklevel=2)

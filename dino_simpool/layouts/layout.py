@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_simpool.data import IMAGE_SUFFIXES, ImageSet
+from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, composed
 
 SHOWN = 20
 """The number of missing files that are named."""
@@ -70,7 +70,7 @@ def load(name: str, root: str, layouts: Mapping[str, Layout]) -> Parts:
 
 def part_counts(parts: Parts) -> dict[str, int]:
     """The number of images of each part, and of classes in all parts if there are classes."""
-    classes = {name for images in parts.values() for name in images.classes}
+    classes = {composed(name) for images in parts.values() for name in images.classes}
     return {name: len(images) for name, images in parts.items()} | ({"classes": len(classes)} if classes else {})
 
 

@@ -232,6 +232,20 @@ def test_imagenet_in_archives(tmp_path: Path) -> None:
     assert "val.tar cannot be read as an archive" in check_layout("imagenet", str(root))[0]
 
 
+def test_accents_of_class_folders_may_be_stored_in_two_ways(tmp_path: Path) -> None:
+    """In train and val, but not in one of them."""
+    root = BUILDERS["imagenet"](tmp_path)
+    expected = check_layout("imagenet", str(root))
+    composed, decomposed = "K\u00e4tzchen", "Ka\u0308tzchen"
+    for split, name in (("train", composed), ("val", decomposed)):
+        first = sorted((root / split).iterdir())[0]
+        first.rename(first.with_name(name))
+    assert check_layout("imagenet", str(root)) == expected
+    shutil.copytree(root / "val" / decomposed, root / "val" / composed)
+    said = r"class folders 'Ka\u0308tzchen' and 'K\xe4tzchen' have one name, with its accents stored in two ways"
+    assert f"{root / 'val'}: {said}" in check_layout("imagenet", str(root))
+
+
 def test_all_problems_are_listed_and_the_reader_says_how_many(tmp_path: Path) -> None:
     BUILDERS["inshop"](tmp_path)
     for part in ("01_1_front", "01_4_full"):  # a query and a gallery image

@@ -1,0 +1,172 @@
+"""The labeled images to learn from, and those to measure on: where they are, and how their classes
+are matched.
+
+Nothing is guessed: an error names what is there in place of a missing folder, and the option or the
+command that serves. Class names are compared in Unicode's composed form (NFC), because file systems
+differ in how they store an accent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from itertools import islice, product
+from pathlib import Path
+
+import numpy as np
+
+from dino_simpool.data.archives import ARCHIVE_SUFFIXES, IMAGE_SUFFIXES
+from dino_simpool.data.scan import is_archive
+from dino_simpool.data.sources import ImageSet, class_folder, composed, folder_or_archive
+from dino_simpool.logs import say
+
+NAMES = {"train": ("train", "training", "trn"), "val": ("val", "valid", "validation", "dev", "test", "testing", "eval")}
+"""Words by which the folders of a data set are recognized, for advice only."""
+LIST_SUFFIXES = (".txt", ".csv", ".tsv")
+_ROWS = 200  # of a list that are looked at
+_SHOWN = 6  # entries of a folder that are named
+
+
+def labeled_sets(
+    train: str,
+    val: str,
+    *,
+    inside: str = "",
+    options: tuple[str, str] = ("--train", "--val"),
+    subset_per_class: int | None = None,
+) -> tuple[ImageSet, ImageSet]:
+    """Two class folders: to learn from (perhaps the first images of each class), and to measure on.
+
+    train, val: paths, below the folder `inside` if that is given. options: that set them.
+    FileNotFoundError for one that is missing, ValueError if it has no class folders or if val has a
+    class that train lacks; both say what to give instead.
+    """
+    learn = _class_folder(train, inside, options[0], "train", subset_per_class=subset_per_class)
+    measure = _class_folder(val, inside, options[1], "val", known=learn)
+    if same_source(learn.root, measure.root):
+        say(f"warning: {options[0]} and {options[1]} are the same images, {learn.root}: each will find itself")
+    return learn, measure
+
+
+def find_split(name: str, *, inside: str = "", option: str = "--val", role: str = "val") -> str:
+    """The path of a part of a data set, inside/name, or the archive of it.
+
+    FileNotFoundError if it is missing, with what is there instead. role: train or val.
+    """
+    root = folder_or_archive(os.path.join(inside, name))
+    if os.path.exists(root):
+        return root
+    folder = Path(os.path.dirname(root) or ".")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{root} does not exist, {folder} is no folder: give the one that holds {os.path.basename(root)}"
+        )
+    visible = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    entries = [path for path in visible if path.is_dir() or is_archive(path.name)]
+    if usable := [path for path in entries if set(_words(path)) & set(NAMES[role]) and _may_have_classes(path)]:
+        advice = " or ".join(f"{option} {_value(path, inside)}" for path in usable)
+        raise FileNotFoundError(
+            f"{root} does not exist, but there is {' and '.join(path.name for path in usable)}: give {advice}"
+        )
+    above = os.path.dirname(os.path.abspath(folder))
+    if inside and os.path.exists(folder_or_archive(os.path.join(above, name))):
+        raise FileNotFoundError(f"{root} does not exist, but {above} has {name}: give --data {shlex.quote(above)}")
+    held = ", ".join(path.name for path in entries[:_SHOWN]) + (", ..." if len(entries) > _SHOWN else "")
+    there = f"only {held}" if held else "nor any other folder"
+    raise FileNotFoundError(f"{root} does not exist, {there}: give {option} NAME, a folder of the form NAME/CLASS/IMAGE")
+
+
+def class_numbers(images: ImageSet, train: ImageSet) -> np.ndarray:
+    """The classes (M,) int64 of labeled images, numbered as in `train`. ValueError if `train` lacks
+    one."""
+    assert images.labels is not None
+    number = {composed(name): i for i, name in enumerate(train.classes)}
+    if missing := [name for name in images.classes if composed(name) not in number]:
+        raise ValueError(
+            f"class {missing[0]} of {images.root} is not among the {len(number)} classes of {train.root} "
+            f"({len(missing)} such): use the same class folders in both"
+        )
+    return np.array([number[composed(name)] for name in images.classes], dtype=np.int64)[images.labels]
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two sources are the same folder or archive, through links too, or one is the other
+    packed (train.tar beside train/)."""
+    stems = set()
+    for path in map(os.path.realpath, (one, other)):
+        stem, suffix = os.path.splitext(path)
+        stems.add(stem if suffix.lower() in ARCHIVE_SUFFIXES else path)
+    return len(stems) == 1 or os.path.samefile(one, other)
+
+
+def _class_folder(
+    name: str, inside: str, option: str, role: str, *, known: ImageSet | None = None, subset_per_class: int | None = None
+) -> ImageSet:
+    """A class folder, all classes of which `known` has too."""
+    root = find_split(name, inside=inside, option=option, role=role)
+    try:
+        images = class_folder(root, subset_per_class=subset_per_class)
+        if known is not None:
+            class_numbers(images, known)
+    except ValueError as error:
+        places = [Path(place) for place in (os.path.dirname(root) or ".", root) if os.path.isdir(place)]
+        paths = [path for place in places for path in place.iterdir()]
+        lists = [path for path in paths if path.suffix.lower() in LIST_SUFFIXES]
+        lists.sort(key=lambda path: (os.path.basename(root) not in path.stem, path))  # val.txt before train.txt
+        for path in lists:
+            if advice := _conversion(path, Path(root), known, option, inside):
+                raise ValueError(f"the images of {root} are in no class folders, but {advice}") from error
+        raise
+    return images
+
+
+def _conversion(path: Path, root: Path, known: ImageSet | None, option: str, inside: str) -> str:
+    """How to sort the images of `root` into class folders by a list of them and their classes; ""
+    if the file at `path` is something else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.rstrip("\n") for line in islice(file, _ROWS) if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        return ""
+    holder = root / "images" if (root / "images").is_dir() else root
+    separator = next((mark for mark in ("\t", ",") if lines and mark in lines[-1]), None)
+    rows = [line.split(separator) if separator else line.strip().split(None, 1) for line in lines]
+    if not rows or min(map(len, rows)) < 2:
+        return ""
+    for column, base in product((0, 1), (root.parent, holder)):
+        header = int(not rows[0][column].lower().endswith(IMAGE_SUFFIXES))
+        images = [base / row[column] for row in rows[header:]]
+        if images and all(image.parent == holder and image.is_file() for image in images):
+            break
+    else:
+        return ""
+    names = None if known is None else set(map(composed, known.classes))
+    for row in rows[header:]:
+        label = row[1 - column]
+        if not label or "/" in label or (names is not None and composed(label) not in names):
+            return f"{path} has labels such as {label!r}, which is no class of train: put each image into a folder of its class"
+    target = root.with_name(f"{root.name}_classes")
+    fields = ("image label" if column == 0 else "label image") + (" rest" if separator else "")
+    mark = {None: "", ",": "IFS=, ", "\t": "IFS=$(printf '\\t') "}[separator]
+    into, source, listed = (shlex.quote(os.path.abspath(place)) for place in (target, base, path))
+    loop = f'mkdir -p {into}/"$label" && ln -s {source}/"$image" {into}/"$label"/'
+    lines_of_images = f'tr -d "\\r" < {listed} | sed "/^[[:space:]]*$/d" | tail -n +{1 + header}'
+    command = f'{lines_of_images} | while {mark}read -r {fields} || [ -n "$image" ]; do {loop}; done'
+    return f"{path} says the class of each. Run `{command}`, then give {option} {_value(target, inside)}"
+
+
+def _may_have_classes(path: Path) -> bool:
+    """Whether a folder has folders in it, as class folders must; an archive may."""
+    return not path.is_dir() or any(entry.is_dir() for entry in os.scandir(path))
+
+
+def _words(path: Path) -> list[str]:
+    stem = path.stem if is_archive(path.name) else path.name
+    return re.split(r"[^a-z]+", stem.lower())
+
+
+def _value(path: Path, inside: str) -> str:
+    """A path as an option's value; options of a command with --data are relative to that."""
+    path = path.with_suffix("") if is_archive(path.name) else path
+    return shlex.quote(os.path.relpath(path, inside) if inside else str(path))
