@@ -128,14 +128,22 @@ def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -
     return [f"{group}.{name}: {old} -> {new}" for group, name, old, new in changed if (group, name) != ("run", "out")]
 
 
-def export_encoder(out: Path, encoder: Encoder, *, seed: int = 0, epochs: float | None = None) -> None:
+def export_encoder(
+    out: Path,
+    encoder: Encoder,
+    *,
+    seed: int = 0,
+    epochs: float | None = None,
+    num_images: int | None = None,
+    images: str | None = None,
+) -> None:
     """Write OUT/backbone.safetensors and OUT/model.json.
 
-    seed: the one that made the initial weights, for comparisons. epochs: of training behind the
-    weights, None if unknown.
+    seed: the one that made the initial weights, for comparisons. epochs, num_images, images: of
+    training behind the weights, how many images it had, and their digest; None if unknown.
     """
     # One entry: several would come in random order, and equal runs would write unequal files.
-    about = {"run": json.dumps({"seed": seed, "epochs": epochs})}
+    about = {"run": json.dumps({"seed": seed, "epochs": epochs, "num_images": num_images, "images": images})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     write_atomically(out / "backbone.safetensors", lambda path: save_file(tensors, path, metadata=about))
     write_json(out / "model.json", to_dict(encoder.config))
@@ -153,13 +161,13 @@ def load_encoder(
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        teacher, saved, seed, epochs = _read_export(path)
-        weights = {"teacher": teacher}
+        teacher, saved, run = _read_export(path)
+        weights, data, epochs = {"teacher": teacher}, run, run["epochs"]
     else:
-        state = read_state(path)
+        state = data = read_state(path)
         saved, run = state["config"]["model"], state["config"]["run"]
         steps_per_epoch = state.get("num_images", 0) // run["batch_size"]
-        seed, epochs = run["seed"], state["step"] / steps_per_epoch if steps_per_epoch else None
+        epochs = state["step"] / steps_per_epoch if steps_per_epoch else None
         parts = ((name, state[name]) for name in ("teacher", "student") if name in state)
         weights = {
             name: {key.removeprefix("encoder."): x for key, x in part.items() if key.startswith("encoder.")}
@@ -167,24 +175,27 @@ def load_encoder(
         }
     config = from_dict(ModelConfig, {**saved, **overrides})
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(run["seed"])
         encoder = build_encoder(config)
     if which != "untrained":
         if which not in weights:
             raise ValueError(f"{path} has no {which} weights, only {', '.join(weights)}")
         load_strict(encoder, weights[which], source=str(path))
-    encoder.epochs = 0.0 if which == "untrained" else epochs
+        encoder.epochs, encoder.num_images, encoder.images = epochs, data.get("num_images"), data.get("images")
+    else:
+        encoder.epochs = 0.0
     return encoder.eval()
 
 
-def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], int, float | None]:
-    """The weights, the options, the seed and the epochs that `export_encoder` wrote."""
+def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+    """The weights, the options, and what `export_encoder` wrote about the run: seed, epochs, and
+    except in files of version 0.1 num_images and images."""
     options = path.parent / "model.json"
     if not (path.is_file() and options.is_file()):
         raise FileNotFoundError(f"{path} needs to exist with model.json beside it: give a checkpoint of a run, or both files")
     try:
         with safe_open(path, "pt") as file:
             run = json.loads((file.metadata() or {})["run"])
-        return load_file(path), json.loads(options.read_text()), run["seed"], run["epochs"]
+        return load_file(path), json.loads(options.read_text()), {"seed": run["seed"], "epochs": run["epochs"], **run}
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} or model.json beside it cannot be read (truncated, or not of this tool): {error}") from error

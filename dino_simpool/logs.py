@@ -3,7 +3,8 @@
 log.jsonl holds one JSON object per line. Each has a "kind" and the "step" (number of optimizer
 steps) at which it was written. Lines of kind "epoch" also have the zero-based "epoch" that ended,
 and use the field names of the published SimPool training, which existing tools read: train_loss,
-train_entropy, train_KL_div, train_lr, train_wd, "k-NN": {"10": {"top1": ..., "top5": ...}}.
+train_entropy, train_KL_div, train_lr, train_wd, "k-NN": {"10": {"top1": ..., "top5": ...}}
+(and here "balanced", the mean over the classes).
 
 A resumed run starts at the step of its checkpoint, so later lines are dropped first. The lines of a
 step are written before the checkpoint of that step, so the file equals that of an uninterrupted run

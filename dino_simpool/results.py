@@ -72,9 +72,18 @@ def versions() -> dict[str, str]:
 
 
 def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any]:
-    """The encoder in the record: options, checkpoint with SHA-256, which weights, epochs."""
-    source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which, "epochs": encoder.epochs}
-    return dataclasses.asdict(encoder.config) | source
+    """The encoder in the record: options, checkpoint with SHA-256, which weights; epochs, number of
+    images and their digest of its training, None where the file does not say."""
+    source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which}
+    training = {"epochs": encoder.epochs, "num_images": encoder.num_images, "images": encoder.images}
+    return dataclasses.asdict(encoder.config) | source | training
+
+
+def overlap_note(overlap: dict[str, Any]) -> str:
+    """What a val set has in common with train (`eval.find_overlap`), in words; "" if nothing."""
+    equal, same = overlap.get("equal_files"), overlap.get("same_folder")
+    found = f"{equal} of {overlap.get('val')} val images are also in train (same bytes)" if equal or same else ""
+    return f"train and val are the same folder; {found}" if same else found
 
 
 def describe(record: dict[str, Any], path: Path) -> str:
@@ -85,4 +94,6 @@ def describe(record: dict[str, Any], path: Path) -> str:
     split = f"/{record['split']}" if record["split"] else ""
     lines = [f"{path.stem}{source}", f"  {record['dataset']}{split} ({counts})"]
     lines += [f"  {name:<18} {value:8.2f}{'' if name == 'ratio' else ' %'}" for name, value in record["metrics"].items()]
+    if said := overlap_note(record.get("overlap", {})):
+        lines.append(f"  warning: {said}")
     return "\n".join([*lines, f"  written to {path}"])

@@ -26,11 +26,11 @@ from dino_simpool.config import ConfigError, TrainConfig, dump, to_dict
 from dino_simpool.data import (
     EvalTransform,
     ImageSet,
-    class_folder,
     default_workers,
     evenly,
     find_images,
     keep_freed_memory,
+    labeled_sets,
     read_or_replace,
 )
 from dino_simpool.data.bad_files import BadFiles
@@ -44,6 +44,7 @@ from dino_simpool.learners import Learner, build_learner
 from dino_simpool.logs import RunLog, progress, say
 from dino_simpool.models.weights import weights_sha256
 from dino_simpool.pictures import overlay, strip, unnormalize
+from dino_simpool.results import overlap_note
 from dino_simpool.signals import stop_signals
 
 WINDOW, EPOCH = 0, 1
@@ -172,10 +173,13 @@ def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
     images = find_images(roots, subset_per_class=cfg.data.subset_per_class).with_decoding(**decoding)
     knn_sets = None
     if cfg.run.knn_train and cfg.run.knn_val:
-        knn_sets = (
-            class_folder(cfg.run.knn_train).with_decoding(**decoding),
-            class_folder(cfg.run.knn_val).with_decoding(**decoding),
+        bank, val = labeled_sets(
+            cfg.run.knn_train,
+            cfg.run.knn_val,
+            options=("--run.knn_train", "--run.knn_val"),
+            subset_per_class=cfg.run.knn_subset_per_class,
         )
+        knn_sets = bank.with_decoding(**decoding), val.with_decoding(**decoding)
     _images_of_one_pass(cfg)
     learner = build_learner(cfg, images, device)
     sizes = {cfg.crops.global_size, cfg.model.image_size} | ({cfg.crops.local_size} if cfg.crops.num_local else set())
@@ -280,15 +284,18 @@ def _end_epoch(run: Run) -> None:
         shown = run.knn_sets[1] if run.knn_sets is not None else run.images
         run.log.image("attention", _attention_strip(run, shown, transform), learner.steps)
     if due and run.knn_sets is not None:
-        record["k-NN"] = knn_accuracy(encoder, *run.knn_sets, Forward(transform, 128, cfg.data.workers), skip_broken=True)
-        top1 = record["k-NN"]["10"]["top1"]
-        say(f"epoch {epoch}: k-NN (k = 10) {top1:.2f} %")
+        found = knn_accuracy(encoder, *run.knn_sets, Forward(transform, 128, cfg.data.workers), skip_broken=True)
+        record["k-NN"] = found.percent
+        top1, balanced = (found.percent["10"][name] for name in ("top1", "balanced"))
+        shared = overlap_note(found.overlap)
+        say(f"epoch {epoch}: k-NN (k = 10) {top1:.2f} %, balanced {balanced:.2f} %{f'; warning: {shared}' if shared else ''}")
         if top1 > run.best:
             run.best = top1
             if distributed.is_main():
                 keep_state(run.out, "best.pth")
     if distributed.is_main():
-        export_encoder(run.out, encoder, seed=cfg.run.seed, epochs=learner.steps / plan.steps_per_epoch)
+        data = {name: run.facts[name] for name in ("num_images", "images")}
+        export_encoder(run.out, encoder, seed=cfg.run.seed, epochs=learner.steps / plan.steps_per_epoch, **data)
         if cfg.run.keep_every and (epoch + 1) % cfg.run.keep_every == 0:
             keep_state(run.out, f"epoch_{epoch + 1:04d}.pth")
     timings = run.feed.timings("epoch")

@@ -343,8 +343,10 @@ def test_the_epochs_behind_the_weights(tmp_path: Path) -> None:
     assert epochs == {"teacher": 7 / 3, "student": 7 / 3, "untrained": 0}
     save_state(tmp_path, state(7, num_images=1))  # no training makes it
     assert load_encoder(tmp_path / "last.pth").epochs is None
-    export_encoder(tmp_path, network(11).encoder, epochs=7 / 3)
+    export_encoder(tmp_path, network(11).encoder, epochs=7 / 3, num_images=9, images="5e1f")
     assert load_encoder(tmp_path / "backbone.safetensors").epochs == 7 / 3
+    found = [load_encoder(tmp_path / "backbone.safetensors", which=which) for which in ("teacher", "untrained")]
+    assert [(encoder.num_images, encoder.images) for encoder in found] == [(9, "5e1f"), (None, None)]
     export_encoder(tmp_path, network(11).encoder)
     assert load_encoder(tmp_path / "backbone.safetensors").epochs is None
 

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -293,8 +294,11 @@ def test_a_last_epoch_that_is_partial_is_logged_and_stays(images: Path, tmp_path
         train(cfg)
         epochs = [(line["epoch"], line["step"], "k-NN" in line) for line in log_of(tmp_path) if line["kind"] == "epoch"]
         assert epochs == [(0, 3, True), (1, 4, True)]
+    trained_on = find_images(str(images / "train"))
     for name in ("last.pth", "backbone.safetensors"):
-        assert load_encoder(tmp_path / name).epochs == pytest.approx(4 / 3)
+        encoder = load_encoder(tmp_path / name)
+        assert encoder.epochs == pytest.approx(4 / 3)
+        assert (encoder.num_images, encoder.images) == (len(trained_on), trained_on.digest())
 
 
 def test_the_pictures_in_tensorboard(whole: TrainConfig, images: Path, tmp_path: Path) -> None:
@@ -356,10 +360,24 @@ def test_options_reach_what_they_are_for(images: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.update(threads=count))
     cfg = config(images, tmp_path, model=dataclasses.replace(VIT, resize=18), epochs=1, threads=3)
     data = dataclasses.replace(cfg.data, max_pixels=1000, exif_orientation=True, subset_per_class=16)
-    train(dataclasses.replace(cfg, data=data))
+    run = dataclasses.replace(cfg.run, knn_subset_per_class=15)
+    train(dataclasses.replace(cfg, data=data, run=run))
     assert seen["threads"] == 3 and seen["bar"]["images_per_step"] == 10 and seen["transform"].resize == 18
     assert {(s.max_pixels, s.exif_orientation) for s in (seen[name] for name in ("train", "bank", "val"))} == {(1000, True)}
-    assert [len(seen[name]) for name in ("train", "bank", "val")] == [32, 34, 8]
+    assert [len(seen[name]) for name in ("train", "bank", "val")] == [32, 30, 8]
+    assert [seen["bank"].name(i) for i in (0, 14, 15, 29)] == ["a/00.png", "a/28.png", "b/01.png", "b/29.png"]
+
+
+def test_copies_and_missing_sets_of_the_knn_are_said(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first before training and beside each number, the second in place of it."""
+    bank = images / "train"
+    train(config(images, tmp_path / "run", model=VIT, epochs=1, knn_train=f"{bank}", knn_val=f"{bank}/../train"))
+    said = capsys.readouterr().err
+    assert f"warning: --run.knn_train and --run.knn_val are the same images, {bank}: each will find itself" in said
+    number = r"epoch 0: k-NN \(k = 10\) [\d.]+ %, balanced [\d.]+ %; warning: "
+    assert re.search(f"{number}train and val are the same folder; 34 of 34 val images are also in train", said)
+    with pytest.raises(FileNotFoundError, match=f"test does not exist, but there is val: give --run.knn_val {images}/val$"):
+        train(config(images, tmp_path / "other", knn_val=str(images / "test")))
 
 
 @pytest.mark.parametrize(("waiting", "seconds", "count"), [(50.0, 20.0, 1), (10.0, 20.0, 0), (50.0, 10.0, 0)])

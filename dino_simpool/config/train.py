@@ -244,6 +244,9 @@ class RunConfig(Options):
     """Class folder, or an archive of one, that serves as the k-NN bank."""
     knn_val: str | None = None
     """Class folder, or an archive of one, whose images are classified."""
+    knn_subset_per_class: int | None = option(None, least=1)
+    """The bank is the first N images of each class in sorted order. null: all. The release takes
+    data.subset_per_class for this too."""
     stop_after_steps: int | None = option(None, least=1)
     """Save and stop after this number of steps; schedules are not shortened. Run the same command
     again to resume."""

@@ -14,18 +14,16 @@ in one line, before anything is computed, if an input is missing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import ClassificationConfig, Decoding, EvalConfig
-from dino_simpool.data import ImageSet, class_folder
+from dino_simpool.data import ImageSet, labeled_sets, same_source
 from dino_simpool.results import describe, model_record, result_name, results_folder, write_record
 
 
@@ -73,14 +71,12 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
 
 
 def class_folders(cfg: ClassificationConfig) -> tuple[ImageSet, ImageSet]:
-    """The labeled images to learn from, and those to measure on. ValueError if a folder is missing
-    or empty, or if val has a class that train lacks."""
+    """The labeled images to learn from, and those to measure on. FileNotFoundError or ValueError as
+    for `labeled_sets`."""
     if not cfg.data:
         raise ValueError("no data is given: give --data DIR, a folder with the class folders train/ and val/")
-    train = decoded(class_folder(str(Path(cfg.data) / cfg.train), subset_per_class=cfg.subset_per_class), cfg)
-    val = decoded(class_folder(str(Path(cfg.data) / cfg.val)), cfg)
-    classes_of(val, train)
-    return train, val
+    train, val = labeled_sets(cfg.train, cfg.val, inside=cfg.data, subset_per_class=cfg.subset_per_class)
+    return decoded(train, cfg), decoded(val, cfg)
 
 
 def decoded(images: ImageSet, cfg: Decoding) -> ImageSet:
@@ -88,12 +84,33 @@ def decoded(images: ImageSet, cfg: Decoding) -> ImageSet:
     return images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
 
 
-def classes_of(images: ImageSet, train: ImageSet) -> Tensor:
-    """The classes (M,) int64 of images, numbered as in `train`. ValueError if `train` lacks one."""
-    number = {name: i for i, name in enumerate(train.classes)}
-    if missing := [name for name in images.classes if name not in number]:
-        raise ValueError(
-            f"class {missing[0]} of {images.root} is not among the {len(number)} classes of {train.root} "
-            f"({len(missing)} such): use the same class folders in both"
-        )
-    return torch.from_numpy(np.array([number[name] for name in images.classes], dtype=np.int64)[images.labels])
+def per_class(correct: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Of each class, in their order: the number of `images`, how many are `correct`, and this share
+    `top1` in %, None without images.
+
+    correct: (M,) bool. labels: (M,) int64, positions in `classes`.
+    """
+    images = labels.bincount(minlength=len(classes)).tolist()
+    right = labels[correct].bincount(minlength=len(classes)).tolist()
+    return {
+        name: {"images": count, "correct": hits, "top1": 100 * hits / count if count else None}
+        for name, count, hits in zip(classes, images, right, strict=True)
+    }
+
+
+def balanced_accuracy(correct: Tensor, labels: Tensor) -> float:
+    """The mean over the classes that have images, of their shares of correct ones, in %; 0 without
+    images. Arguments as in `per_class`."""
+    images = labels.bincount()
+    shares = labels[correct].bincount(minlength=len(images)).double() / images
+    return 100 * shares[images > 0].mean().item() if len(labels) else 0.0
+
+
+def find_overlap(train: ImageSet, val: ImageSet, train_keys: Tensor, val_keys: Tensor) -> dict[str, Any]:
+    """What val has in common with train: whether they are the `same_source`, and how many of its
+    files are also in train, byte for byte. keys: the `file_key` of each image that is used."""
+    return {
+        "same_folder": same_source(train.root, val.root),
+        "equal_files": int(torch.isin(val_keys, train_keys).sum()),
+        "val": len(val_keys),
+    }

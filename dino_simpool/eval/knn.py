@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from dino_simpool import distributed
 from dino_simpool.config import KnnConfig
-from dino_simpool.data import EvalTransform, ImageSet
-from dino_simpool.eval import class_folders, classes_of, run
+from dino_simpool.data import EvalTransform, ImageSet, class_numbers
+from dino_simpool.eval import balanced_accuracy, class_folders, find_overlap, per_class, run
 from dino_simpool.features import chunks
 from dino_simpool.features.encode import Forward, device_of, extract_features, preprocessing
 from dino_simpool.features.neighbors import check_ks, neighbors
@@ -89,6 +90,18 @@ def check_settings(ks: Sequence[int], temperature: float) -> None:
         raise ValueError(f"the k-NN temperature is {temperature}: give a number above 0 (published: 0.07)")
 
 
+@dataclass(frozen=True)
+class KnnAccuracy:
+    """The accuracy of a k-NN classification."""
+
+    percent: dict[str, dict[str, float]]
+    """In %: {"10": {"top1": ..., "balanced": ..., "top5": ...}, ...} for each k."""
+    per_class: dict[str, dict[str, Any]]
+    """Of the first k, as `eval.per_class` has it."""
+    overlap: dict[str, Any]
+    """What the two sets have in common, as `eval.find_overlap` has it."""
+
+
 def knn_accuracy(
     encoder: nn.Module,
     train_set: ImageSet,
@@ -98,40 +111,43 @@ def knn_accuracy(
     ks: Sequence[int] = KnnConfig.k,
     temperature: float = KnnConfig.temperature,
     skip_broken: bool = False,
-) -> dict[str, dict[str, float]]:
-    """Accuracy in % on val_set, with train_set as the bank: {"10": {"top1": ..., "top5": ...}, ...}
-    for each k.
+) -> KnnAccuracy:
+    """Accuracy on val_set, with train_set as the bank.
 
     All processes call it together; each searches for its share of val_set. Classes are matched by
     name; ValueError for one that train_set lacks. skip_broken: leave out broken images, with a
     warning, instead of raising BrokenImage.
     """
     check_settings(ks, temperature)
-    sets = {"bank": (train_set, torch.from_numpy(train_set.labels)), "val": (val_set, classes_of(val_set, train_set))}
+    numbers = {"bank": train_set.labels, "val": class_numbers(val_set, train_set)}
     if max(ks) > len(train_set):
         say(f"warning: k = {max(ks)} is more than the {len(train_set)} training images; all of them vote")
-    used: list[tuple[Tensor, Tensor]] = []
-    for name, (images, labels) in sets.items():
-        broken: set[int] = set()
-        features = extract_features(
-            encoder, images, forward, description=f"k-NN {name}", broken=broken if skip_broken else None
-        )
+    used: list[tuple[Tensor, Tensor, Tensor]] = []
+    for (name, classes), images in zip(numbers.items(), (train_set, val_set), strict=True):
+        broken: set[int] | None = set() if skip_broken else None
+        keys, labels = torch.empty(len(images), dtype=torch.int64), torch.from_numpy(classes)
+        features = extract_features(encoder, images, forward, description=f"k-NN {name}", broken=broken, keys=keys)
         if broken:
             first = images.path(min(broken))
             if len(broken) == len(images):
                 raise ValueError(f"no image of {images.root} can be read, such as {first}: `dino-simpool check-data` says why")
             say(f"warning: k-NN {name} leaves out {len(broken)} broken image(s), such as {first}")
             intact = [number for number in range(len(images)) if number not in broken]
-            features, labels = features[intact], labels[intact]
-        used.append((features, labels))
-    (train_x, train_y), (test_x, labels) = used
+            features, labels, keys = features[intact], labels[intact], keys[intact]
+        used.append((features, labels, keys))
+    (train_x, train_y, train_keys), (test_x, labels, val_keys) = used
     mine = torch.arange(distributed.rank(), len(labels), distributed.world_size())
     test_x = test_x[mine].to(device_of(encoder))
     voted = vote_each_k(train_x, train_y, test_x, ks=ks, temperature=temperature, num_classes=len(train_set.classes), top=5)
-    hits = [((classes == labels[mine, None]) & (votes > 0)) for classes, votes in voted.values()]
-    counts = torch.stack([torch.stack([hit[:, 0], hit.any(1)], 1) for hit in hits], 1)  # (T, ks, 2)
-    percent = 100 * distributed.gather_by_index(counts, mine, len(labels)).double().mean(0)
-    return {str(k): {"top1": percent[i, 0].item(), "top5": percent[i, 1].item()} for i, k in enumerate(voted)}
+    own = [((classes == labels[mine, None]) & (votes > 0)) for classes, votes in voted.values()]
+    own_hits = torch.stack([torch.stack([hit[:, 0], hit.any(1)], 1) for hit in own], 1)
+    hits = distributed.gather_by_index(own_hits, mine, len(labels))  # (T, ks, 2): top-1 and top-5
+    percent = {}
+    for number, k in enumerate(voted):
+        top1, top5 = (100 * hits[:, number].double().mean(0)).tolist()
+        percent[str(k)] = {"top1": top1, "balanced": balanced_accuracy(hits[:, number, 0], labels), "top5": top5}
+    classes_hit = per_class(hits[:, 0, 0], labels, train_set.classes)
+    return KnnAccuracy(percent, classes_hit, find_overlap(train_set, val_set, train_keys, val_keys))
 
 
 class Pixels(nn.Flatten):
@@ -149,7 +165,9 @@ def main(cfg: KnnConfig) -> None:
 
 
 def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
-    """k-NN accuracy in % on cfg.data: top1_k10, top5_k10, ..., and the `counts` behind them."""
+    """k-NN accuracy in % on cfg.data: top1_k10, balanced_k10 (the mean over the classes), top5_k10,
+    ..., and the `counts` behind them; what val has in common with train (`overlap`), and for the
+    first k the accuracy of each class (`per_class`)."""
     check_settings(cfg.k, cfg.temperature)
     settings = preprocessing(None if encoder is None else encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     train_set, val_set = class_folders(cfg)
@@ -159,6 +177,12 @@ def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
     assert features is not None
     forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
     accuracy = knn_accuracy(features, train_set, val_set, forward, ks=cfg.k, temperature=cfg.temperature)
-    metrics = {f"{name}_k{k}": value for k, names in accuracy.items() for name, value in names.items()}
-    counts = {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)}
-    return metrics | {"split": cfg.val, "preprocessing": settings, "counts": counts}
+    metrics = {f"{name}_k{k}": value for k, names in accuracy.percent.items() for name, value in names.items()}
+    return metrics | {
+        "split": cfg.val,
+        "preprocessing": settings,
+        "counts": {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)},
+        "image_digests": {"train": train_set.digest(), "val": val_set.digest()},
+        "overlap": accuracy.overlap,
+        "per_class": accuracy.per_class,
+    }

@@ -37,10 +37,19 @@ from torch.utils.data import DataLoader
 
 from dino_simpool import distributed
 from dino_simpool.config import LinearConfig
-from dino_simpool.data import AugmentedImages, EvalTransform, ImageSet, default_workers, epoch_order, start_worker
+from dino_simpool.data import (
+    AugmentedImages,
+    EvalTransform,
+    ImageSet,
+    class_numbers,
+    default_workers,
+    epoch_order,
+    file_key,
+    start_worker,
+)
 from dino_simpool.data.augment import CROP_NUMBERS, crop_box, to_tensor, uniforms
 from dino_simpool.data.decode import EncodedImage
-from dino_simpool.eval import class_folders, classes_of, run
+from dino_simpool.eval import balanced_accuracy, class_folders, find_overlap, per_class, run
 from dino_simpool.features import chunks
 from dino_simpool.features.encode import Forward, device_of, encode, extract_features, preprocessing
 from dino_simpool.logs import progress, say
@@ -95,14 +104,19 @@ class Heads:
                     bar.update()
         return self
 
-    def accuracy(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Top-1 and top-5 accuracy in % of each head, both (H,); features may be on any device."""
-        correct = torch.zeros(2, len(self.bias), dtype=torch.float64)
+    def hits(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Whether the class (M,) of each image is the first, and among the first five, of each head
+        (M, H, 2), bool on the CPU; features may be on any device."""
+        found = torch.empty(len(features), len(self.bias), 2, dtype=torch.bool)
         for rows in chunks(len(features), 16 * self.bias.numel()):
             logits = self.logits(features[rows].to(self.weight.device))
             best = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[rows].to(logits.device)[:, None, None]
-            correct += torch.stack([best[..., 0].sum(0), best.any(2).sum(0)]).cpu()
-        top1, top5 = 100 * correct / max(1, len(features))
+            found[rows] = torch.stack([best[..., 0], best.any(2)], 2).cpu()
+        return found
+
+    def accuracy(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Top-1 and top-5 accuracy in % of each head, both (H,); features may be on any device."""
+        top1, top5 = 100 * self.hits(features, labels).sum(0).double().T / max(1, len(features))
         return top1, top5
 
 
@@ -114,7 +128,8 @@ def cosine(epoch: int, epochs: int) -> float:
 def probe_view(
     file: EncodedImage, *, image_size: int, mean: Sequence[float], std: Sequence[float], seed: int, epoch: int, index: int
 ) -> list[Tensor]:
-    """The published augmentation of an image file: one tensor (3, S, S)."""
+    """The published augmentation of an image file: a tensor (3, S, S), and in epoch 0, once for
+    each file, its `file_key`."""
     image = file.rgb()
     *numbers, flip = uniforms(seed, epoch, index, rows=1, columns=CROP_NUMBERS + 1)[0].tolist()
     top, left, height, width = crop_box(image.height, image.width, scale=(0.08, 1.0), numbers=numbers)
@@ -122,7 +137,8 @@ def probe_view(
     image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     if flip < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return list(to_tensor([image], mean=mean, std=std))
+    view = list(to_tensor([image], mean=mean, std=std))
+    return [*view, torch.tensor(file_key(file.file))] if epoch == 0 else view
 
 
 def main(cfg: LinearConfig) -> None:
@@ -134,8 +150,10 @@ def evaluate(encoder: Encoder, cfg: LinearConfig) -> dict[str, Any]:
     """Accuracy in % of the linear probe on cfg.data (no top5 with fewer than 5 classes), its
     settings (`probe`), and the head: `weight` (C, D) and `bias` (C,).
 
-    paper: best_top1, last_top1, the top5 of these epochs, the `curve` over the epochs, and the last
-    head. grid: top1, top5, the `grid` of held-out accuracies, and the head of the chosen rate.
+    paper: best_top1, last_top1, the balanced accuracy (the mean over the classes) and top5 of these
+    epochs, the `curve` over the epochs, and the last head. grid: top1, balanced, top5, the `grid`
+    of held-out accuracies, and the head of the chosen rate. Both: the accuracy of each class (of
+    the best epoch; `per_class`), and what val has in common with train (`overlap`).
     """
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     train, val = class_folders(cfg)
@@ -150,23 +168,26 @@ def evaluate(encoder: Encoder, cfg: LinearConfig) -> dict[str, Any]:
         "split": cfg.val,
         "preprocessing": settings,
         "counts": {"train": len(train), "val": len(val), "classes": len(train.classes)},
+        "image_digests": {"train": train.digest(), "val": val.digest()},
         "classes": train.classes,
     }
 
 
 def _paper(
-    encoder: Encoder, cfg: LinearConfig, train: ImageSet, val: ImageSet, features_of: Callable[[ImageSet], Tensor]
+    encoder: Encoder, cfg: LinearConfig, train: ImageSet, val: ImageSet, features_of: Callable[..., Tensor]
 ) -> tuple[dict[str, Any], Heads]:
     model, device = encoder.config, device_of(encoder)
     augmentation = partial(probe_view, image_size=cfg.image_size or model.image_size, mean=model.mean, std=model.std)
     # The encoder is frozen and val is not augmented, so its features are the same in every epoch.
-    val_x, val_y, train_y = features_of(val), classes_of(val, train), torch.from_numpy(train.labels)
+    train_keys, val_keys = (torch.empty(len(images), dtype=torch.int64) for images in (train, val))
+    val_x, val_y = features_of(val, keys=val_keys), torch.from_numpy(class_numbers(val, train))
+    train_y = torch.from_numpy(train.labels)
     batch_size = _batch_size(cfg, len(train))
     learning_rate = cfg.lr * batch_size / 256
     heads = Heads([learning_rate], len(train.classes), encoder.embed_dim, seed=cfg.seed, device=device)
     batches = partial(_batches, len(train), seed=cfg.seed, batch_size=batch_size, forward_size=cfg.batch_size)
     # (epoch, image) of every forward pass, so one loader serves all epochs without a pause.
-    keys = (
+    samples = (
         [(epoch, index) for index in part.tolist()]
         for epoch in range(cfg.epochs)
         for _, parts in batches(epoch)
@@ -177,12 +198,13 @@ def _paper(
             AugmentedImages(train, augmentation, cfg.seed),
             num_workers=default_workers() if cfg.workers is None else cfg.workers,
             pin_memory=device.type == "cuda",
-            batch_sampler=keys,
+            batch_sampler=samples,
             worker_init_fn=start_worker,
             generator=torch.Generator(),
         )
     )
     curve: list[dict[str, float]] = []
+    hits: list[Tensor] = []
     total = cfg.epochs * math.ceil(len(train) / batch_size)
     with progress(total, 0, "linear probe", images_per_step=batch_size) as bar:
         for epoch in range(cfg.epochs):
@@ -190,34 +212,43 @@ def _paper(
             for size, parts in batches(epoch):
                 features, labels = torch.empty(0, encoder.embed_dim, device=device), torch.empty(0, dtype=torch.int64)
                 for _ in parts:
-                    (images,), index, *_ = next(items)
+                    (images, *read), index, *_ = next(items)
+                    if read:
+                        train_keys[index] = read[0]
                     features = torch.cat([features, encode(encoder, images, precision=cfg.precision)])
                     labels = torch.cat([labels, train_y[index]])
                 loss += heads.step(features, labels.to(device), batch_size=size, decay=decay).item() * size / len(train)
                 bar.update()
             if not math.isfinite(loss):
                 raise ValueError(f"the probe's loss is not finite in epoch {epoch}: lower --lr, or check weights and images")
-            top1, top5 = (accuracy.item() for accuracy in heads.accuracy(val_x, val_y))
-            curve.append({"epoch": epoch, "lr": learning_rate * decay, "train_loss": loss, "top1": top1, "top5": top5})
+            hits.append(heads.hits(val_x, val_y))
+            curve.append({"epoch": epoch, "lr": learning_rate * decay, "train_loss": loss} | _accuracies(hits[-1], val_y))
+    mine = torch.tensor([index for _, parts in batches(0) for part in parts for index in part], dtype=torch.int64)
+    train_keys = distributed.gather_by_index(train_keys[mine], mine, len(train))
     best, last = max(curve, key=lambda line: line["top1"]), curve[-1]
     result = {
         "best_top1": best["top1"],
+        "best_balanced": best["balanced"],
         "last_top1": last["top1"],
+        "last_balanced": last["balanced"],
         "best_top5": best["top5"],
         "last_top5": last["top5"],
         "selected_on": "val_epochs",
         "probe": {"learning_rate": learning_rate, "batch_size": batch_size, "best_epoch": best["epoch"]},
         "curve": curve,
+        "per_class": per_class(hits[int(best["epoch"])][:, 0, 0], val_y, train.classes),
+        "overlap": find_overlap(train, val, train_keys, val_keys),
     }
     return result, heads
 
 
 def _grid(
-    encoder: Encoder, cfg: LinearConfig, train: ImageSet, val: ImageSet, features_of: Callable[[ImageSet], Tensor]
+    encoder: Encoder, cfg: LinearConfig, train: ImageSet, val: ImageSet, features_of: Callable[..., Tensor]
 ) -> tuple[dict[str, Any], Heads]:
-    train_y, val_y = torch.from_numpy(train.labels), classes_of(val, train)
+    train_y, val_y = torch.from_numpy(train.labels), torch.from_numpy(class_numbers(val, train))
     learn, held = split_held_out(train_y, cfg.held_out, seed=cfg.seed)
-    train_x, val_x = features_of(train), features_of(val)
+    train_keys, val_keys = (torch.empty(len(images), dtype=torch.int64) for images in (train, val))
+    train_x, val_x = features_of(train, keys=train_keys), features_of(val, keys=val_keys)
     rates = sorted(set(cfg.grid))
     batch_size = _batch_size(cfg, len(learn))
     scaled = [rate * batch_size / 256 for rate in rates]
@@ -229,16 +260,23 @@ def _grid(
     held_top1, _ = fit(train_x[learn], train_y[learn], scaled).accuracy(train_x[held], train_y[held])
     chosen = int(held_top1.argmax())  # the first of equals
     heads = fit(train_x, train_y, scaled[chosen : chosen + 1])
-    top1, top5 = (accuracy.item() for accuracy in heads.accuracy(val_x, val_y))
+    hits = heads.hits(val_x, val_y)
     result = {
         "evaluator": "linear_grid",
-        "top1": top1,
-        "top5": top5,
+        **_accuracies(hits, val_y),
         "selected_on": "train_heldout",
         "probe": {"lr": rates[chosen], "learning_rate": scaled[chosen], "batch_size": batch_size, "held_out": len(held)},
         "grid": [{"lr": rate, "held_out_top1": value} for rate, value in zip(rates, held_top1.tolist(), strict=True)],
+        "per_class": per_class(hits[:, 0, 0], val_y, train.classes),
+        "overlap": find_overlap(train, val, train_keys, val_keys),
     }
     return result, heads
+
+
+def _accuracies(hits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracies in % of the only head, from its `hits` (M, 1, 2)."""
+    top1, top5 = (100 * hits[:, 0].sum(0).double() / max(1, len(hits))).tolist()
+    return {"top1": top1, "balanced": balanced_accuracy(hits[:, 0, 0], labels), "top5": top5}
 
 
 def split_held_out(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import torch
 
 from dino_simpool import distributed
 from dino_simpool.config import MasksConfig
-from dino_simpool.data import EvalTransform, ImageSet, class_folder, evenly
+from dino_simpool.data import EvalTransform, ImageSet, class_folder, evenly, find_split
 from dino_simpool.data.decode import open_image
 from dino_simpool.eval import run
 from dino_simpool.features.encode import Forward, preprocessing
@@ -43,7 +43,7 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
     if not cfg.data:
         raise ValueError("no data is given: give --data DIR, a folder with val/ and masks/val/")
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
-    images = class_folder(str(Path(cfg.data) / cfg.val))
+    images = class_folder(find_split(cfg.val, inside=cfg.data))
     # Masks are of the pixels as they are stored.
     images = images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=False)
     chosen = evenly(len(images), cfg.max_images)

@@ -46,11 +46,17 @@ class Forward:
     """fp32, or bf16 for the encoder's matrix products."""
 
     def batches(
-        self, images: ImageSet, order: Sequence[int] | np.ndarray, device: torch.device, *, skip_broken: bool = False
+        self,
+        images: ImageSet,
+        order: Sequence[int] | np.ndarray,
+        device: torch.device,
+        *,
+        skip_broken: bool = False,
+        with_keys: bool = False,
     ) -> DataLoader:
         """The `index_loader` of these images, in this order."""
         load = partial(index_loader, images, self.transform, order, batch_size=self.batch_size, workers=self.workers)
-        return load(device=device, skip_broken=skip_broken)
+        return load(device=device, skip_broken=skip_broken, with_keys=with_keys)
 
 
 @contextmanager
@@ -98,22 +104,31 @@ def encode(encoder: nn.Module, images: Tensor, *, precision: str, method: Callab
 
 
 def extract_features(
-    encoder: nn.Module, images: ImageSet, forward: Forward, *, description: str = "features", broken: set[int] | None = None
+    encoder: nn.Module,
+    images: ImageSet,
+    forward: Forward,
+    *,
+    description: str = "features",
+    broken: set[int] | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """Features (M, D) of all images, float32 on the CPU, on every process, in the order of the set.
 
     encoder: images (B, 3, S, S) -> (B, D), with D as its `embed_dim`. broken: a set that receives
     the numbers of broken images, on every process; their rows mean nothing. Without it, a broken
-    image raises BrokenImage. ValueError names the first image whose feature is not finite.
+    image raises BrokenImage. keys: (M,) int64, which receives the `file_key` of each image, on
+    every process. ValueError names the first image whose feature is not finite.
     """
     total, world = len(images), distributed.world_size()
     width: int = encoder.embed_dim  # type: ignore[assignment]
     indices = torch.arange(distributed.rank(), total, world)
-    rows = torch.empty(len(indices), width)
+    rows, own_keys = torch.empty(len(indices), width), torch.empty(len(indices), dtype=torch.int64)
     done, skipped = 0, set[int]()
-    loader = forward.batches(images, indices.numpy(), device_of(encoder), skip_broken=broken is not None)
+    asked = {"skip_broken": broken is not None, "with_keys": keys is not None}
     with progress(total, 0, description) as bar:
-        for batch, numbers in loader:
+        for batch, numbers, *read in forward.batches(images, indices.numpy(), device_of(encoder), **asked):
+            if read:
+                own_keys[done : done + len(batch)] = read[0]
             skipped |= {~number for number in numbers.tolist() if number < 0}
             try:
                 rows[done : done + len(batch)] = encode(encoder, batch, precision=forward.precision).cpu()
@@ -123,6 +138,8 @@ def extract_features(
             bar.update(min(world * len(batch), total - bar.n))
     assert done == len(indices), f"the loader gave {done} of {len(indices)} images"
     features = distributed.gather_by_index(rows, indices, total)
+    if keys is not None:
+        keys.copy_(distributed.gather_by_index(own_keys, indices, total))
     if broken is not None:
         broken.update(*distributed.gather_objects(skipped))
     if len(not_finite := torch.nonzero(~features.sum(1).isfinite())):

@@ -78,6 +78,10 @@ class Encoder(nn.Module):
     pool: Any  # see models.pooling
     epochs: float | None = None
     """Epochs of pre-training behind the weights, if a checkpoint says so (`load_encoder`)."""
+    num_images: int | None = None
+    """The number of images that these epochs went over, if it says so."""
+    images: str | None = None
+    """`ImageSet.digest` of them, if it says so."""
 
     def __init__(self, trunk: nn.Module, pool: nn.Module, *, norm: nn.Module, config: ModelConfig) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from dino_simpool.checkpoint import export_encoder
 from dino_simpool.config import KnnConfig, ModelConfig
 from dino_simpool.data import class_folder
-from dino_simpool.eval import knn, run
+from dino_simpool.eval import balanced_accuracy, knn, per_class, run
 from dino_simpool.eval.knn import knn_accuracy, knn_rank, vote_each_k
 from dino_simpool.features import chunks
 from dino_simpool.features import neighbors as search
@@ -196,15 +197,24 @@ def test_accuracy_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     sets = class_folder(str(train)), class_folder(str(val))
     features = [extract(images).numpy() for images in sets]
     truth = np.array([1, 1, 1, 4, 4, 5])  # classes are numbered by the train folders, though val lacks some
-    assert accuracy(train, val, ks=(30,)) == {"30": accuracy(train, val, ks=(21,))["21"]}
+    assert accuracy(train, val, ks=(30,)).percent == {"30": accuracy(train, val, ks=(21,)).percent["21"]}
     assert capsys.readouterr().err.count("warning: k = 30 is more than the 21 training images") == 1
-    found = accuracy(train, val, ks=(1, 7))
+    result = accuracy(train, val, ks=(1, 7))
+    found = result.percent
     assert list(found) == ["1", "7"]
     for k, (ranks, nearest) in plain_rank(features[0], sets[0].labels, features[1], ks=(1, 7), num_classes=6).items():
         voted = [set(sets[0].labels[row]) for row in nearest]
         top5 = [t in r[:5] and t in v for t, r, v in zip(truth, ranks, voted, strict=True)]
         assert found[str(k)]["top1"] == pytest.approx(100 * (ranks[:, 0] == truth).mean(), abs=1e-9)
         assert found[str(k)]["top5"] == pytest.approx(100 * np.mean(top5), abs=1e-9)
+        right = [ranks[truth == label, 0] == label for label in (1, 4, 5)]
+        shares = [100 * hits.sum().item() / len(hits) for hits in right]
+        assert found[str(k)]["balanced"] == pytest.approx(np.mean(shares), abs=1e-9)
+        if k == 1:  # the classes are of the first k
+            tops = {name: each["top1"] for name, each in result.per_class.items()}
+            assert tops == {"a": None, "b": shares[0], "c": None, "d": None, "e": shares[1], "f": shares[2]}
+            assert [each["images"] for each in result.per_class.values()] == [0, 3, 0, 0, 2, 1]
+            assert result.per_class["e"]["correct"] == right[1].sum()
     assert found["1"]["top1"] == found["1"]["top5"]  # one neighbor votes for one class: the other places are nobody's
 
 
@@ -228,10 +238,46 @@ def test_broken_images_are_left_out_of_their_own_set(tmp_path: Path, capsys: pyt
     train = write_colors(tmp_path / "train", {"a": "xxr", "b": "g"})
     val = write_colors(tmp_path / "val", {"a": "rr", "b": "gxr"})
     found = accuracy(train, val, encoder=knn.Pixels(8), ks=(1,), skip_broken=True)
-    assert found == {"1": {"top1": 75.0, "top5": 75.0}}
+    assert found.percent == {"1": {"top1": 75.0, "balanced": 75.0, "top5": 75.0}}
+    assert found.per_class["b"] == {"images": 2, "correct": 1, "top1": 50.0}
+    assert found.overlap == {"same_folder": False, "equal_files": 4, "val": 4}  # the broken ones do not count
     said = capsys.readouterr().err
     assert "k-NN bank leaves out 2 broken image(s), such as" in said
     assert "k-NN val leaves out 1 broken image(s), such as" in said
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shares_of_the_classes_are_those_of_a_loop(seed: int):
+    """Of 1 to 30 images in up to 6 classes, some without images, all right, or all wrong."""
+    rng = np.random.default_rng(seed)
+    for count in (1, 2, 30):
+        labels, correct = rng.integers(0, 6, count), rng.random(count) < rng.choice([0, 0.3, 1])
+        shares: dict[str, dict[str, float | None]] = {}
+        for number, name in enumerate("abcdef"):
+            own = [bool(hit) for hit, label in zip(correct, labels, strict=True) if label == number]
+            shares[name] = {"images": len(own), "correct": sum(own), "top1": 100 * sum(own) / len(own) if own else None}
+        given = torch.from_numpy(correct), torch.from_numpy(labels)
+        assert per_class(*given, "abcdef") == shares
+        expected = [each["top1"] for each in shares.values() if each["top1"] is not None]
+        assert balanced_accuracy(*given) == pytest.approx(math.fsum(expected) / len(expected), abs=1e-12)
+    assert balanced_accuracy(torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)) == 0
+
+
+def test_copies_of_the_bank_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By their bytes, whatever their names and classes; one image of each class is not a copy. `subset_per_class` leaves
+    copies out of the bank, and then they do not count."""
+    train = write_images(tmp_path / "train", {"a": 3, "b": 2}, seed=1)
+    val = write_images(tmp_path / "val", {"a": 1, "b": 1}, seed=2)
+    for source, copy in (("a/000", "a/x"), ("a/000", "b/x"), ("a/002", "a/y"), ("b/001", "b/y")):
+        shutil.copy(train / f"{source}.png", val / f"{copy}.png")
+    common = {"features": "pixels", "image_size": 8, "workers": 0, "k": (1,), "device": "cpu", "data": str(tmp_path)}
+    for part, equal in ((None, 4), (2, 3), (1, 2)):
+        record = run("knn", knn.evaluate, KnnConfig(out=str(tmp_path / "out"), subset_per_class=part, **common))
+        assert record["overlap"] == {"same_folder": False, "equal_files": equal, "val": 6}
+        assert f"  warning: {equal} of 6 val images are also in train (same bytes)\n" in capsys.readouterr().out
+    record = run("knn", knn.evaluate, KnnConfig(out=str(tmp_path / "out"), val="train", **common))
+    assert record["overlap"] == {"same_folder": True, "equal_files": 5, "val": 5}
+    assert "warning: train and val are the same folder; 5 of 5 val images are also in train" in capsys.readouterr().out
 
 
 def test_foreign_class_is_named(tmp_path: Path):
@@ -258,7 +304,10 @@ def test_results_file(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     returned = run("knn", knn.evaluate, config)
     record = json.loads((checkpoint.parent / "results/knn.json").read_text())
     assert record["metrics"] == returned["metrics"]
-    assert set(record["metrics"]) == {"top1_k2", "top5_k2", "top1_k3", "top5_k3"}
+    assert list(record["metrics"]) == [f"{name}_k{k}" for k in (2, 3) for name in ("top1", "balanced", "top5")]
+    assert record["overlap"] == {"same_folder": False, "equal_files": 0, "val": 3} and list(record["per_class"]) == ["a", "b"]
+    sets = {part: class_folder(f"{data}/{part}") for part in ("train", "val")}
+    assert record["image_digests"] == {part: images.digest() for part, images in sets.items()}
     assert record["evaluator"] == "knn" and record["dataset"] == data and record["split"] == "val" and record["units"] == "%"
     assert record["counts"] == {"train": 7, "val": 3, "classes": 2}
     assert record["config"]["k"] == [2, 3] and record["config"]["temperature"] == 0.07

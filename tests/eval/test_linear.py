@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torchvision.transforms import functional as TF
 
 from dino_simpool.checkpoint import export_encoder
 from dino_simpool.config import LinearConfig, ModelConfig
-from dino_simpool.data import class_folder, epoch_order
+from dino_simpool.data import class_folder, epoch_order, file_key
 from dino_simpool.data.decode import EncodedImage
 from dino_simpool.eval import linear, run
 from dino_simpool.eval.linear import Heads, evaluate, probe_view, split_held_out
@@ -104,6 +105,31 @@ def test_paper_equals_a_plain_loop(data: Path, batch: int):
     assert result["curve"][result["probe"]["best_epoch"]]["top1"] == result["best_top1"]
     assert result["last_top5"] == 100.0 and result["selected_on"] == "val_epochs"
     assert result["counts"] == {"train": 13, "val": 7, "classes": 5}
+
+
+@pytest.mark.parametrize("protocol", ["paper", "grid"])
+def test_classes_and_copies_are_told(data: Path, protocol: str, monkeypatch: pytest.MonkeyPatch):
+    """The classes by the head that is reported; each file is hashed once, in however many epochs it is read."""
+    hashed = []
+    for module in ("dino_simpool.data.loaders", "dino_simpool.eval.linear"):
+        monkeypatch.setattr(f"{module}.file_key", lambda content: hashed.append(content) or file_key(content))
+    shutil.copy(data / "train" / "d" / "001.png", data / "val" / "a" / "copy.png")
+    result = evaluate(TinyEncoder(), config(data, protocol=protocol, epochs=3, lr=100.0, grid=(20.0,), seed=8))
+    assert len(hashed) == 13 + 8 and result["overlap"] == {"same_folder": False, "equal_files": 1, "val": 8}
+    val_x, labels = extract(class_folder(str(data / "val"))), torch.tensor([0, 0, 0, 2, 2, 2, 4, 4])
+    right = (val_x @ result["weight"].T + result["bias"]).argmax(1) == labels  # of the last epoch
+    shares = {name: 100 * right[labels == number].double().mean().item() for name, number in (("a", 0), ("c", 2), ("e", 4))}
+    reported = {name: each["top1"] for name, each in result["per_class"].items()}
+    assert list(reported) == list("abcde") and reported["b"] is reported["d"] is None
+    assert result["last_balanced" if protocol == "paper" else "balanced"] == pytest.approx(sum(shares.values()) / 3)
+    if protocol == "grid":
+        assert {name: reported[name] for name in shares} == pytest.approx(shares)
+    else:  # the reported epoch is not the one that the head is of
+        assert result["probe"]["best_epoch"] == 0 and result["best_top1"] > result["last_top1"]
+    best = result["best_top1" if protocol == "paper" else "top1"]
+    assert sum(each["correct"] for each in result["per_class"].values()) == pytest.approx(best * 8 / 100)
+    balanced = result["best_balanced" if protocol == "paper" else "balanced"]
+    assert balanced == pytest.approx(sum(reported[name] for name in shares) / 3)
 
 
 def test_learns(data: Path):

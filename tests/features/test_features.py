@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -171,7 +173,7 @@ def in_two_processes(rank: int, root: str) -> None:
         "features": extract(train, encoder=encoder),
         "num_seen": encoder.num_seen,
         "single": extract(single),
-        "knn": accuracy,
+        "knn": dataclasses.asdict(accuracy),
         "probes": probes,
     }
     torch.save(results, f"{root}/results{rank}.pth")
@@ -182,6 +184,8 @@ def test_two_processes_equal_one(tmp_path: Path):
     write_images(tmp_path / "train", {"a": 4, "b": 3, "c": 3, "d": 2, "e": 1}, seed=1)
     write_images(tmp_path / "val", {"a": 3, "b": 2, "c": 2}, seed=2)
     write_images(tmp_path / "single", {"a": 1}, seed=3)
+    for name in ("a/000.png", "c/002.png"):
+        shutil.copy(tmp_path / "train" / name, tmp_path / "val" / name.replace("/", "/copy_"))
     in_two_processes(-1, str(tmp_path))
     # This process is the first of the two: starting one takes seconds.
     second = mp.get_context("spawn").Process(target=in_two_processes, args=(1, str(tmp_path)), daemon=True)
@@ -194,7 +198,7 @@ def test_two_processes_equal_one(tmp_path: Path):
     for results in two:
         torch.testing.assert_close(results["features"], one["features"], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(results["single"], one["single"], rtol=1e-6, atol=1e-6)
-        assert results["knn"] == one["knn"]
+        assert results["knn"] == one["knn"] and one["knn"]["overlap"]["equal_files"] == 2
         for probe, expected in zip(results["probes"], one["probes"], strict=True):
             torch.testing.assert_close(probe["weight"], expected["weight"], rtol=1e-4, atol=1e-6)
             for name in probe.keys() - {"weight", "bias", "curve"}:
