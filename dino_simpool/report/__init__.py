@@ -25,7 +25,7 @@ from dino_simpool.report import page
 from dino_simpool.report.chart import Point, line_chart, short
 from dino_simpool.report.panels import attention_cards, crop_cards
 from dino_simpool.report.table import read_json
-from dino_simpool.results import versions
+from dino_simpool.results import overlap_note, versions
 
 Record = dict[str, Any]
 
@@ -35,6 +35,8 @@ COLUMNS = {"": "trained", "_untrained": "untrained", "_pixels": "raw pixels"}
 """Ending of these names -> what the page calls it."""
 METRICS = {
     "top1": "top-1", "best_top1": "top-1, best epoch", "last_top1": "top-1, last epoch",
+    "balanced": "mean over classes", "best_balanced": "mean over classes, best epoch",
+    "last_balanced": "mean over classes, last epoch",
     "top5": "top-5", "best_top5": "top-5, best epoch", "last_top5": "top-5, last epoch",
     "attention_in_mask": "inside the mask", "mask_area": "the mask's share of the area", "ratio": "inside / area",
 }  # fmt: skip
@@ -80,7 +82,7 @@ def build_report(out: Path, *, data: str, num_images: int, device: torch.device)
     body = [
         f'<h1>{escape(name)}</h1><p class="soft">{escape(_lead(cfg, state))}</p>',
         f'<div class="tiles">{_tiles(cfg, steps, metrics)}</div>',
-        page.section("Results", _results(out, data, metrics), "Frozen features of held-out images."),
+        page.section("Results", _results(out, data, results), "Frozen features of held-out images."),
         page.section("Curves", _curves(steps, epochs, metrics), _curves_note(steps)),
         page.section("Attention on held-out images", _attention(out, data, num_images, device)),
         page.section("Crops", _crops(cfg)),
@@ -122,9 +124,11 @@ def _tiles(cfg: TrainConfig, steps: list[Record], metrics: dict[str, Record]) ->
     return "".join(tiles)
 
 
-def _results(out: Path, data: str, metrics: dict[str, Record]) -> str:
+def _results(out: Path, data: str, results: dict[str, Record]) -> str:
     """A table of metrics (trained, untrained, raw pixels), what is missing, and a full list."""
-    rows, absent = [], []
+    metrics = {name: record.get("metrics", {}) for name, record in results.items()}
+    notes = ((name, overlap_note(record.get("overlap") or {})) for name, record in results.items())
+    rows, absent = [], [f"{name}: {note}" for name, note in notes if note]
     command = f"--checkpoint {out}/last.pth --data {data or 'DIR'}"
     for evaluator, name in EVALUATORS.items():
         if evaluator not in metrics:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_simpool.config import TrainConfig
-from dino_simpool.data import EvalTransform, evenly, find_images, folder_or_archive, read_or_replace
+from dino_simpool.data import EvalTransform, evenly, find_images, find_split, folder_or_archive, read_or_replace
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.eval.masks import mask_path, read_mask
 from dino_simpool.features.encode import Forward, preprocessing
@@ -48,8 +48,9 @@ def attention_cards(encoders: dict[str, Encoder], data: str, *, num_images: int)
     settings = preprocessing(one.config)
     side = settings["image_size"]
     seen = seen_size(one, side)
-    held_out = folder_or_archive(str(Path(data) / "val"))
-    images = find_images(held_out if Path(held_out).exists() else data)
+    # Beside train/, images are held out only in a folder of their own.
+    parts = any(Path(folder_or_archive(str(Path(data) / name))).exists() for name in ("train", "val"))
+    images = find_images(find_split(str(Path(data) / "val"), option="--data") if parts else data)
     chosen = evenly(len(images), num_images).tolist()
     transform = EvalTransform(**settings)
     relative, pixels = {}, torch.empty(0)

@@ -4,7 +4,8 @@ settings that differ.
 A row is one metric of one file. It shows the paper's number if there is one for the network,
 pooling, epochs of pre-training and data set, and names the settings that differ from the paper's
 protocol. Raw pixels, untrained weights and class folders without 1000 classes have no number in the
-paper to compare with. The number of the release is shown where it differs.
+paper to compare with. The number of the release is shown where it differs. A figure is marked if
+the weights are of other images than the paper's, or it is unknown of which.
 
 Epochs are those of the checkpoint. If they are unknown, the row says so and compares with 100. A
 ViT with its norm before the pooling counts as supervised, everything else as self-supervised.
@@ -26,6 +27,7 @@ from dino_simpool.files import write_atomically
 from dino_simpool.logs import text_table
 from dino_simpool.report import paper
 from dino_simpool.report.paper import Figure, Key
+from dino_simpool.results import overlap_note
 
 TABLE_OF = {"knn": "3", "linear": "3", "linear_grid": "3", "retrieval": "C4", "recall": "C5", "resources": "8"}
 OTHERS = "Other results"
@@ -37,6 +39,8 @@ METRICS = {
     "recall": {f"recall_{k}": f"R@{k}" for k in (1, 2, 4, 10, 20, 100)},
 }
 """The paper's names of metrics. Others keep their own names."""
+MARK = "*"
+FOOTNOTE = f"{MARK} of weights trained on all of ImageNet-1k; ours were trained on other images, or it is unknown on which"
 COLUMNS = ("network", "method", "epochs", "data", "metric", "ours", "paper", "difference", "release", "differs", "file")
 
 
@@ -55,6 +59,8 @@ class Row:
     release: Figure | None
     differences: tuple[str, ...]
     file: str
+    other_images: bool = False
+    """The weights are of other images than the paper's, or it is unknown of which."""
 
 
 def main(cfg: TableConfig) -> None:
@@ -113,7 +119,9 @@ def rows_of(record: dict[str, Any], path: Path) -> list[Row]:
         regime = paper.SUPERVISED if model.get("norm_order") == "norm_then_pool" else paper.SELF
         key = Key(table, network, method, regime, 300 if epochs == 300 else 100, data, "")
     refused = _no_comparison(record) if table else []
+    other = other_images(record) if table and table != "8" and not refused else ""
     differences = refused or (_differences(record, key, epochs) if table else [])
+    differences += [said for said in (other, overlap_note(record.get("overlap") or {})) if said]
     has_gamma = method == paper.SIMPOOL and model.get("gamma") is not None
     rows = []
     for name, value in record["metrics"].items():
@@ -124,7 +132,8 @@ def rows_of(record: dict[str, Any], path: Path) -> list[Row]:
         place = given if refused else key.dataset
         said = tuple(differences) if figure or refused else ()
         known = "" if epochs is None else str(epochs)
-        rows.append(Row(table, network, method, known, place, own.metric, value / scale, figure, release, said, str(path)))
+        numbers = (value / scale, figure, release)
+        rows.append(Row(table, network, method, known, place, own.metric, *numbers, said, str(path), bool(other)))
     return rows
 
 
@@ -134,6 +143,24 @@ def epochs_of(model: dict[str, Any]) -> float | None:
     if not isinstance(epochs, int | float):
         return None
     return int(epochs) if epochs == int(epochs) else float(f"{epochs:.3g}")
+
+
+def other_images(record: dict[str, Any]) -> str:
+    """How the images behind the weights differ from all of ImageNet-1k, on which the paper trained,
+    in words; "" if they do not.
+
+    Another number tells, and for the same number the names, where the evaluator read that many from
+    train.
+    """
+    model, full = record["model"], paper.COUNTS["ImageNet-1k"]["train"]
+    number, digest = model.get("num_images"), model.get("images")
+    if number != full:
+        name = ", ImageNet-20 %" if number == 260_000 else ""
+        return f"images of pre-training {'unknown' if number is None else _plain(number)}{name} (paper: {full:,})"
+    train = (record.get("image_digests") or {}).get("train")
+    if (record.get("counts") or {}).get("train") == full and train and digest and train != digest:
+        return f"images of pre-training {full:,}, but not those of train (their names differ)"
+    return ""
 
 
 def _no_comparison(record: dict[str, Any]) -> list[str]:
@@ -206,23 +233,26 @@ def render(rows: Sequence[Row], form: str) -> str:
         lines = [list(COLUMNS), *(_cells(row) for row in rows if row.table == table)]
         if len(lines) > 1:
             kept = [column for column in zip(*lines, strict=True) if any(column[1:])]
-            parts.append(_drawn(title, list(zip(*kept, strict=True)), form))
+            marked = any(row.other_images and row.figure for row in rows if row.table == table)
+            parts.append(_drawn(title, list(zip(*kept, strict=True)), form, note=FOOTNOTE if marked else ""))
     return "\n".join(parts)
 
 
 def _cells(row: Row, *, exact: bool = False) -> list[str]:
     ours = repr(row.ours) if exact else f"{row.ours:.2f}"
-    paper_value = f"{row.figure.value:g}" if row.figure else ""
+    mark = MARK if row.other_images and not exact else ""
+    paper_value = f"{row.figure.value:g}{mark}" if row.figure else ""
     difference = f"{round(row.ours - row.figure.value, 2) + 0.0:+.2f}" if row.figure else ""  # no -0.00
     release = f"{row.release.value:g}" if row.release else ""
     numbers = [ours, paper_value, difference, release]
     return [row.network, row.method, row.epochs, row.data, row.metric, *numbers, "; ".join(row.differences), row.file]
 
 
-def _drawn(title: str, lines: list[tuple[str, ...]], form: str) -> str:
-    """One table under its title. The first line is its header."""
+def _drawn(title: str, lines: list[tuple[str, ...]], form: str, *, note: str) -> str:
+    """One table under its title, with a note below. The first line is its header."""
     if form == "markdown":
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        cells = [[cell.replace("|", "\\|").replace(MARK, f"\\{MARK}") for cell in line] for line in lines]
         body = [f"| {' | '.join(line)} |" for line in cells]
-        return "\n".join([f"### {title}", "", body[0], "|" + "---|" * len(lines[0]), *body[1:]]) + "\n"
-    return f"{title}\n{indent(text_table(lines), '  ')}\n"
+        below = ["", f"\\{note}"] if note else []
+        return "\n".join([f"### {title}", "", body[0], "|" + "---|" * len(lines[0]), *body[1:], *below]) + "\n"
+    return f"{title}\n{indent(text_table(lines), '  ')}\n" + (f"  {note}\n" if note else "")

@@ -200,11 +200,22 @@ def test_parts_that_are_missing_are_named(finished, tmp_path):
     text = _Page(build_report(tmp_path, data="", num_images=1, device=CPU).read_text()).text
     assert "not finite" in text and "No k-NN was run during training" in text and "log.jsonl has no loss_over_lnK" in text
 
+    (tmp_path / "results").mkdir()
+    shared = {"metrics": {"top1_k10": 90.0}, "overlap": {"same_folder": False, "equal_files": 3, "val": 6}}
+    (tmp_path / "results/knn.json").write_text(json.dumps(shared))
+    text = _Page(build_report(tmp_path, data="", num_images=1, device=CPU).read_text()).text
+    assert "knn: 3 of 6 val images are also in train (same bytes)" in text
+
 
 def test_images_without_masks_or_val_folder(finished, tmp_path):
     write_images(tmp_path)
     text = _Page(build_report(finished / "run", data=str(tmp_path / "train"), num_images=2, device=CPU).read_text()).text
     assert "before" in text and not re.search(r"before \d", text)
+    (tmp_path / "val").rename(tmp_path / "test")  # those of train would not be held out
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path}/val does not exist, but there is test: give --data {tmp_path}/test$"
+    ):
+        build_report(finished / "run", data=str(tmp_path), num_images=2, device=CPU)
 
 
 class MeanPool(nn.Module):

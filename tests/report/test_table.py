@@ -31,7 +31,8 @@ def result(evaluator: str = "knn", metrics: dict[str, float] | None = None, **ch
         "counts": COUNTS, "config": {"temperature": 0.07, "epochs": 100, "lr": 1e-3, "preset": "dino_default"},
         "preprocessing": {"image_size": 224, "resize": 256}, "dtype": "fp32", "probe": {"batch_size": 1024},
         "model": to_dict(ModelConfig(gamma=1.25))
-        | {"checkpoint": "run/last.pth", "sha256": "0", "which": "teacher", "epochs": 100.0},
+        | {"checkpoint": "run/last.pth", "sha256": "0", "which": "teacher", "epochs": 100.0}
+        | {"num_images": 1_281_167, "images": "0"},
     }  # fmt: skip
     record = copy.deepcopy(record)
     for name, value in changes.items():
@@ -155,6 +156,51 @@ def test_no_gamma_has_a_figure_of_its_own_in_the_release(tmp_path: Path) -> None
     cnn = {"model__arch": "convnext_small", "model__pool": "gap", "model__gamma": None}
     row = rows(tmp_path, result(**cnn))["k-NN"]
     assert (row.figure, row.release, row.method) == ((65.1, "Table 3"), (59.3, paper.README), "baseline")
+
+
+def test_the_release_without_gamma() -> None:
+    """The rows of its README with gamma `-` and mode SimPool, 100 epochs: k-NN and linear probe, where the paper's differ."""
+    readme = {"ViT-S": (69.8, 72.6), "ResNet-50": (63.7, 64.2), "ConvNeXt-S": (68.8, 72.2)}
+    for network, values in readme.items():
+        for metric, value in zip(("k-NN", "probe"), values, strict=True):
+            key = Key("3", network, paper.SIMPOOL, paper.SELF, 100, "ImageNet-1k", metric)
+            assert paper.RELEASE.get((key, False), paper.PAPER[key]).value == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__num_images": 260_000}, "images of pre-training 260,000, ImageNet-20 % (paper: 1,281,167)"),
+        ({"model__num_images": 1_281_166}, "images of pre-training 1,281,166 (paper: 1,281,167)"),
+        ({"model__num_images": None}, "images of pre-training unknown (paper: 1,281,167)"),
+        ({"image_digests": {"train": "1"}}, "images of pre-training 1,281,167, but not those of train (their names differ)"),
+        ({"image_digests": {"train": "0"}}, ""),
+        ({"image_digests": {"train": "1"}, "model__images": None}, ""),
+        ({"overlap": {"same_folder": False, "equal_files": 7, "val": 50}}, "7 of 50 val images are also in train (same bytes)"),
+    ],
+)
+def test_the_images_behind_the_weights_are_compared(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    row = rows(tmp_path, result(**changes))["k-NN"]
+    assert row.figure == (69.8, "Table 3") and row.differences == ((said,) if said else ())
+    assert row.other_images == said.startswith("images of pre-training")
+
+
+def test_figures_of_other_images_have_a_mark_and_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In text and markdown; in CSV numbers stay numbers. The release of 0.1 knew no number of images: marked too."""
+    put(tmp_path / "all", result())
+    assert cli.main(["table", str(tmp_path)]) == 0
+    assert "*" not in capsys.readouterr().out
+    put(tmp_path / "part", result(model__num_images=260_000))
+    marked = {}
+    for form in ("text", "markdown", "csv"):
+        assert cli.main(["table", str(tmp_path), "--format", form]) == 0
+        marked[form] = capsys.readouterr().out
+    assert "69.50  69.8   -0.30" in marked["text"] and "69.50  69.8*  -0.30" in marked["text"]
+    note = "* of weights trained on all of ImageNet-1k; ours were trained on other images, or it is unknown on which"
+    assert marked["text"].endswith(f"\n  {note}\n")
+    assert "| 69.8 |" in marked["markdown"] and r"| 69.8\* |" in marked["markdown"]
+    assert marked["markdown"].endswith(f"\n\n\\{note}\n")
+    assert [line["paper"] for line in csv.DictReader(io.StringIO(marked["csv"]))] == ["69.8", "69.8"]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +336,7 @@ def test_results_of_real_evaluators(tmp_path: Path, capsys: pytest.CaptureFixtur
     tiny = ModelConfig("resnet18", width=8, depth=(1, 1), stem="small", pool="gap", image_size=16)
     export_encoder(tmp_path, build_encoder(tiny), epochs=1 / 75)  # stopped after one step of many
     for part in ("train", "val"):
-        write_images(tmp_path / "data" / part, {"a": 2, "b": 2})
+        write_images(tmp_path / "data" / part, {"a": 2, "b": 2}, seed=len(part))
     common = ["--checkpoint", str(tmp_path / "backbone.safetensors"), "--data", str(tmp_path / "data"), "--workers", "0"]
     for options in ([], ["--features", "pixels"]):
         assert cli.main(["knn", *common, "--k", "[1, 2]", "--device", "cpu", *options]) == 0
