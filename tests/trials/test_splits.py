@@ -136,3 +136,21 @@ def test_a_model_of_a_fifth_of_imagenet_is_marked_beside_the_papers(model: Path,
     assert "images of pre-training unknown (paper: 1,281,167)" in said[None]
     for text in (said[260_000], said[None]):
         assert "69.8*" in text and "\n  * of weights trained on all of ImageNet-1k; ours" in text
+
+
+def test_the_bank_of_a_training_can_be_a_part_of_train(folders: Path, model: Path, tmp_path: Path, tool: Tool) -> None:
+    """0.1 has no option for it: a training on 260 images of each class is measured with all others in the bank."""
+    data, run = folders / "leak", tmp_path / "run"
+    ended = tool(
+        "train", "--config", model.parent / "config.yaml", "--data.root", data / "train", "--run.out", run,
+        "--run.epochs", 1, "--run.knn_train", data / "train", "--run.knn_val", data / "val", "--run.knn_subset_per_class", 7,
+        "--data.workers", 0,
+    )  # fmt: skip
+    assert ended.status == 0, ended.text
+    assert "; warning: 18 of 36 val images are also in train (same bytes)" in ended.err  # numbers 0 to 5 of each class
+    [logged] = [line["k-NN"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "k-NN" in line]
+    trained = run / "backbone.safetensors"
+    assert knn(tool, trained, data, tmp_path, "--subset_per_class", 7, "--k", "[10]").status == 0
+    assert record(tmp_path)["metrics"]["top1_k10"] == logged["10"]["top1"]
+    assert knn(tool, trained, data, tmp_path, "--k", "[10]").status == 0
+    assert record(tmp_path)["metrics"]["top1_k10"] != logged["10"]["top1"]
