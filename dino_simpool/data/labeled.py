@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from dino_simpool.logs import say
 NAMES = {"train": ("train", "training", "trn"), "val": ("val", "valid", "validation", "dev", "test", "testing", "eval")}
 """Words by which the folders of a data set are recognized, for advice only."""
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
-_ROWS = 200  # of a list that are looked at
+_LISTS, _CHARACTERS = 20, 16_384  # that are looked at, of each
 _SHOWN = 6  # entries of a folder that are named
 
 
@@ -112,9 +112,9 @@ def _class_folder(
     except ValueError as error:
         places = [Path(place) for place in (os.path.dirname(root) or ".", root) if os.path.isdir(place)]
         paths = [path for place in places for path in place.iterdir()]
-        lists = [path for path in paths if path.suffix.lower() in LIST_SUFFIXES]
+        lists = [path for path in paths if path.suffix.lower() in LIST_SUFFIXES and path.is_file()]
         lists.sort(key=lambda path: (os.path.basename(root) not in path.stem, path))  # val.txt before train.txt
-        for path in lists:
+        for path in lists[:_LISTS]:
             if advice := _conversion(path, Path(root), known, option, inside):
                 raise ValueError(f"the images of {root} are in no class folders, but {advice}") from error
         raise
@@ -126,9 +126,11 @@ def _conversion(path: Path, root: Path, known: ImageSet | None, option: str, ins
     if the file at `path` is something else."""
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [line.rstrip("\n") for line in islice(file, _ROWS) if line.strip()]
+            text = file.read(_CHARACTERS)
     except (OSError, UnicodeDecodeError):
         return ""
+    whole = text if len(text) < _CHARACTERS else text[: text.rfind("\n") + 1]
+    lines = [line for line in whole.split("\n") if line.strip()]
     holder = root / "images" if (root / "images").is_dir() else root
     separator = next((mark for mark in ("\t", ",") if lines and mark in lines[-1]), None)
     rows = [line.split(separator) if separator else line.strip().split(None, 1) for line in lines]
@@ -137,7 +139,7 @@ def _conversion(path: Path, root: Path, known: ImageSet | None, option: str, ins
     for column, base in product((0, 1), (root.parent, holder)):
         header = int(not rows[0][column].lower().endswith(IMAGE_SUFFIXES))
         images = [base / row[column] for row in rows[header:]]
-        if images and all(image.parent == holder and image.is_file() for image in images):
+        if images and all(image.parent == holder and os.path.isfile(image) for image in images):
             break
     else:
         return ""

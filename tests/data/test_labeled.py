@@ -103,6 +103,20 @@ def test_the_conversion_makes_class_folders(tmp_path: Path, kind: str, flat: str
     assert val.classes == ("boot", "hat") and [val.name(i) for i in range(3)] == ["boot/1.png", "hat/0.png", "hat/2.png"]
 
 
+def test_long_lists_are_judged_by_their_beginning(tmp_path: Path) -> None:
+    """A line that is cut there is no row; the command reads all of them."""
+    names = [f"val/{number:04}.png" for number in range(1500)]
+    data = write(tmp_path, "train/hat/0.png", *names)
+    (data / "val.txt").write_text("".join(f"{name} hat\n" for name in names))
+    with pytest.raises(ValueError, match="are in no class folders, but") as error:
+        labeled_sets("train", "val", inside=str(data))
+    command = re.search("Run `(.*)`", str(error.value))
+    assert command
+    (data / "val.txt").write_text("".join(f"{name} hat\n" for name in names[-3:]))  # fewer: it starts processes for each
+    subprocess.run(["sh", "-c", command[1]], check=True)
+    assert len(labeled_sets("train", "val_classes", inside=str(data))[1]) == 3
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -111,6 +125,8 @@ def test_the_conversion_makes_class_folders(tmp_path: Path, kind: str, flat: str
         ("notes about these images\n", "not in a class folder"),
         ("0.png\n1.png\n", "not in a class folder"),
         ("", "not in a class folder"),
+        ("0" * 100_000, "not in a class folder"),
+        ("0" * 300 + ".png hat", "not in a class folder"),
         ("\xff", "not in a class folder"),
     ],
 )
