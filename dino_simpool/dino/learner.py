@@ -195,7 +195,7 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
     encoder = build_encoder(cfg.model)
     head = DinoHead(encoder.embed_dim, **dataclasses.asdict(cfg.head))
     # Convolutions are faster with the channels last (1.3 times in a CPU step of a small ResNet);
-    # transformers do not care.
+    # transformers do not care. What BatchNorm would lose: models/batch_norm.py.
     student = DinoModel(encoder, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = make_teacher(student, cfg.teacher.drop_path)
     for model in (student, teacher):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_simpool.config import ModelConfig, is_vit
+from dino_simpool.models.batch_norm import BatchNorm
 
 MakeNorm = Callable[[int], nn.Module]
 """Makes the final norm of an encoder for features of this width."""
@@ -135,6 +136,8 @@ def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
     for module in trunk.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) != module.stride and module.in_channels < 16:
             module.__class__ = SubsampledConv  # keeps its weights
+        elif type(module) is nn.BatchNorm2d:
+            module.__class__ = BatchNorm
     trunk.num_features = trunk.feature_info[-1]["num_chs"]
     return trunk, nn.Identity
 
