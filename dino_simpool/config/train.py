@@ -70,9 +70,10 @@ class ModelConfig(Options):
     norm_order: Literal["pool_then_norm", "norm_then_pool"] = "pool_then_norm"
     """Place of the final norm. norm_then_pool: as in the published supervised ViTs."""
     pos_interp: Literal["size", "dino", "dino_always", "dino_legacy"] = "size"
-    """How position embeddings are resized to another grid. size: from grid to grid, unchanged at
-    the native grid. dino: the published +0.1 rule. dino_always: this rule at the native grid too,
-    as the published SimPool ViTs were trained. dino_legacy: the first form of the rule."""
+    """How position embeddings are resized to another grid than their own, where they stay as they
+    are. size: from grid to grid. dino: the published +0.1 rule, for official weights. dino_legacy:
+    its first form. dino_always: dino, and at their own grid too, as the published SimPool code does
+    on newer CPUs only, not on the GPUs that made its weights; models of 0.1 may have it."""
     stem: Literal["standard", "small"] = "standard"
     """small: 3x3, stride 1, no pooling, for CNNs on images of 32 to 64 pixels."""
     patch_size: int = option(16, least=1)

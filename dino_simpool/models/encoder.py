@@ -42,7 +42,8 @@ def position_matrix(native: Grid, grid: Grid, rule: str, *, device: torch.device
     like timm; "dino" (and "dino_always") is the published rule, scale (h + 0.1) / native, not
     antialiased; "dino_legacy" divides by sqrt(rows + 1) instead, as an early version of the
     published code did, which counted the missing class token as a position (ValueError for grids
-    that it cannot make: 40 positions or more from 14).
+    that it cannot make: 40 positions or more from 14).   For the native grid see
+    `Encoder._positions`.
     """
     # A trace must neither fill the cache, with tensors that are not real, nor read real ones there.
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(torch.empty(0)) is not Tensor
@@ -140,16 +141,22 @@ class Encoder(nn.Module):
         if trunk.pos_embed is not None:
             rows = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
             for_prefix, for_patches = trunk.pos_embed[0].split([rows, trunk.pos_embed.shape[1] - rows])
-            x = x + self._positions(for_patches, grid, square=height == width)
+            x = x + self._positions(for_patches, grid)
             if rows:
                 prefix = [torch.cat(prefix, 1) + for_prefix]
         return trunk.norm_pre(trunk.pos_drop(torch.cat([*prefix, x], 1))), grid
 
-    def _positions(self, embedding: Tensor, grid: Grid, *, square: bool) -> Tensor:
-        """Position embedding (h * w, D) for a grid from the stored one (rows, D)."""
+    def _positions(self, embedding: Tensor, grid: Grid) -> Tensor:
+        """Position embedding (h * w, D) for a grid from the stored one (rows, D).
+
+        At the native grid it is the stored one. The published code calls F.interpolate there too,
+        without a class token always, with one for images that are not square. On the GPUs that
+        trained and evaluated the published weights this copies: the CUDA kernel, as in torch 1.8,
+        does so for equal sizes, whatever the scale. Newer CPU kernels resample by 14.1 / 14, and
+        "dino_always" repeats that, on any device, for the golden arrays, which are of such a CPU.
+        """
         native, rule = self.trunk.patch_embed.grid_size, self.config.pos_interp
-        # The published shortcut needs a square image too (test_positions_match_the_published_ones).
-        if grid == native and (rule == "size" or (rule == "dino" and square)):
+        if grid == native and rule != "dino_always":
             return embedding
         matrix = position_matrix(native, grid, rule, device=embedding.device, dtype=embedding.dtype)
         with without_autocast(embedding):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden.load import assert_close, load, meta, sub
+from golden.load import GOLDEN_POSITIONS, assert_close, load, meta, sub
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -93,7 +93,7 @@ def golden_config(settings: dict[str, Any]) -> TrainConfig:
     backbone, batch = settings["backbone"], settings["B"]
     if backbone["family"] == "vit":
         sizes = {"arch": "vit_tiny", "width": backbone["embed_dim"], "depth": backbone["depth"], "heads": backbone["num_heads"]}
-        quirks = {"patch_size": backbone["patch_size"], "beta": True, "pos_interp": "dino_always"}
+        quirks = {"patch_size": backbone["patch_size"], "beta": True, "pos_interp": GOLDEN_POSITIONS["simpool"]}
     else:
         sizes = {"arch": "resnet18", "width": backbone["base"], "depth": tuple(backbone["layers"])}
         quirks = {}
@@ -128,10 +128,10 @@ def golden_config(settings: dict[str, Any]) -> TrainConfig:
     )
 
 
-def copy_position_gradients(encoder: Encoder, embedding: Tensor, grid: tuple[int, int], *, square: bool) -> Tensor:
+def copy_position_gradients(encoder: Encoder, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
     """Encoder._positions as the reference computed it on its CPU: at the native grid torch's bicubic interpolation by 4.1 / 4
     resamples, but its backward pass takes equal sizes for a copy (on CUDA its forward pass does so too)."""
-    result = resampled_positions(encoder, embedding, grid, square=square)
+    result = resampled_positions(encoder, embedding, grid)
     return embedding + (result - embedding).detach() if grid == encoder.trunk.patch_embed.grid_size else result
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from golden.load import assert_close, cases, load, meta, sub
+from golden.load import GOLDEN_POSITIONS, assert_close, cases, load, meta, sub
 from miniatures import LANDMARKS, write_image, write_landmarks
 from PIL import Image
 from safetensors.torch import load_file
@@ -193,7 +193,7 @@ def test_golden_multi_scale(case: str, dtype: torch.dtype) -> None:
             pool="simpool" if simpool else "cls",
             gamma=settings["gamma"] if simpool else None,
             beta=simpool,
-            pos_interp="dino_always" if simpool else "dino",
+            pos_interp=GOLDEN_POSITIONS[settings["mode"]],
         )
         built = build_encoder(config)
         load_encoder(built, tensors(sub(golden, "param")))

@@ -16,6 +16,10 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray]
 HERE = Path(__file__).parent
+GOLDEN_POSITIONS = {"simpool": "dino_always", "official": "dino"}
+"""model.pos_interp of the arrays of ViTs, by the reference's mode. Mode simpool resampled its positions at the native grid too,
+on the CPU where the arrays were made; mode official, with the class token, did not: its images of that grid are square.
+At other grids the two rules are one."""
 
 
 def load(name: str) -> Arrays:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from golden.load import assert_close, load, meta
+from golden.load import GOLDEN_POSITIONS, assert_close, load, meta
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -313,9 +313,9 @@ POSITIONS = load("open_pos_embed")
 @pytest.mark.parametrize("mode", ["simpool", "official"])
 @pytest.mark.parametrize("precision", ["64", ""])
 def test_positions_match_the_published_ones(case: str, mode: str, precision: str) -> None:
-    """At all sizes, also the native one, where only the published SimPool ViT resamples."""
+    """At all sizes of the golden arrays, also the native one, where the SimPool ViT resampled on that CPU."""
     settings, dtype = meta(POSITIONS, case), torch.float64 if precision else torch.float32
-    rule = "dino_always" if mode == "simpool" else "dino"
+    rule = GOLDEN_POSITIONS[mode]
     encoder = build_encoder(
         ModelConfig(
             "vit_tiny", width=32, heads=1, depth=1, image_size=settings["img"], patch_size=settings["patch"], pos_interp=rule
@@ -324,7 +324,7 @@ def test_positions_match_the_published_ones(case: str, mode: str, precision: str
     stored = torch.from_numpy(POSITIONS[f"{case}/in/pos_patch"])[0].to(dtype)
     for height, width in settings["sizes"]:
         grid = (height // settings["patch"], width // settings["patch"])
-        ours = encoder._positions(stored, grid, square=height == width)
+        ours = encoder._positions(stored, grid)
         reference = POSITIONS[f"{case}/out{precision}/{mode}_{height}x{width}"][0, mode == "official" :]
         assert_close(ours, reference, **({"rtol": 1e-6, "atol": 1e-8} if precision else {"rtol": 1e-4, "atol": 1e-5}))
 
@@ -333,10 +333,36 @@ def test_positions_by_size_are_interpolation_from_grid_to_grid() -> None:
     """The default: unchanged at the native grid, else antialiased bicubic, axes in order."""
     encoder = build_encoder(tiny("vit")).double()
     stored = encoder.trunk.pos_embed[0]
-    assert encoder._positions(stored, (8, 8), square=False) is stored
+    assert encoder._positions(stored, (8, 8)) is stored
     for grid in ((4, 12), (12, 4), (16, 16), (1, 1)):
         expected = F.interpolate(stored.T.reshape(1, 32, 8, 8), size=grid, mode="bicubic", antialias=True)
-        torch.testing.assert_close(encoder._positions(stored, grid, square=False), expected.flatten(2)[0].T)
+        torch.testing.assert_close(encoder._positions(stored, grid), expected.flatten(2)[0].T)
+
+
+@pytest.mark.parametrize("pool", ["simpool", "cls"])
+@pytest.mark.parametrize("rule", ["size", "dino", "dino_legacy", "dino_always"])
+def test_positions_at_the_native_grid_are_the_stored_ones(rule: str, pool: str) -> None:
+    """To the last bit, also for pixels that are not square; dino_always alone resamples, by 8.1 / 8."""
+    encoder = build_encoder(tiny("vit", pool, pos_interp=rule)).double().eval()
+    prefix = encoder.trunk.num_prefix_tokens
+    stored = encoder.trunk.pos_embed[0, prefix:]
+    for height, width in ((32, 32), (32, 35), (34, 33)):
+        images = torch.randn(2, 3, height, width, dtype=torch.float64)
+        patches = encoder.trunk.patch_embed(images[..., :32, :32]).flatten(1, 2)
+        ours = encoder._embed(images)[0][:, prefix:]
+        if rule == "dino_always":
+            published = F.interpolate(stored.T.reshape(1, 32, 8, 8), scale_factor=(8.1 / 8, 8.1 / 8), mode="bicubic")
+            torch.testing.assert_close(ours, patches + published.flatten(2)[0].T)
+            assert (published.flatten(2)[0].T - stored).square().mean() > 1e-4 * stored.square().mean()
+        else:
+            assert torch.equal(ours, patches + stored)
+
+
+def test_dino_and_dino_always_differ_at_the_native_grid_only() -> None:
+    first, other = (build_encoder(tiny("vit", pos_interp=rule)) for rule in ("dino", "dino_always"))
+    for grid in ((4, 4), (8, 7), (16, 4), (9, 9), (8, 8)):  # 16 x 4 has as many positions as 8 x 8
+        same = torch.equal(first._positions(first.trunk.pos_embed[0], grid), other._positions(first.trunk.pos_embed[0], grid))
+        assert same == (grid != (8, 8))
 
 
 @pytest.mark.parametrize("rule", ["size", "dino", "dino_legacy"])

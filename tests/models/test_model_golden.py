@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden.load import assert_close, load, load_json, meta, sub, synth_array, synth_state
+from golden.load import GOLDEN_POSITIONS, assert_close, load, load_json, meta, sub, synth_array, synth_state
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -27,7 +27,8 @@ from dino_simpool.models.weights import from_official, load_strict, to_official
 
 PRECISIONS = {"64": torch.float64, "": torch.float32}
 EXACT = {"rtol": 1e-6, "atol": 1e-8}
-PUBLISHED = {"simpool": {"min_over": "batch", "pos_interp": "dino_always"}, "official": {"pos_interp": "dino"}}
+PUBLISHED = {mode: {"pos_interp": rule} for mode, rule in GOLDEN_POSITIONS.items()}
+PUBLISHED["simpool"]["min_over"] = "batch"
 
 
 def tensors(arrays: dict[str, np.ndarray], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
