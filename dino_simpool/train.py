@@ -208,7 +208,8 @@ def _resume(run: Run, saved: dict[str, Any]) -> None:
         )
     changes = check_same_run(to_dict(run.cfg), saved["config"], run.out)
     run.learner.load(saved)
-    run.means.sums.copy_(saved["sums"])
+    sums = saved["sums"]
+    run.means.sums[:, : sums.shape[1]].copy_(sums)  # version 0.1 did not count skipped steps
     run.epoch_open, run.best = saved["epoch_open"], saved["best"]
     if saved["world_size"] != run.facts["world_size"]:
         changes.append(f"number of processes: {saved['world_size']} -> {run.facts['world_size']}")

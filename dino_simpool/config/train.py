@@ -156,7 +156,8 @@ class TeacherConfig(Options):
     temperature: float = option(0.07, above=0)
     """Temperature after the warm-up."""
     warmup: Duration = 30
-    """Length of the linear temperature warm-up (duration), which changes between epochs only."""
+    """Length of the linear temperature warm-up (duration). The temperature changes between epochs
+    only, and the length is rounded to whole epochs; below an epoch it changes between steps."""
     drop_path: float = 0.0
     """Stochastic depth of the teacher. 0.4 repeats an oversight of published ConvNeXt training."""
 
@@ -220,7 +221,7 @@ class RunConfig(Options):
     batch_size: int = option(256, least=1)
     """Images in one optimizer step, over all processes and accumulation steps."""
     accumulate: int = option(1, least=1)
-    """Forward and backward passes in one optimizer step."""
+    """Forward and backward passes in one optimizer step. BatchNorm sees one pass at a time."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the matrix products; parameters, center and loss stay in float32."""
     device: str = "auto"

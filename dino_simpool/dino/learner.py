@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -57,7 +58,7 @@ class DinoLearner:
     features: Tensor | None = None
     """The teacher's unit features (2, b, bottleneck) of the last batch."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "entropy", "kl", "grad_norm")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "entropy", "kl", "grad_norm", "skipped_steps")
     shown: ClassVar[str] = "loss_over_lnK"
 
     @property
@@ -110,7 +111,10 @@ class DinoLearner:
         self.scaler.update()
         ema_update(self.teacher, self.student, values.momentum)
         self.steps += 1
-        return dict(zip(self.metrics, [*summed, norms.norm().to(exact)], strict=True))
+        norm = norms.norm().to(exact)
+        # Gradients that overflow in float16 have no norm, and the scaler leaves their step out.
+        done = norm.isfinite() if self.scaler.is_enabled() else torch.ones_like(norm, dtype=torch.bool)
+        return dict(zip(self.metrics, [*summed, norm.where(done, 0), (~done).to(exact)], strict=True))
 
     def _forward(self, views: Sequence[Tensor], teacher_temperature: float) -> tuple[Any, Tensor]:
         """The loss terms of one pass, and the mean (K,) of the teacher's logits."""
@@ -141,19 +145,29 @@ class DinoLearner:
             spread, rank = distributed.all_mean(measured).tolist()
         out_dim = self.loss.center.shape[1]
         log_k = math.log(out_dim)
+        elapsed = self.steps - self.monitor.last_step
+        skipped = round(means["skipped_steps"] * elapsed)
         fields = {
             "loss": means["loss"],
             "loss_over_lnK": means["loss"] / log_k,
             "entropy_over_lnK": means["entropy"] / log_k,
             "kl": means["kl"],
-            "grad_norm": means["grad_norm"],
+            "grad_norm": _mean_norm(means),
             "feature_spread": spread,
             "effective_rank": rank,
             "center_norm": self.loss.center.norm().item(),
         }
-        fields |= {name: value for name, value in means.items() if name not in (*fields, "entropy")}
+        fields |= {name: value for name, value in means.items() if name not in (*fields, "entropy", "skipped_steps")}
         loss, entropy = means["loss"], means["entropy"]
-        return fields, self.monitor.update(loss=loss, entropy=entropy, out_dim=out_dim, spread=spread, step=self.steps)
+        warnings = self.monitor.update(loss=loss, entropy=entropy, out_dim=out_dim, spread=spread, step=self.steps)
+        if self.scaler.is_enabled():
+            fields["skipped_steps"] = skipped
+            if skipped > max(10, 0.1 * elapsed):  # a few are normal while the scale finds its value
+                warnings.append(
+                    f"{skipped} of {elapsed} steps were skipped, because their gradients overflowed in float16: use "
+                    "run.precision bf16, or lower optim.lr"
+                )
+        return fields, warnings
 
     def epoch_fields(self, means: dict[str, float], values: Sequence[StepValues]) -> dict[str, float]:
         """Under the names of the published SimPool training, which existing tools read."""
@@ -165,9 +179,9 @@ class DinoLearner:
             "train_lr": sum(v.lr for v in values) / steps,
             "train_wd": sum(v.weight_decay for v in values) / steps,
             "train_momentum": sum(v.momentum for v in values) / steps,
-            "train_teacher_temp": values[0].teacher_temperature,
-            "train_grad_norm": means["grad_norm"],
-        }
+            "train_teacher_temp": statistics.mean(v.teacher_temperature for v in values),  # exact if they are all the same
+            "train_grad_norm": _mean_norm(means),
+        } | ({"train_skipped_steps": round(means["skipped_steps"] * steps)} if self.scaler.is_enabled() else {})
 
     def state(self) -> dict[str, Any]:
         """As tensors and plain values."""
@@ -198,6 +212,7 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
     # transformers do not care. What BatchNorm would lose: models/batch_norm.py.
     student = DinoModel(encoder, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = make_teacher(student, cfg.teacher.drop_path)
+    plan = dataclasses.replace(plan, warnings=(*plan.warnings, *_passes_are_not_the_batch(student, cfg)))
     for model in (student, teacher):
         distributed.synchronize_batch_norm(model, device)
         if cfg.run.compile:
@@ -232,6 +247,33 @@ def compile_blocks(model: DinoModel) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(blocks))
     for block in blocks:
         block.compile()
+
+
+def _mean_norm(means: dict[str, float]) -> float:
+    """The mean norm of the gradients, over the steps that were not skipped. NaN if all were."""
+    done = 1 - means["skipped_steps"]
+    return means["grad_norm"] / done if done else math.nan
+
+
+def _passes_are_not_the_batch(model: DinoModel, cfg: TrainConfig) -> list[str]:
+    """A warning if accumulated passes train something else than one pass over the batch."""
+    if cfg.run.accumulate == 1:
+        return []
+    kind, model_cfg = nn.modules.batchnorm._BatchNorm, cfg.model
+    found = [
+        f"BatchNorm in the {name}"
+        for name, part in (("encoder", model.encoder), ("head", model.head))
+        if any(isinstance(module, kind) for module in part.modules())
+    ]
+    if model_cfg.pool == "simpool" and model_cfg.gamma is not None and model_cfg.min_over == "batch":
+        found.append("model.min_over batch")
+    if not found:
+        return []
+    batch, images = cfg.run.batch_size, cfg.run.batch_size // cfg.run.accumulate
+    return [
+        f"run.accumulate {cfg.run.accumulate} with {' and '.join(found)} is another training than batch {batch} in one pass: "
+        f"each pass sees its own {images} images only. For the same training set run.accumulate 1 (more processes or memory)"
+    ]
 
 
 def _not_finite_anywhere(loss: Tensor) -> tuple[Tensor, torch.Event | None]:

@@ -3,8 +3,9 @@
 Source: utils.cosine_scheduler and DINOLoss of github.com/facebookresearch/dino. Its quirks are
 kept: the warm-up includes both of its ends, so the first learning rate is 0 and the peak occurs
 twice; the final value is approached but never reached; the peak is scaled by batch / 256 and the
-minimum is not; the teacher's temperature is constant within an epoch. Deviation: a warm-up longer
-than the run is scaled down with a warning, where the public code crashes.
+minimum is not; the teacher's temperature is constant within an epoch. Deviations: a warm-up longer
+than the run is scaled down with a warning, where the public code crashes, and a temperature warm-up
+shorter than an epoch goes from step to step, where by epochs there would be none.
 
 A step is one optimizer step over the global batch, counted from 0. An epoch is num_images //
 batch_size steps. This module does not import torch.
@@ -39,11 +40,14 @@ def cosine_schedule(
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
 
 
-def teacher_temperature(epoch: int, warmup_epochs: int, warm: float, final: float) -> float:
-    """The temperature of an epoch: linear, warmup_epochs values from warm to final, then final."""
-    if epoch >= warmup_epochs:
+def teacher_temperature(time: int, warmup: int, warm: float, final: float) -> float:
+    """The temperature of an epoch: linear, `warmup` values from warm to final, then final.
+
+    time, warmup: in epochs, or both in steps for a warm-up shorter than an epoch.
+    """
+    if time >= warmup:
         return final
-    return warm + epoch * (final - warm) / max(1, warmup_epochs - 1)
+    return warm + time * (final - warm) / max(1, warmup - 1)
 
 
 def duration_steps(
@@ -84,7 +88,8 @@ class Plan:
     total_steps: int
     warmup_steps: int
     """Of the learning rate."""
-    teacher_warmup_epochs: int
+    teacher_warmup_steps: int
+    """Of the temperature: a multiple of an epoch, or less than one."""
     freeze_steps: int
     peak_lr: float
     cfg: TrainConfig
@@ -98,16 +103,20 @@ class Plan:
         """Epochs, the last of which may be partial."""
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
+    @property
+    def temperature_steps(self) -> int:
+        """Steps for which the temperature of the warm-up stays the same: an epoch, or 1."""
+        return self.steps_per_epoch if self.teacher_warmup_steps >= self.steps_per_epoch else 1
+
     def values(self, step: int) -> StepValues:
         """The schedules at a step, 0 to total_steps - 1."""
-        optim, teacher, total = self.cfg.optim, self.cfg.teacher, self.total_steps
-        epoch = step // self.steps_per_epoch
+        optim, teacher, total, hold = self.cfg.optim, self.cfg.teacher, self.total_steps, self.temperature_steps
         return StepValues(
             lr=cosine_schedule(step, total, self.peak_lr, optim.min_lr, warmup_steps=self.warmup_steps),
             weight_decay=cosine_schedule(step, total, optim.weight_decay, optim.weight_decay_end),
             momentum=cosine_schedule(step, total, teacher.momentum, 1.0),
             teacher_temperature=teacher_temperature(
-                epoch, self.teacher_warmup_epochs, teacher.warmup_temperature, teacher.temperature
+                step // hold, self.teacher_warmup_steps // hold, teacher.warmup_temperature, teacher.temperature
             ),
             freeze_last_layer=step < self.freeze_steps,
         )
@@ -118,7 +127,7 @@ class Plan:
         points = {  # where two coincide, the later name stays
             "middle": self.total_steps // 2,
             "prototypes free": self.freeze_steps,
-            "temperature reached": max(0, self.teacher_warmup_epochs - 1) * self.steps_per_epoch,
+            "temperature reached": max(0, self.teacher_warmup_steps - self.temperature_steps),
             "peak rate": max(0, self.warmup_steps - 1),
             "start": 0,
             "end": last,
@@ -151,12 +160,15 @@ def make_plan(cfg: TrainConfig, num_images: int) -> Plan:
     warnings: list[str] = []
     spans = {}
     for name, duration in (("optim.warmup", cfg.optim.warmup), ("teacher.warmup", cfg.teacher.warmup)):
-        spans[name] = steps_of(duration, total_steps=total, name=name)
-        if spans[name] > total:
-            asked, spans[name] = spans[name], round(WARMUP_SHARES[name] * total)
+        asked = steps_of(duration, total_steps=total, name=name)
+        steps = asked if asked <= total else round(WARMUP_SHARES[name] * total)
+        whole_epochs = name == "teacher.warmup" and steps >= steps_per_epoch
+        spans[name] = round(steps / steps_per_epoch) * steps_per_epoch if whole_epochs else steps
+        if asked > total:
             warnings.append(
                 f"{name} ({duration}: {asked} steps) is longer than the run ({total} steps): scaled to {spans[name]} steps, "
-                f"{WARMUP_SHARES[name]:.0%} of the run as published; give {name} as a share to set it yourself"
+                f"{WARMUP_SHARES[name]:.0%} of the run as published{' and rounded to whole epochs' * whole_epochs}; give "
+                f"{name} as a share to set it yourself"
             )
     plan = Plan(
         num_images=num_images,
@@ -164,7 +176,7 @@ def make_plan(cfg: TrainConfig, num_images: int) -> Plan:
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         warmup_steps=spans["optim.warmup"],
-        teacher_warmup_epochs=round(spans["teacher.warmup"] / steps_per_epoch),
+        teacher_warmup_steps=spans["teacher.warmup"],
         freeze_steps=steps_of(cfg.optim.freeze_last_layer, total_steps=total, name="optim.freeze_last_layer"),
         peak_lr=cfg.optim.lr * batch / 256,
         cfg=cfg,

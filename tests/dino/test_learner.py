@@ -32,6 +32,7 @@ from dino_simpool.dino.plan import StepValues, make_plan
 from dino_simpool.failures import NonFiniteLoss
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.weights import from_official, load_strict, to_official
+from dino_simpool.train import Means
 
 CPU = torch.device("cpu")
 VIT = ModelConfig(arch="vit_tiny", gamma=1.25, patch_size=8, width=16, depth=2, heads=2, image_size=32)
@@ -265,9 +266,73 @@ def test_float16_that_overflows_skips_the_step_and_lowers_the_scale() -> None:
     learner = learner_of(config())
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     before = copy.deepcopy(learner.student.state_dict())
-    step(learner, views_of(4), precision="fp16")
+    metrics = step(learner, views_of(4), precision="fp16")
     assert_equal_states(learner.student.state_dict(), before)
     assert learner.scaler.get_scale() == 2.0**59
+    assert (metrics["grad_norm"], metrics["skipped_steps"]) == (0, 1)
+
+
+def test_the_mean_norm_is_over_the_steps_that_were_not_skipped() -> None:
+    """Four steps, of which the first and the third overflow, against the norms of the other two; then none, then only one
+    that overflows."""
+    learner, twin = (build_dino(dataclasses.replace(config(), run=RunConfig(precision="fp16")), 256, CPU) for _ in range(2))
+    norms = []
+    means = Means(learner.metrics, CPU)
+
+    def go(number: int, overflows: bool) -> None:
+        for each in (learner, twin):
+            each.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60 if overflows and each is learner else 1.0)
+        found = learner.step([Batch(views_of(4, seed=number), torch.arange(4))], VALUES)
+        means.add(found)
+        if not overflows:
+            norms.append(step(twin, views_of(4, seed=number), precision="fp16")["grad_norm"])
+
+    for number, overflows in enumerate((True, False, True, False)):
+        go(number, overflows)
+        if overflows:  # the teacher follows, and the center moves, also in a step that is skipped
+            twin.load(copy.deepcopy(learner.state()))
+    for span in range(2):
+        _, found = means.take(span)
+        fields = learner.watch(found)[0] if span == 0 else learner.epoch_fields(found, [VALUES] * 4)
+        prefix = "train_" * span
+        assert fields[f"{prefix}grad_norm"] == pytest.approx(sum(norms) / 2) and fields[f"{prefix}skipped_steps"] == 2
+    go(4, False)
+    fields, _ = learner.watch(means.take(0)[1])
+    assert fields["grad_norm"] == pytest.approx(norms[-1]) and fields["skipped_steps"] == 0
+    go(5, True)
+    fields, _ = learner.watch(means.take(0)[1])
+    assert math.isnan(fields["grad_norm"]) and fields["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(("skipped", "elapsed", "said"), [(1, 1, False), (10, 11, False), (11, 12, True), (11, 200, False)])
+def test_many_skipped_steps_are_said(skipped: int, elapsed: int, said: bool) -> None:
+    """A few are how the scale of the loss finds its value."""
+    learner = build_dino(dataclasses.replace(config(), run=RunConfig(precision="fp16")), 256, CPU)
+    learner.features, learner.steps = torch.ones(2, 1, 12), elapsed
+    means = {"loss": 2.0, "entropy": 1.5, "kl": 0.5, "grad_norm": 3.0, "skipped_steps": skipped / elapsed}
+    warnings = learner.watch(means)[1]
+    assert [text.split(",")[0] for text in warnings] == [f"{skipped} of {elapsed} steps were skipped"] * said
+
+
+@pytest.mark.parametrize(
+    ("model", "batch_norm", "found"),
+    [
+        (VIT, False, ""),
+        (CNN, False, "with BatchNorm in the encoder is"),
+        (CNN, True, "with BatchNorm in the encoder and BatchNorm in the head is"),
+        (VIT, True, "with BatchNorm in the head is"),
+        (dataclasses.replace(VIT, min_over="batch"), False, "with model.min_over batch is"),
+        (dataclasses.replace(VIT, min_over="batch", gamma=None), False, ""),
+        (ModelConfig("convnext_tiny", width=8, depth=(1, 1), stem="small", image_size=16), False, ""),
+    ],
+)
+def test_accumulated_passes_that_are_not_the_batch_are_said(model: ModelConfig, batch_norm: bool, found: str) -> None:
+    cfg = config(model, batch_norm=batch_norm)
+    for accumulate in (1, 4):
+        learner = build_dino(dataclasses.replace(cfg, run=RunConfig(accumulate=accumulate, batch_size=32)), 256, CPU)
+        said = [text for text in learner.plan.warnings if "run.accumulate" in text]
+        assert len(said) == (accumulate > 1 and bool(found))
+        assert all(f"run.accumulate 4 {found}" in text and "its own 8 images" in text for text in said)
 
 
 @pytest.mark.parametrize("model", [VIT, CNN], ids=["vit", "cnn"])
@@ -461,7 +526,7 @@ def test_a_log_line_is_over_all_processes_and_in_units_of_ln_k(monkeypatch: pyte
     learner = learner_of(config(VIT))
     learner.loss.center.fill_(2.0)
     out_dim = learner.loss.center.shape[1]
-    means = {"loss": 2.0, "entropy": 1.5, "kl": 0.5, "grad_norm": 3.0}
+    means = {"loss": 2.0, "entropy": 1.5, "kl": 0.5, "grad_norm": 3.0, "skipped_steps": 0.0}
     monkeypatch.setattr(distributed, "all_mean", lambda tensor: tensor + 1)  # as if others had other features
     for rows, said in ((4, True), (3, False)):
         learner.features = nn.functional.normalize(torch.eye(8)[: 2 * rows], dim=-1).view(2, rows, 8)

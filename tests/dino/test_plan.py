@@ -92,7 +92,7 @@ def test_published_vit_run() -> None:
     per_epoch = IMAGENET // 800
     total = 100 * per_epoch
     assert (plan.steps_per_epoch, plan.total_steps, plan.epochs) == (per_epoch, total, 100)
-    assert (plan.warmup_steps, plan.teacher_warmup_epochs, plan.freeze_steps) == (10 * per_epoch, 30, per_epoch)
+    assert (plan.warmup_steps, plan.teacher_warmup_steps, plan.freeze_steps) == (10 * per_epoch, 30 * per_epoch, per_epoch)
     assert plan.warnings == plan.suggestions == ()
     first, peak, after = (plan.values(step) for step in (0, 10 * per_epoch - 1, 10 * per_epoch + 5000))
     assert (first.lr, first.momentum, first.teacher_temperature) == (0, 0.996, 0.04)
@@ -103,7 +103,8 @@ def test_published_vit_run() -> None:
     assert plan.values(per_epoch - 1).freeze_last_layer and not plan.values(per_epoch).freeze_last_layer
     for epoch in (0, 1, 17, 29, 30, 99):
         of_epoch = [plan.values(step).teacher_temperature for step in (epoch * per_epoch, (epoch + 1) * per_epoch - 1)]
-        assert of_epoch[0] == of_epoch[1] == pytest.approx([*np.linspace(0.04, 0.07, 30), *[0.07] * 70][epoch])
+        assert of_epoch[0] == of_epoch[1] == (0.04 + epoch * (0.07 - 0.04) / 29 if epoch < 30 else 0.07)  # to the last bit
+        assert of_epoch[0] == pytest.approx([*np.linspace(0.04, 0.07, 30), *[0.07] * 70][epoch])
     last = plan.values(total - 1)
     assert 1e-5 < last.lr < 1.001e-5 and 0.3999 < last.weight_decay < 0.4 and 0.999999 < last.momentum < 1
 
@@ -142,22 +143,58 @@ def test_any_length_runs(epochs: int | float | str, total: int, num_epochs: int)
 
 @pytest.mark.parametrize(
     ("warmup", "epochs"),
-    [("4it", 0), ("5it", 0), ("6it", 1), ("14it", 1), ("15it", 2), ("16it", 2), ("25it", 2), ("26it", 3), (1.7, 2), ("9%", 1)],
+    [
+        (1, 1),
+        ("10it", 1),
+        ("14it", 1),
+        ("15it", 2),
+        (1.5, 2),
+        ("16it", 2),
+        ("25it", 2),
+        ("26it", 3),
+        (1.7, 2),
+        ("10%", 1),
+        (4, 4),
+    ],
 )
 def test_teacher_warmup_is_rounded_to_whole_epochs(warmup: float | str, epochs: int) -> None:
-    """To the nearest, halves to the even one, at ten steps an epoch; the first epoch behind it has the final temperature."""
+    """To the nearest, halves to the even one, at ten steps an epoch; constant within an epoch, as published."""
     plan = make_plan(make_config(batch=100, epochs=10, teacher_warmup=warmup), 1000)
-    assert (plan.steps_per_epoch, plan.total_steps, plan.teacher_warmup_epochs) == (10, 100, epochs)
-    assert plan.values(10 * epochs).teacher_temperature == 0.07
-    if epochs:
-        assert plan.values(10 * epochs - 10).teacher_temperature == pytest.approx(0.04 if epochs == 1 else 0.07)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.teacher_warmup_steps) == (10, 100, 10 * epochs)
+    expected = np.repeat([*np.linspace(0.04, 0.07, epochs), *[0.07] * (10 - epochs)], 10)
+    assert_close([plan.values(step).teacher_temperature for step in range(100)], expected, 1e-12)
+    assert epochs == 1 or f"{'temperature reached':20}{10 * epochs - 10:>9}" in plan.table()
 
 
-def test_a_scaled_teacher_warmup_is_rounded_twice() -> None:
-    """30% of 26 steps is 7.8, so 8 steps; of ten an epoch, so one epoch."""
-    plan = make_plan(make_config(batch=100, epochs="26it"), 1000)
-    assert "teacher.warmup (30: 300 steps) is longer than the run (26 steps): scaled to 8 steps, 30%" in plan.warnings[1]
-    assert plan.teacher_warmup_epochs == 1
+@pytest.mark.parametrize(
+    ("warmup", "steps"), [(0, 0), ("1it", 1), ("2it", 2), ("4it", 4), (0.5, 5), ("9it", 9), ("900img", 9), ("3%", 3)]
+)
+def test_a_teacher_warmup_shorter_than_an_epoch_goes_by_steps(warmup: float | str, steps: int) -> None:
+    """At ten steps an epoch: as many values from start to end as the warm-up has steps."""
+    plan = make_plan(make_config(batch=100, epochs=10, teacher_warmup=warmup), 1000)
+    assert plan.teacher_warmup_steps == steps
+    expected = [*np.linspace(0.04, 0.07, steps), *[0.07] * (100 - steps)]
+    assert_close([plan.values(step).teacher_temperature for step in range(100)], expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "said", "expected"),
+    [
+        (1, "scaled to 3 steps, 30% of the run as published; give", [0.04, 0.055, *[0.07] * 8]),
+        ("26it", "scaled to 8 steps, 30% of the run as published; give", [*np.linspace(0.04, 0.07, 8), *[0.07] * 18]),
+        (0.1, "scaled to 0 steps", [0.07]),
+        (
+            "50it",
+            "scaled to 20 steps, 30% of the run as published and rounded to whole epochs; give",
+            [0.04] * 10 + [0.07] * 40,
+        ),
+    ],
+)
+def test_a_scaled_teacher_warmup_is_what_the_message_says(epochs: float | str, said: str, expected: list[float]) -> None:
+    """Ten steps an epoch, a warm-up of 30 epochs."""
+    plan = make_plan(make_config(batch=100, epochs=epochs), 1000)
+    assert f"teacher.warmup (30: 300 steps) is longer than the run ({len(expected)} steps): {said}" in plan.warnings[1]
+    assert_close([plan.values(step).teacher_temperature for step in range(plan.total_steps)], expected, 1e-12)
 
 
 def test_a_warmup_as_long_as_the_run_is_kept() -> None:
