@@ -195,6 +195,11 @@ def _warnings(plan: Plan) -> list[str]:
             f"optim.min_lr {optim.min_lr:g} is above the peak learning rate {plan.peak_lr:g} (optim.lr {optim.lr:g} * batch "
             f"{plan.batch_size} / 256), so the rate rises instead of falling: lower optim.min_lr or raise optim.lr"
         )
+    if plan.cfg.model.pos_interp == "dino_always" and plan.cfg.model.is_vit:
+        found.append(
+            "model.pos_interp dino_always resamples position embeddings at their own grid too, as the published code does on "
+            "newer CPUs, and did not on the GPUs of the published weights: to repeat those, train with model.pos_interp dino"
+        )
     if plan.freeze_steps >= plan.total_steps and parse_duration(optim.freeze_last_layer)[1] != "%":
         found.append(
             f"optim.freeze_last_layer {optim.freeze_last_layer} covers the whole run, so the prototypes never learn: shorten "

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden.load import assert_close, cases, load, meta
 
-from dino_simpool.config import HeadConfig, OptimConfig, RunConfig, TeacherConfig, TrainConfig
+from dino_simpool.config import HeadConfig, ModelConfig, OptimConfig, RunConfig, TeacherConfig, TrainConfig
 from dino_simpool.dino.plan import cosine_schedule, duration_steps, make_plan, teacher_temperature
 
 IMAGENET = 1281167
@@ -290,3 +290,11 @@ def test_table_shows_the_turning_points() -> None:
     assert rows["peak rate"][:3] == ["16009", "9", "0.001563"]
     assert rows["start"][-1] == "frozen" and rows["end"][-1] == "free"
     assert [int(row[0]) for row in rows.values()] == sorted(int(row[0]) for row in rows.values())
+
+
+def test_positions_of_newer_cpus_are_named() -> None:
+    """Before step 1: who wants to repeat the release does not want them. A CNN has no positions."""
+    for model, said in ((ModelConfig(pos_interp="dino_always"), 1), (ModelConfig(pos_interp="dino"), 0),
+                        (ModelConfig(arch="resnet18", pos_interp="dino_always"), 0)):  # fmt: skip
+        plan = make_plan(replace(make_config(), model=model), 256)
+        assert len([text for text in plan.warnings if "train with model.pos_interp dino" in text]) == said
