@@ -92,3 +92,27 @@ def test_extracted_features_are_repeated_and_searched(home: Path) -> None:
     [result] = json.loads((home / "found" / "results.json").read_text())["queries"]
     [neighbor] = result["neighbors"]
     assert (neighbor["name"], neighbor["similarity"]) == ("star/star_0001.png", pytest.approx(1, abs=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "expected"),
+    [
+        ("size", (32, 32), [0.0760129, 1.8115014, -0.2956842]),
+        ("size", (35, 32), [0.1129965, 1.8232462, -0.3050274]),
+        ("dino", (32, 32), [0.0760129, 1.8115014, -0.2956842]),
+        ("dino", (16, 24), [0.0390406, 1.8186676, -0.3018688]),
+        ("dino_always", (32, 32), [0.0768721, 1.8113126, -0.2979259]),
+        ("dino_always", (35, 32), [0.1139056, 1.8230520, -0.3073074]),
+        ("dino_legacy", (16, 24), [0.0403084, 1.8176171, -0.2992130]),
+        # Not so in 0.1, at the native grid: resampled for an image that is not square, and refused or resampled by dino_legacy.
+        ("dino", (35, 32), [0.1129965, 1.8232462, -0.3050274]),
+        ("dino_legacy", (32, 32), [0.0760129, 1.8115014, -0.2956842]),
+    ],
+)
+def test_models_with_any_rule_for_positions_give_their_features(
+    rule: str, size: tuple[int, int], expected: list[float]
+) -> None:
+    """What 0.1 computed in float64. Training has square crops, so a model that it trained with `dino` is the same here."""
+    encoder = load_encoder(RELEASE / "run" / "backbone.safetensors", pos_interp=rule).double()
+    images = torch.linspace(-1, 1, 3 * size[0] * size[1], dtype=torch.float64).view(1, 3, *size).sin()
+    np.testing.assert_allclose(encoder(images)[0, :3].detach().numpy(), expected, atol=1e-6)
