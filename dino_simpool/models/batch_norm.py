@@ -1,4 +1,4 @@
-"""BatchNorm on a CPU with the channels last, at torch's speed and with float32's full precision.
+"""BatchNorm on a CPU with the channels last: near torch's speed, and as precise as float32 is.
 
 torch adds up the B * H * W values of a channel one after the other there: at 64 x 64 x 112 x 112
 its variance is wrong by 4e-4, its gradients by 2e-4. Here each position (h, w) is a channel of its
@@ -67,10 +67,10 @@ class _Normalize(torch.autograd.Function):
         of_weight, of_bias = (s.view(-1, len(weight)).sum(0) for s in sums[1:])
         scale = weight * torch.rsqrt(variance + eps)
         of_x = F.batch_norm(x, mean, variance, -scale * of_weight / count, -scale * of_bias / count, eps=eps)
-        _by_position(of_x).addcmul_(wide, scale.repeat(positions))
+        of_x.permute(0, 2, 3, 1).view(wide.shape).addcmul_(wide, scale.repeat(positions))  # a view, or an error
         return of_x, of_weight, of_bias, None
 
 
 def _by_position(x: Tensor) -> Tensor:
-    """(B, C, H, W) as (B, H * W * C), a view of the same memory if the channels are last."""
+    """(B, C, H, W) as (B, H * W * C); no copy if the channels are last."""
     return x.permute(0, 2, 3, 1).flatten(1)
