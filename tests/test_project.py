@@ -374,6 +374,25 @@ def test_dependencies_are_what_is_imported() -> None:
     assert needed - declared == set() and declared - needed <= {"docstring-parser", "tensorboard", "submitit", "torchvision"}
 
 
+def test_every_dependency_has_a_lowest_version_that_make_test_oldest_takes() -> None:
+    """It reads `NAME>=VERSION` with sed, so nothing may be written in another way. The tools of `make lint` are pinned."""
+    declared, dev = (setup()[section][key].split("\n") for section, key in
+                     (("options", "install_requires"), ("options.extras_require", "dev")))  # fmt: skip
+    lowest = r"[a-z][\w-]*>=\d[\w.]*"
+    assert [line for line in declared if line and not re.fullmatch(lowest, line)] == []
+    assert [line for line in dev if line and not re.fullmatch(rf"{lowest}|[\w-]+==\d[\w.]*", line)] == []
+
+
+def test_the_lowest_python_is_the_same_everywhere() -> None:
+    makefile, text = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
+    lowest = setup()["options"]["python_requires"].removeprefix(">=")
+    assert setup()["metadata"]["classifiers"].split("\n")[1].endswith(f":: {lowest}")
+    assert f"OLDEST_PYTHON ?= python{lowest}\n" in makefile and f'python_version = "{lowest}"' in text
+    assert f'target-version = "py{lowest.replace(".", "")}"' in text
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert f"Python {lowest} " in (ROOT / page).read_text(), page
+
+
 def test_version_and_changelog_agree() -> None:
     assert re.search(rf"^## \[?{re.escape(dino_simpool.__version__)}\]?", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert setup()["metadata"]["version"] == "attr: dino_simpool.__version__"

@@ -221,7 +221,9 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
     loss = DinoLoss(cfg.head.out_dim, student_temp=temperature, center_momentum=momentum).to(device)
     forward: nn.Module = student
     if distributed.world_size() > 1:
-        forward = DistributedDataParallel(student, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        forward = DistributedDataParallel(student, gradient_as_bucket_view=True)
+        # The argument has another name from torch 2.13 on. Buffers are equal from the start.
+        forward.broadcast_buffers = False
     return DinoLearner(
         student,
         teacher,

@@ -245,14 +245,20 @@ def test_an_infinite_loss_is_refused() -> None:
 @pytest.mark.parametrize("model", [VIT, CNN], ids=["vit", "cnn"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_near_float32(model: ModelConfig, precision: str) -> None:
-    """Products in half precision; parameters, center, loss and what is saved stay float32."""
+    """Products in half precision; parameters, center, loss and what is saved stay float32.
+
+    Each step starts from the same state. Two trainings drift apart: with bf16 and this CNN by more
+    than 5 % in three steps, for 21 of 40 seeds with torch 2.6 and 14 of 40 with 2.14. From the same
+    state it is 7 % at most with bf16 and 0.7 % with fp16, of 30 seeds (0.8 % and 0.1 % in the median).
+    """
     cfg = config(model, batch_norm=model is CNN)
     half, full = learner_of(cfg), learner_of(cfg)
     half.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=precision == "fp16")
     for number in range(3):
         views = views_of(4, seed=number)
+        half.load(full.state())
         one, two = step(half, views, precision=precision, clip=3.0), step(full, views, clip=3.0)
-        assert one["loss"] == pytest.approx(two["loss"], rel=0.05)
+        assert one["loss"] == pytest.approx(two["loss"], rel={"bf16": 0.1, "fp16": 0.02}[precision])
         assert np.isfinite(list(one.values())).all()
     changed = 0.0
     for (name, p), q in zip(half.student.named_parameters(), full.student.parameters(), strict=True):
