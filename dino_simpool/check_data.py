@@ -20,6 +20,7 @@ from dino_simpool.config import CheckDataConfig
 from dino_simpool.data import ImageSet, default_workers, find_images, start_worker
 from dino_simpool.data.bad_files import write_bad_files
 from dino_simpool.data.decode import BrokenImage, Examined, examine
+from dino_simpool.data.value_range import narrow_range, with_range_of
 from dino_simpool.layouts import check_layout
 from dino_simpool.logs import progress
 
@@ -33,11 +34,10 @@ class ExaminedImages(Dataset[tuple[int, Examined | str]]):
     """(index, what the image is or why it cannot be read)."""
 
     images: ImageSet
-    max_pixels: int
 
     def __getitem__(self, index: int) -> tuple[int, Examined | str]:
         try:
-            return index, examine(self.images.read_bytes(index), max_pixels=self.max_pixels)
+            return index, examine(self.images.read_bytes(index), decoding=self.images.decoding)
         except BrokenImage as error:
             return index, error.reason
 
@@ -53,6 +53,8 @@ class Summary:
     heights: set[int] = field(default_factory=set)
     kinds: Counter[str] = field(default_factory=Counter)
     """The number of images of each unusual kind."""
+    samples: set[int] = field(default_factory=set)
+    """The lowest and the highest 16-bit sample, but for 1 % of each image; empty without any."""
     broken: dict[int, str] = field(default_factory=dict)
     """By image number, why it cannot be read."""
 
@@ -61,7 +63,7 @@ class Summary:
         if isinstance(found, str):
             self.broken[index] = found
         else:
-            self.merge(Summary(1, {found.width}, {found.height}, Counter(found.kinds)))
+            self.merge(Summary(1, {found.width}, {found.height}, Counter(found.kinds), set(found.samples or ())))
 
     def merge(self, other: Summary) -> None:
         """Add the findings of another part."""
@@ -71,6 +73,7 @@ class Summary:
 
         self.readable += other.readable
         self.widths, self.heights = ends(self.widths | other.widths), ends(self.heights | other.heights)
+        self.samples = ends(self.samples | other.samples)
         self.kinds.update(other.kinds)
         self.broken |= other.broken
 
@@ -83,13 +86,17 @@ def main(cfg: CheckDataConfig) -> None:
         assert isinstance(cfg.data, str), "checked by the options"
         return report_layout(cfg.layout, cfg.data)
     images = find_images(cfg.data)
+    images = images.with_decoding(with_range_of(images, cfg.decoding))
     if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
         raise ValueError(f"{cfg.out} cannot be written because its folder does not exist: give another --out")
     started = time.monotonic()
-    summary = check(images, workers=default_workers() if cfg.workers is None else cfg.workers, max_pixels=cfg.max_pixels)
+    summary = check(images, workers=default_workers() if cfg.workers is None else cfg.workers)
     rows = [(images.name(index), reason) for index, reason in sorted(summary.broken.items())]
     if distributed.is_main():
         print(describe(summary, rows, seconds=time.monotonic() - started))
+        used = (min(summary.samples), max(summary.samples)) if summary.samples and cfg.value_range == "full" else None
+        if advice := narrow_range(used, "--data.value_range of train"):
+            print(f"warning: {advice}")
         if cfg.out:
             write_bad_files(Path(cfg.out), rows)
     if rows:
@@ -110,11 +117,11 @@ def report_layout(layout: str, root: str) -> None:
         raise ValueError(f"{layout} in {root} is not as published: {count}, see above")
 
 
-def check(images: ImageSet, *, workers: int, max_pixels: int) -> Summary:
+def check(images: ImageSet, *, workers: int) -> Summary:
     """Examine a set of images; every process gets the whole result. ValueError if a loader process
     dies, which no image should cause."""
     loader = DataLoader(
-        ExaminedImages(images, max_pixels),
+        ExaminedImages(images),
         sampler=range(distributed.rank(), len(images), distributed.world_size()),
         batch_size=_BATCH,
         num_workers=workers,

@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from dino_simpool.config import ModelConfig, from_dict, to_dict
+from dino_simpool.config import DecodingSettings, ModelConfig, from_dict, option_names, to_dict
 from dino_simpool.files import write_atomically, write_json
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import load_strict
@@ -143,7 +143,8 @@ def export_encoder(
     training behind the weights, how many images it had, and their digest; None if unknown.
     """
     # One entry: several would come in random order, and equal runs would write unequal files.
-    about = {"run": json.dumps({"seed": seed, "epochs": epochs, "num_images": num_images, "images": images})}
+    run = {"seed": seed, "epochs": epochs, "num_images": num_images, "images": images, "decoding": to_dict(encoder.decoding)}
+    about = {"run": json.dumps(run)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     write_atomically(out / "backbone.safetensors", lambda path: save_file(tensors, path, metadata=about))
     write_json(out / "model.json", to_dict(encoder.config))
@@ -162,12 +163,14 @@ def load_encoder(
     path = Path(path)
     if path.suffix == ".safetensors":
         teacher, saved, run = _read_export(path)
-        weights, data, epochs = {"teacher": teacher}, run, run["epochs"]
+        weights, data, epochs, decoding = {"teacher": teacher}, run, run["epochs"], run.get("decoding", {})
     else:
         state = data = read_state(path)
         saved, run = state["config"]["model"], state["config"]["run"]
         steps_per_epoch = state.get("num_images", 0) // run["batch_size"]
         epochs = state["step"] / steps_per_epoch if steps_per_epoch else None
+        options = option_names(DecodingSettings)  # those of training are complete but for a range `data`
+        decoding = state.get("decoding") or {name: x for name, x in state["config"]["data"].items() if name in options}
         parts = ((name, state[name]) for name in ("teacher", "student") if name in state)
         weights = {
             name: {key.removeprefix("encoder."): x for key, x in part.items() if key.startswith("encoder.")}
@@ -184,12 +187,13 @@ def load_encoder(
         encoder.epochs, encoder.num_images, encoder.images = epochs, data.get("num_images"), data.get("images")
     else:
         encoder.epochs = 0.0
+    encoder.decoding = from_dict(DecodingSettings, decoding)
     return encoder.eval()
 
 
 def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
     """The weights, the options, and what `export_encoder` wrote about the run: seed, epochs, and
-    except in files of version 0.1 num_images and images."""
+    except in files of version 0.1 num_images, images and decoding."""
     options = path.parent / "model.json"
     if not (path.is_file() and options.is_file()):
         raise FileNotFoundError(f"{path} needs to exist with model.json beside it: give a checkpoint of a run, or both files")

@@ -76,7 +76,7 @@ def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any
     images and their digest of its training, None where the file does not say."""
     source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which}
     training = {"epochs": encoder.epochs, "num_images": encoder.num_images, "images": encoder.images}
-    return dataclasses.asdict(encoder.config) | source | training
+    return dataclasses.asdict(encoder.config) | source | training | {"decoding": to_dict(encoder.decoding)}
 
 
 def overlap_note(overlap: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ from dino_simpool.data import (
 )
 from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.feed import Feed, build_feed, colors_on_device
+from dino_simpool.data.value_range import narrow_range, used_range, with_range_of
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.failures import NonFiniteLoss, non_finite_names, write_failure
 from dino_simpool.features.encode import Forward, try_sizes
@@ -83,7 +84,8 @@ class Run:
     learner: Learner
     out: Path
     facts: dict[str, Any]
-    """About data and processes, for the checkpoint: num_images, images (digest), world_size."""
+    """About data and processes, for the checkpoint: num_images, images (digest), decoding (with
+    numbers for a value range `data`), world_size."""
     means: Means
     epoch_open: bool = False
     """All steps of the last epoch are done, but it is not yet evaluated and logged."""
@@ -169,8 +171,9 @@ def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
         torch.set_num_threads(cfg.run.threads)
     keep_freed_memory()
     roots = [cfg.data.root] if isinstance(cfg.data.root, str) else list(cfg.data.root)
-    decoding: dict[str, Any] = {"max_pixels": cfg.data.max_pixels, "exif_orientation": cfg.data.exif_orientation}
-    images = find_images(roots, subset_per_class=cfg.data.subset_per_class).with_decoding(**decoding)
+    images = find_images(roots, subset_per_class=cfg.data.subset_per_class)
+    decoding = with_range_of(images, cfg.data.decoding)
+    images = images.with_decoding(decoding)
     knn_sets = None
     if cfg.run.knn_train and cfg.run.knn_val:
         bank, val = labeled_sets(
@@ -179,15 +182,21 @@ def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
             options=("--run.knn_train", "--run.knn_val"),
             subset_per_class=cfg.run.knn_subset_per_class,
         )
-        knn_sets = bank.with_decoding(**decoding), val.with_decoding(**decoding)
+        knn_sets = bank.with_decoding(decoding), val.with_decoding(decoding)
     _images_of_one_pass(cfg)
     learner = build_learner(cfg, images, device)
+    learner.encoder.decoding = decoding
     sizes = {cfg.crops.global_size, cfg.model.image_size} | ({cfg.crops.local_size} if cfg.crops.num_local else set())
     try_sizes(learner.encoder, sorted(sizes))
     if not cfg.run.out:
         raise ConfigError("run.out is empty: give the folder of this run")
     out = make_writable(Path(cfg.run.out), "run.out")
-    facts: dict[str, Any] = {"num_images": len(images), "images": images.digest(), "world_size": distributed.world_size()}
+    facts: dict[str, Any] = {
+        "num_images": len(images),
+        "images": images.digest(),
+        "decoding": to_dict(decoding),
+        "world_size": distributed.world_size(),
+    }
     run = Run(cfg, device, images, knn_sets, learner, out, facts, Means(learner.metrics, device))
     saved = newest_state(out, say) or {}
     if saved:
@@ -211,6 +220,9 @@ def _resume(run: Run, saved: dict[str, Any]) -> None:
     sums = saved["sums"]
     run.means.sums[:, : sums.shape[1]].copy_(sums)  # version 0.1 did not count skipped steps
     run.epoch_open, run.best = saved["epoch_open"], saved["best"]
+    before, now = (facts["decoding"]["value_range"] for facts in (run.facts | saved, run.facts))
+    if before != now:  # perhaps of other files with the same names
+        changes.append(f"value range of the images: {before} -> {now}")
     if saved["world_size"] != run.facts["world_size"]:
         changes.append(f"number of processes: {saved['world_size']} -> {run.facts['world_size']}")
     steps, total = run.learner.steps, run.learner.plan.total_steps
@@ -224,6 +236,9 @@ def _announce(run: Run) -> str:
     """What the user reads before step 1."""
     cfg, plan = run.cfg, run.learner.plan
     workers = default_workers() if cfg.data.workers is None else cfg.data.workers
+    advice = ""
+    if distributed.is_main() and cfg.data.value_range == "full":
+        advice = narrow_range(used_range(run.images, share=1, most=16), "data.value_range")
     place = "on the device" if colors_on_device(cfg, run.device) else "in the loaders"
     lines = [
         f"dino_simpool {__version__}: {run.learner.describe()}, {cfg.run.precision} on {run.device}",
@@ -233,6 +248,7 @@ def _announce(run: Run) -> str:
         plan.table(),
         *(f"warning: {text}" for text in plan.warnings),
         *(f"suggestion: {text}" for text in plan.suggestions),
+        *([f"warning: {advice}"] if advice else []),
     ]
     if run.learner.steps:
         lines.append(f"resuming after step {run.learner.steps} of {plan.total_steps}")

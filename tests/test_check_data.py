@@ -16,7 +16,7 @@ from test_distributed import group, run_processes
 
 from dino_simpool import check_data, cli
 from dino_simpool.check_data import Summary, check, describe
-from dino_simpool.config import MAX_PIXELS, CheckDataConfig
+from dino_simpool.config import CheckDataConfig, DecodingSettings
 from dino_simpool.data import find_images
 from dino_simpool.data.decode import Examined
 from dino_simpool.layouts import LAYOUTS, check_layout
@@ -26,8 +26,8 @@ NUM_IMAGES = 50
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifty images in two folders: one CMYK, two gray, one rotated, three broken, the others
-    ordinary and tiny."""
+    """Fifty images in two folders: one CMYK, two gray, one rotated, all of these blank, three
+    broken, the others ordinary and tiny."""
     root = tmp_path_factory.mktemp("checked")
     for number in range(NUM_IMAGES):
         write_image(root / "ab"[number % 2] / f"{number:02}.jpg", seed=number)
@@ -62,8 +62,8 @@ def test_broken_files_are_found_and_unusual_ones_counted(
     status, lines, last = run(capsys, str(folder), "--workers", workers, "--out", str(bad))
     assert status == 1 and lines[0].startswith("check-data: 50 images in ")
     assert [" ".join(line.split()) for line in lines[1:-3]] == [
-        "width 24 to 100 pixels", "height 3 to 50 pixels", "tiny 44", "gray 2", "CMYK 1", "long 1",
-        "EXIF-rotated 1", "broken 3",
+        "width 24 to 100 pixels", "height 3 to 50 pixels", "tiny 44", "blank 4", "gray 2", "CMYK 1",
+        "long 1", "EXIF-rotated 1", "broken 3",
     ]  # fmt: skip
     assert all(line.startswith(expected) for line, expected in zip(lines[-3:], BROKEN, strict=True))
     assert bad.read_text().splitlines() == lines[-3:]
@@ -116,7 +116,7 @@ def test_two_processes_share_the_work(folder: Path, tmp_path: Path) -> None:
     ]
 
 
-def dies(source: str | bytes, *, max_pixels: int) -> Examined:
+def dies(source: str | bytes, *, decoding: DecodingSettings) -> Examined:
     """A decoder that kills its process."""
     os.kill(os.getpid(), signal.SIGKILL)
     return Examined(1, 1, ())
@@ -125,7 +125,7 @@ def dies(source: str | bytes, *, max_pixels: int) -> Examined:
 def test_a_process_that_dies_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_data, "examine", dies)
     with pytest.raises(ValueError, match=r"a process died at an image shortly after a/00\.jpg"):
-        check(find_images(str(folder)), workers=1, max_pixels=MAX_PIXELS)
+        check(find_images(str(folder)), workers=1)
 
 
 def test_parts_of_a_summary_add_up() -> None:

@@ -73,7 +73,7 @@ def test_an_evaluation_repeats_its_figures(home: Path) -> None:
     new, old = (json.loads((home / folder / "knn.json").read_text()) for folder in ("again", "run/results"))
     assert new["metrics"] == new["metrics"] | old["metrics"] and new["counts"] == old["counts"]
     assert set(new["metrics"]) - set(old["metrics"]) == {"balanced_k5", "balanced_k10"}
-    assert new.keys() - old.keys() == {"image_digests", "overlap", "per_class"} and old.keys() <= new.keys()
+    assert new.keys() - old.keys() == {"image_digests", "overlap", "per_class", "decoding"} and old.keys() <= new.keys()
     assert new["preprocessing"] == old["preprocessing"] and new["model"]["epochs"] == old["model"]["epochs"] == 3
 
 

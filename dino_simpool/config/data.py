@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import MAX_PIXELS, Options, option
+from dino_simpool.config.parts import DecodingSettings, Options, option
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,9 @@ class CropsConfig(Options):
 
 
 @dataclass(frozen=True)
-class DataConfig(Options):
-    """Where the images come from. No labels are needed to train."""
+class DataSource(Options):
+    """Where the images come from, and which of them."""
 
-    group = "data."
     root: str | tuple[str, ...] = ""
     """A folder (classes, nested, flat, or with .tar or .zip archives in it), such an archive, a
     text file of paths, or a list of these: --data.root '[DIR, SHARD.tar, LIST.txt]'. Archives are
@@ -70,10 +69,13 @@ class DataConfig(Options):
     """Use the first N images of each class in sorted order (260: the paper's ImageNet-20 %)."""
     workers: int | None = option(None, least=0)
     """Loader processes of each training process; 0: none. null: the number of cores it may use."""
-    exif_orientation: bool = False
-    """Rotate images as their EXIF tag says, as image viewers do. The published code does not."""
-    max_pixels: int = option(MAX_PIXELS, least=1)
-    """An image with more pixels is not decoded and counts as broken: a file can claim any size."""
+
+
+@dataclass(frozen=True)
+class DataConfig(DecodingSettings, DataSource):
+    """The images of training. No labels are needed."""
+
+    group = "data."
     max_bad_share: float = option(0.1, least=0, most=1)
     """Share of the images that may be broken. Other images take their places, and bad_files.txt
     lists them. With more broken images, the run stops."""

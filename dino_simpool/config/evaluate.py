@@ -11,7 +11,7 @@ from dino_simpool.config.parts import (
     Compute,
     Decoding,
     Loading,
-    PixelLimit,
+    PixelValues,
     Square,
     ValFolder,
     Weights,
@@ -166,7 +166,7 @@ class RecallConfig(Decoding, Loading, Square, EvalConfig):
 
 
 @dataclass(frozen=True)
-class MasksConfig(PixelLimit, Loading, Square, ValFolder, EvalConfig):
+class MasksConfig(PixelValues, Loading, Square, ValFolder, EvalConfig):
     """Share of the attention that falls on the object, on images with masks (the embedded ones).
 
     Masks belong to the pixels as they are stored, so images are never rotated by their EXIF tag.

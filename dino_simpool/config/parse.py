@@ -40,6 +40,8 @@ def _allowed(annotation: str) -> str:
         annotation = re.sub(rf"(?<=[\[ ]){kind}(?=[,\]])", word, annotation).replace("tuple[", "[")
     words = {"None": "null", "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
     words["Duration"] = "a duration"
+    words["ValueRange"] = "full, data, percentiles or [LOW, HIGH]"
+    words["ExtraBand"], words["Transparency"] = "refuse, ignore or alpha", "white, black, gray or ignore"
     return " or ".join(words.get(part, part) for part in annotation.split(" | "))
 
 
@@ -77,7 +79,7 @@ def _parser(config: type, program: str) -> Any:
     )
     parser.add_class_arguments(config)
     for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:  # `--index` alone says `--index true`
+        if getattr(action, "_typehint", None) in (bool, bool | None):  # `--index` alone says `--index true`
             action.nargs, action.const = "?", True
     return parser
 

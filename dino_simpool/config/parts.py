@@ -141,9 +141,73 @@ class PixelLimit(Options):
     """An image with more pixels is not decoded and counts as broken, which ends the command."""
 
 
-@dataclass(frozen=True)
-class Decoding(PixelLimit):
-    """How image files are decoded."""
+ValueRange = Literal["full", "data", "percentiles"] | tuple[int, int]
+"""The range of 16-bit samples that becomes black to white: see `DecodingSettings.value_range`."""
+ExtraBand = Literal["refuse", "ignore", "alpha"]
+Transparency = Literal["white", "black", "gray", "ignore"]
 
+
+def check_value_range(name: str, value: ValueRange | None) -> None:
+    """ValueError if the two numbers, if given, are no range of 16-bit samples."""
+    if isinstance(value, tuple) and not 0 <= value[0] < value[1] <= 65535:
+        raise ValueError(f"{name} is {list(value)}: give the lowest and the highest of 0 to 65535, such as [0, 4095]")
+
+
+@dataclass(frozen=True)
+class DecodingSettings(Options):
+    """How image files become pixels: options of training, which are stored with the model."""
+
+    max_pixels: int = option(MAX_PIXELS, least=1)
+    """An image with more pixels is not decoded and counts as broken: a file can claim any size."""
     exif_orientation: bool = False
-    """Rotate images by their EXIF tag, as image viewers do. Published numbers were made without."""
+    """Rotate images as their EXIF tag says, as image viewers do. The published code does not."""
+    extra_band: ExtraBand = "refuse"
+    """A band after gray or RGB that a file does not declare as alpha, such as near infrared.
+    refuse: the image counts as broken. ignore: the band is left out. alpha: it is transparency."""
+    transparency: Transparency = "white"
+    """The color behind transparent pixels, or ignore: show the colors that are stored there."""
+    value_range: ValueRange = "full"
+    """The range of 16-bit samples that becomes black to white. full: 0 to 65535. data: lowest to
+    highest sample of 200 images, evenly spread over the data. percentiles: 1st to 99th of each
+    image. Or two numbers, [0, 4095] for 12 bits. Values beyond the range are clipped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_value_range(f"{self.group}value_range", self.value_range)
+
+    @property
+    def decoding(self) -> DecodingSettings:
+        """These settings without the other options of a command."""
+        return DecodingSettings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DecodingSettings)})
+
+
+DEFAULT_DECODING = DecodingSettings()
+
+
+@dataclass(frozen=True)
+class PixelValues(PixelLimit):
+    """How image files become pixels, if not as in training, apart from their orientation."""
+
+    extra_band: ExtraBand | None = None
+    """A band after gray or RGB that is not declared as alpha: refuse such images, ignore the band,
+    or take it as alpha. null: as in training."""
+    transparency: Transparency | None = None
+    """Color behind transparent pixels, or ignore: show the colors that are stored under them. null:
+    as in training."""
+    value_range: ValueRange | None = None
+    """Range of 16-bit samples that becomes black to white: full, data (lowest to highest sample of
+    200 images of these data), percentiles (1st to 99th of each image), or two numbers such as
+    [0, 4095]. null: as in training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_value_range("value_range", self.value_range)
+
+
+@dataclass(frozen=True)
+class Decoding(PixelValues):
+    """How image files are decoded, if not as in training."""
+
+    exif_orientation: bool | None = None
+    """Rotate images by their EXIF tag, as image viewers do. Published numbers were made without.
+    null: as in training."""

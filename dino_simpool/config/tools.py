@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import MAX_PIXELS, Device, Workers, option
+from dino_simpool.config.parts import DecodingSettings, Device, Workers
 
 
 @dataclass(frozen=True)
-class CheckDataConfig(Workers):
+class CheckDataConfig(DecodingSettings, Workers):
     """List the broken images of a data set, or check that a public data set is complete."""
 
     data: str | tuple[str, ...] = ""
@@ -19,8 +19,6 @@ class CheckDataConfig(Workers):
     image is decoded. null: decode every image."""
     out: str = ""
     """File for the broken images, one per line: name, tab, reason. Empty: only print them."""
-    max_pixels: int = option(MAX_PIXELS, least=1)
-    """An image with more pixels is not decoded and counts as broken."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

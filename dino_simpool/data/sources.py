@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from dino_simpool.config import MAX_PIXELS
+from dino_simpool.config import DEFAULT_DECODING, DecodingSettings
 from dino_simpool.data.archives import IMAGE_SUFFIXES, PACKED_SUFFIXES, ArchiveReader, Place, compressed_error, is_compressed
 from dino_simpool.data.cache import load_index
 from dino_simpool.data.decode import BrokenImage, EncodedImage
@@ -38,10 +38,8 @@ class ImageSet:
     """Names of the class folders, sorted; empty without classes."""
     boxes: np.ndarray | None = None
     """(M, 4) float left, top, right, bottom in pixels: the part to read. None: whole images."""
-    max_pixels: int = MAX_PIXELS
-    """Images with more pixels are refused."""
-    exif_orientation: bool = False
-    """Rotate images according to their EXIF tag."""
+    decoding: DecodingSettings = DEFAULT_DECODING
+    """How files become pixels."""
     _archives: ArchiveReader = field(default_factory=ArchiveReader, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +81,7 @@ class ImageSet:
                     return file.read()
             archive, stamp, place = member
             # Four uncompressed channels of 16 bits, with room for headers and color profiles.
-            most = 2**20 + 8 * self.max_pixels
+            most = 2**20 + 8 * self.decoding.max_pixels
             return self._archives.read(below(self.root, archive), stamp, place, most=most)
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -92,7 +90,7 @@ class ImageSet:
 
     def encoded(self, index: int) -> EncodedImage:
         """One image as stored, ready to be decoded. BrokenImage as for `read_bytes`."""
-        return EncodedImage(self.read_bytes(index), self.path(index), self.max_pixels, self.exif_orientation)
+        return EncodedImage(self.read_bytes(index), self.path(index), self.decoding)
 
     def read(self, index: int) -> Image.Image:
         """One image as RGB, cropped to its box, if any. BrokenImage if it cannot be read."""
@@ -104,13 +102,13 @@ class ImageSet:
         if self.boxes is None:
             return image
         left, top, right, bottom = box = tuple(round(side) for side in self.boxes[index].tolist())
-        if not (left < image.width and top < image.height and (right - left) * (bottom - top) <= self.max_pixels):
+        if not (left < image.width and top < image.height and (right - left) * (bottom - top) <= self.decoding.max_pixels):
             raise BrokenImage(self.path(index), f"its box {box} does not fit into {image.width} x {image.height} pixels")
         return image.crop(box)
 
-    def with_decoding(self, *, max_pixels: int, exif_orientation: bool) -> ImageSet:
-        """The same images, with these settings of `read_rgb`."""
-        return dataclasses.replace(self, max_pixels=max_pixels, exif_orientation=exif_orientation)
+    def with_decoding(self, decoding: DecodingSettings) -> ImageSet:
+        """The same images, decoded in this way."""
+        return dataclasses.replace(self, decoding=decoding)
 
     def digest(self) -> str:
         """SHA-256 of the names in order: the same after moving or packing a folder."""

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
-from dino_simpool.config import ClassificationConfig, Decoding, EvalConfig
+from dino_simpool.config import ClassificationConfig, EvalConfig
 from dino_simpool.data import ImageSet, labeled_sets, same_source
+from dino_simpool.features.encode import decoding_of
+from dino_simpool.models.encoder import Encoder
 from dino_simpool.results import describe, model_record, result_name, results_folder, write_record
 
 
@@ -70,18 +72,14 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
     return record
 
 
-def class_folders(cfg: ClassificationConfig) -> tuple[ImageSet, ImageSet]:
+def class_folders(cfg: ClassificationConfig, encoder: Encoder | None) -> tuple[ImageSet, ImageSet]:
     """The labeled images to learn from, and those to measure on. FileNotFoundError or ValueError as
     for `labeled_sets`."""
     if not cfg.data:
         raise ValueError("no data is given: give --data DIR, a folder with the class folders train/ and val/")
     train, val = labeled_sets(cfg.train, cfg.val, inside=cfg.data, subset_per_class=cfg.subset_per_class)
-    return decoded(train, cfg), decoded(val, cfg)
-
-
-def decoded(images: ImageSet, cfg: Decoding) -> ImageSet:
-    """The same images, decoded as cfg says. Every image set of an evaluator goes through here."""
-    return images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
+    decoding = decoding_of(cfg, encoder, train)
+    return train.with_decoding(decoding), val.with_decoding(decoding)
 
 
 def per_class(correct: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -39,8 +39,8 @@ from dino_simpool import distributed
 from dino_simpool.config import AttentionConfig
 from dino_simpool.data import IMAGE_SUFFIXES, LONGEST, ImageSet, evenly, find_images, find_split
 from dino_simpool.data.augment import to_tensor
-from dino_simpool.eval import decoded, run
-from dino_simpool.features.encode import Forward
+from dino_simpool.eval import run
+from dino_simpool.features.encode import Forward, decoding_of
 from dino_simpool.features.maps import attention_maps, entropy, mass_mask, part_boxes, seen_size
 from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
@@ -84,7 +84,8 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
     entropy: of a map over ln N, 100 % if it is uniform. mask_area: cells in the mask over N.
     ValueError names an image whose attention is not finite.
     """
-    images = decoded(find_any_images(cfg), cfg)
+    images = find_any_images(cfg)
+    images = images.with_decoding(decoding_of(cfg, encoder, images))
     chosen = evenly(len(images), cfg.max_images)
     size = cfg.image_size or 4 * encoder.config.image_size
     mean, std = encoder.config.mean, encoder.config.std

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_simpool import distributed
-from dino_simpool.config import KnnConfig
+from dino_simpool.config import KnnConfig, to_dict
 from dino_simpool.data import EvalTransform, ImageSet, class_numbers
 from dino_simpool.eval import balanced_accuracy, class_folders, find_overlap, per_class, run
 from dino_simpool.features import chunks
@@ -170,7 +170,7 @@ def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
     first k the accuracy of each class (`per_class`)."""
     check_settings(cfg.k, cfg.temperature)
     settings = preprocessing(None if encoder is None else encoder.config, image_size=cfg.image_size, resize=cfg.resize)
-    train_set, val_set = class_folders(cfg)
+    train_set, val_set = class_folders(cfg, encoder)
     features: nn.Module | None = encoder
     if encoder is None or cfg.features == "pixels":
         features = Pixels(settings["image_size"], None if encoder is None else device_of(encoder))
@@ -180,6 +180,7 @@ def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
     metrics = {f"{name}_k{k}": value for k, names in accuracy.percent.items() for name, value in names.items()}
     return metrics | {
         "split": cfg.val,
+        "decoding": to_dict(train_set.decoding),
         "preprocessing": settings,
         "counts": {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)},
         "image_digests": {"train": train_set.digest(), "val": val_set.digest()},

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dino_simpool import distributed
-from dino_simpool.config import LinearConfig
+from dino_simpool.config import LinearConfig, to_dict
 from dino_simpool.data import (
     AugmentedImages,
     EvalTransform,
@@ -156,7 +156,7 @@ def evaluate(encoder: Encoder, cfg: LinearConfig) -> dict[str, Any]:
     the best epoch; `per_class`), and what val has in common with train (`overlap`).
     """
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
-    train, val = class_folders(cfg)
+    train, val = class_folders(cfg, encoder)
     forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
     fit = _paper if cfg.protocol == "paper" else _grid
     result, head = fit(encoder, cfg, train, val, partial(extract_features, encoder, forward=forward))
@@ -166,6 +166,7 @@ def evaluate(encoder: Encoder, cfg: LinearConfig) -> dict[str, Any]:
         "weight": head.weight[0].cpu(),
         "bias": head.bias[0].cpu(),
         "split": cfg.val,
+        "decoding": to_dict(train.decoding),
         "preprocessing": settings,
         "counts": {"train": len(train), "val": len(val), "classes": len(train.classes)},
         "image_digests": {"train": train.digest(), "val": val.digest()},

@@ -14,17 +14,18 @@ H, W: pixels of the image.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dino_simpool import distributed
-from dino_simpool.config import MasksConfig
+from dino_simpool.config import MasksConfig, to_dict
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, evenly, find_split
 from dino_simpool.data.decode import open_image
 from dino_simpool.eval import run
-from dino_simpool.features.encode import Forward, preprocessing
+from dino_simpool.features.encode import Forward, decoding_of, preprocessing
 from dino_simpool.features.maps import attention_maps, cell_coverage, seen_box, shares
 from dino_simpool.models.encoder import Encoder
 
@@ -45,7 +46,7 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     images = class_folder(find_split(cfg.val, inside=cfg.data))
     # Masks are of the pixels as they are stored.
-    images = images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=False)
+    images = images.with_decoding(replace(decoding_of(cfg, encoder, images), exif_orientation=False))
     chosen = evenly(len(images), cfg.max_images)
     positions = np.arange(distributed.rank(), len(chosen), distributed.world_size())
     rows = []
@@ -65,7 +66,12 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
     inside, area = measured.mean(0).tolist()
     counts = {"images": len(measured), "without object": len(chosen) - len(measured)}
     shares_in_percent = {"attention_in_mask": 100 * inside, "mask_area": 100 * area, "ratio": inside / area}
-    return shares_in_percent | {"split": cfg.val, "preprocessing": settings, "counts": counts}
+    return shares_in_percent | {
+        "split": cfg.val,
+        "decoding": to_dict(images.decoding),
+        "preprocessing": settings,
+        "counts": counts,
+    }
 
 
 def mask_path(data: str | Path, split: str, image: str | Path) -> Path:

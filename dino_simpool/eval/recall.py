@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from dino_simpool import distributed
-from dino_simpool.config import RecallConfig
+from dino_simpool.config import RecallConfig, to_dict
 from dino_simpool.data import EvalTransform
-from dino_simpool.eval import decoded, run
+from dino_simpool.eval import run
 from dino_simpool.features import chunks
-from dino_simpool.features.encode import Forward, device_of, extract_features, preprocessing
+from dino_simpool.features.encode import Forward, decoding_of, device_of, extract_features, preprocessing
 from dino_simpool.features.neighbors import check_ks, neighbors
 from dino_simpool.features.ranking import NOTHING, Labeled, best_positive, count_nearer
 from dino_simpool.layouts import differing_counts, part_counts
@@ -185,8 +185,9 @@ def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     settings["interpolation"] = INTERPOLATIONS[cfg.preset]
     forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
+    decoding = decoding_of(cfg, encoder, query_set)
     features = {
-        name: extract_features(encoder, decoded(images, cfg), forward, description=name).to(device_of(encoder))
+        name: extract_features(encoder, images.with_decoding(decoding), forward, description=name).to(device_of(encoder))
         for name, images in sets.items()
     }
     labels = {name: torch.from_numpy(images.labels) for name, images in sets.items()}
@@ -205,6 +206,7 @@ def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
         "count_warnings": warnings,
         "k": list(ks),
         "ties": ties,
+        "decoding": to_dict(decoding),
         "preprocessing": {"preset": cfg.preset, **settings},
         "first_positive": ranks,
     }

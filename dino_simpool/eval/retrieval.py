@@ -37,12 +37,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_simpool.config import RetrievalConfig
+from dino_simpool.config import RetrievalConfig, to_dict
 from dino_simpool.data import find_images
 from dino_simpool.data.augment import to_tensor
-from dino_simpool.eval import decoded, run
+from dino_simpool.eval import run
 from dino_simpool.features import chunks
-from dino_simpool.features.encode import Forward, extract_features
+from dino_simpool.features.encode import Forward, decoding_of, extract_features
 from dino_simpool.features.neighbors import UNIT
 from dino_simpool.features.whitening import Whitening, unit, whitening_set
 from dino_simpool.layouts import differing_counts, part_counts
@@ -189,13 +189,13 @@ def main(cfg: RetrievalConfig) -> None:
     run("retrieval", evaluate, cfg)
 
 
-def resolve(cfg: RetrievalConfig) -> dict[str, Any]:
-    """image_size, multi_scale and query_crop: those given, else the preset's. ValueError for boxes
-    in rotated images."""
+def resolve(cfg: RetrievalConfig, *, turned: bool = False) -> dict[str, Any]:
+    """image_size, multi_scale and query_crop: those given, else the preset's. turned: whether the
+    training rotated images. ValueError for boxes in rotated images."""
     given = {"image_size": cfg.image_size, "multi_scale": cfg.multi_scale, "query_crop": cfg.query_crop}
     preset = zip(given, PRESETS[cfg.preset][cfg.dataset], strict=True)
     settings = {name: default if given[name] is None else given[name] for name, default in preset}
-    if settings["query_crop"] and cfg.exif_orientation:
+    if settings["query_crop"] and (turned if cfg.exif_orientation is None else cfg.exif_orientation):
         raise ValueError("exif_orientation must be false with query_crop: boxes belong to the pixels as they are stored")
     return settings
 
@@ -209,7 +209,7 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
     """
     if not cfg.data:
         raise ValueError("no data is given: give --data DIR, the folder that holds roxford5k/ or rparis6k/")
-    settings = resolve(cfg)
+    settings = resolve(cfg, turned=encoder.decoding.exif_orientation)
     database_set, query_set, truth = landmarks(cfg.dataset, cfg.data)
     counts = part_counts({"database": database_set, "queries": query_set})
     for line in (warnings := differing_counts(cfg.dataset, counts)):
@@ -220,6 +220,7 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
     more = {} if distractors is not None else {"distractors": find_images(cfg.distractors)}
     others, dim = whitening_set(cfg.whitening_data, encoder.embed_dim, dim=cfg.whitening_dim)
 
+    decoding = decoding_of(cfg, encoder, database_set)
     scales = SCALES if settings["multi_scale"] else SCALES[:1]
     normalization: dict[str, Any] = {"mean": encoder.config.mean, "std": encoder.config.std}
     sets = {"database": database_set, "queries": query_set} | more | ({} if others is None else {"whitening": others})
@@ -227,7 +228,7 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
     forward = Forward(transform, 1, cfg.workers, cfg.precision)  # each image has its own size
     encoder_at_scales = MultiScale(encoder, scales)
     features = {
-        name: extract_features(encoder_at_scales, decoded(images, cfg), forward, description=name)
+        name: extract_features(encoder_at_scales, images.with_decoding(decoding), forward, description=name)
         for name, images in sets.items()
     }
     distractors = features["distractors"] if distractors is None else distractors
@@ -250,6 +251,7 @@ def evaluate(encoder: Encoder, cfg: RetrievalConfig) -> dict[str, Any]:
         "split": "test",
         "counts": {name: len(images) for name, images in sets.items()} | {"distractors": len(distractors)},
         "count_warnings": warnings,
+        "decoding": to_dict(decoding),
         "preprocessing": preparation | normalization,
         "whitening": None if others is None else {"data": cfg.whitening_data, "dimensions": dim},
     }

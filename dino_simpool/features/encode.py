@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dino_simpool import distributed
-from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
+from dino_simpool.config import DEFAULT_DECODING, IMAGENET_MEAN, IMAGENET_STD, DecodingSettings, ModelConfig, PixelValues
 from dino_simpool.data import ImageSet, index_loader
+from dino_simpool.data.value_range import with_range_of
 from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 
@@ -70,6 +71,23 @@ def evaluation_mode(encoder: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def decoding_of(cfg: PixelValues, encoder: Encoder | None, images: ImageSet) -> DecodingSettings:
+    """How image sets are decoded for an encoder: as in its training, unless cfg says otherwise.
+
+    images: those whose range the value range `data` is.
+    """
+    trained = DEFAULT_DECODING if encoder is None else encoder.decoding
+    turned = getattr(cfg, "exif_orientation", None)
+    decoding = DecodingSettings(
+        max_pixels=cfg.max_pixels,
+        exif_orientation=trained.exif_orientation if turned is None else turned,
+        extra_band=cfg.extra_band or trained.extra_band,
+        transparency=cfg.transparency or trained.transparency,
+        value_range=cfg.value_range or trained.value_range,
+    )
+    return with_range_of(images, decoding)
 
 
 def device_of(encoder: nn.Module) -> torch.device:

@@ -44,11 +44,11 @@ from torch.nn import functional as F
 
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
-from dino_simpool.config import ExtractConfig
+from dino_simpool.config import ExtractConfig, to_dict
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.features import chunks
-from dino_simpool.features.encode import Forward, device_of, encode, preprocessing, try_sizes
+from dino_simpool.features.encode import Forward, decoding_of, device_of, encode, preprocessing, try_sizes
 from dino_simpool.features.rows import RowFile
 from dino_simpool.files import file_sha256, write_atomically, write_json
 from dino_simpool.logs import progress
@@ -68,8 +68,8 @@ def main(cfg: ExtractConfig) -> None:
     if cfg.labels and len(sources) > 1:
         raise ValueError(f"labels need one folder of class folders, given {len(sources)} sources: leave labels out")
     images = class_folder(sources[0]) if cfg.labels else find_images(sources)
-    images = images.with_decoding(max_pixels=cfg.max_pixels, exif_orientation=cfg.exif_orientation)
     encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
+    images = images.with_decoding(decoding_of(cfg, encoder, images))
     view = {"view": cfg.view, **preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)}
     if cfg.view == "whole":
         del view["resize"]
@@ -135,13 +135,15 @@ def extract(
     view = view or {"view": "crop", **preprocessing(encoder.config)}
     method, size, device = level_of(encoder, level), view["image_size"], device_of(encoder)
     try_sizes(encoder, [size])
+    decoding = to_dict(images.decoding)
+    del decoding["max_pixels"]  # it changes no number
     blank = encode(encoder, torch.zeros(1, 3, size, size), precision=precision, method=method)
     settings = {
         "model": dataclasses.asdict(encoder.config),
         "weights": weights_sha256(encoder),
         "preprocessing": view,
         "level": level,
-        "images": {"count": len(images), "names": images.digest(), "exif_orientation": images.exif_orientation},
+        "images": {"count": len(images), "names": images.digest(), **decoding},
         "batch_size": batch_size,
         "precision": precision,
         "device": device.type,

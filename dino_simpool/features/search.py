@@ -19,7 +19,7 @@ import numpy as np
 
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
-from dino_simpool.config import SearchConfig
+from dino_simpool.config import DecodingSettings, SearchConfig, from_dict, option_names
 from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, find_images
 from dino_simpool.features import chunks
 from dino_simpool.features.encode import Forward, extract_features
@@ -44,10 +44,12 @@ def main(cfg: SearchConfig) -> None:
             raise ValueError(f"no {name} is given: give --index DIR --query IMAGE --out OUT, DIR as `extract --index` wrote it")
     meta, features, index = open_index(cfg.index)
     settings = meta["settings"]
-    images, queries = (
-        each.with_decoding(max_pixels=meta["source"]["max_pixels"], exif_orientation=settings["images"]["exif_orientation"])
-        for each in (images_of(cfg, meta), query_images(cfg.query))
+    decoding = from_dict(
+        DecodingSettings,
+        {name: settings["images"][name] for name in option_names(DecodingSettings) if name in settings["images"]}
+        | {"max_pixels": meta["source"]["max_pixels"]},
     )
+    images, queries = (each.with_decoding(decoding) for each in (images_of(cfg, meta), query_images(cfg.query)))
     forward = Forward(make_transform(settings["preprocessing"]), settings["batch_size"], cfg.workers, settings["precision"])
     vectors = extract_features(encoder_of(cfg, meta).to(device), queries, forward, description="queries")
     if not distributed.is_main():

@@ -26,7 +26,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_simpool.config import ModelConfig
+from dino_simpool.config import DEFAULT_DECODING, DecodingSettings, ModelConfig
 from dino_simpool.models.pooling import build_pool
 from dino_simpool.models.pooling.basic import ClsPool
 from dino_simpool.models.pooling.simpool import as_tokens, without_autocast
@@ -83,6 +83,8 @@ class Encoder(nn.Module):
     """The number of images that these epochs went over, if it says so."""
     images: str | None = None
     """`ImageSet.digest` of them, if it says so."""
+    decoding: DecodingSettings = DEFAULT_DECODING
+    """How the images of the training were decoded."""
 
     def __init__(self, trunk: nn.Module, pool: nn.Module, *, norm: nn.Module, config: ModelConfig) -> None:
         super().__init__()

@@ -25,6 +25,7 @@ from torch import Tensor
 from dino_simpool.config import TrainConfig
 from dino_simpool.data import EvalTransform, evenly, find_images, find_split, folder_or_archive, read_or_replace
 from dino_simpool.data.augment import MultiCrop
+from dino_simpool.data.value_range import with_range_of
 from dino_simpool.eval.masks import mask_path, read_mask
 from dino_simpool.features.encode import Forward, preprocessing
 from dino_simpool.features.maps import Box, attention_maps, cell_coverage, mass_mask, seen_box, seen_size, shares
@@ -98,7 +99,7 @@ def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: 
 def crop_cards(cfg: TrainConfig, roots: list[str], *, num_images: int) -> str:
     """HTML of training images with the boxes of their crops and their views of the first epoch."""
     images = find_images(roots, subset_per_class=cfg.data.subset_per_class)
-    images = images.with_decoding(max_pixels=cfg.data.max_pixels, exif_orientation=cfg.data.exif_orientation)
+    images = images.with_decoding(with_range_of(images, cfg.data.decoding))
     augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
     cards = []
     for index in evenly(len(images), num_images).tolist():

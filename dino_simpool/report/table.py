@@ -187,7 +187,7 @@ def _differences(record: dict[str, Any], key: Key, epochs: float | None) -> list
         (resources, "classes", record.get("num_classes"), 1000),
         (not resources, "weights", model.get("which"), "teacher"),
         (not resources, "precision", record.get("dtype"), "fp32"),
-        (not resources, "exif_orientation", config.get("exif_orientation", False), False),
+        (not resources, "exif_orientation", (record.get("decoding") or config).get("exif_orientation") or False, False),
         (not resources, "epochs of pre-training", "unknown" if epochs is None else epochs, key.epochs),
         (simpool, "gamma", model.get("gamma"), paper.gamma_of(model)),
         (simpool, "min_over", model.get("min_over"), "image"),

@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import functional as reference
 
-from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
+from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig, DecodingSettings
 from dino_simpool.data.augment import CROP_NUMBERS, MultiCrop, ViewDraw, crop_box, pixels, shrunk, to_tensor, uniforms
 from dino_simpool.data.augment.draw import NUM_UNIFORMS, blur_kernel
 from dino_simpool.data.decode import BrokenImage, EncodedImage
@@ -426,14 +426,14 @@ def test_files_that_only_pillow_reads():
     image = picture(20, 30)
     assert stored(image).jpeg_size is None and stored(image.convert("CMYK"), "JPEG").jpeg_size is None
     plain = stored(image, "JPEG")
-    assert dataclasses.replace(plain, max_pixels=20 * 30 - 1).jpeg_size is None
+    assert dataclasses.replace(plain, decoding=DecodingSettings(max_pixels=20 * 30 - 1)).jpeg_size is None
     with pytest.raises(BrokenImage, match="max_pixels 599"):
-        dataclasses.replace(plain, max_pixels=20 * 30 - 1).pixels()
+        dataclasses.replace(plain, decoding=DecodingSettings(max_pixels=20 * 30 - 1)).pixels()
     tag = Image.Exif()
     tag[0x0112] = 6
-    turned = dataclasses.replace(stored(image, "JPEG", exif=tag), exif_orientation=True)
+    turned = dataclasses.replace(stored(image, "JPEG", exif=tag), decoding=DecodingSettings(exif_orientation=True))
     assert turned.pixels().shape == (30, 20, 3)
-    assert dataclasses.replace(turned, exif_orientation=False).pixels().shape == (20, 30, 3)
+    assert dataclasses.replace(turned, decoding=DecodingSettings()).pixels().shape == (20, 30, 3)
 
 
 def test_a_jpeg_with_a_wrong_byte_is_decoded_by_pillow_and_a_truncated_one_is_broken():

@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision import datasets, transforms
 
 from dino_simpool import data, distributed
-from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
+from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig, DecodingSettings
 from dino_simpool.data import EvalTransform, TrainBatches, class_folder, evenly, find_images, index_loader, train_loader
 from dino_simpool.data.augment import MultiCrop
 from dino_simpool.data.decode import read_rgb
@@ -174,7 +174,7 @@ def test_labels_of_one_source_are_those_of_imagefolder(tmp_path, source):
     assert labels_and_classes(images) == (theirs.targets, tuple(theirs.classes)) and images.labels is None
     assert images.labels_of(np.array([6, 0, 6])).tolist() == [theirs.targets[i] for i in (6, 0, 6)]
     assert images.labels_of([]).shape == (0,)
-    again = pickle.loads(pickle.dumps(images)).with_decoding(max_pixels=9, exif_orientation=True)
+    again = pickle.loads(pickle.dumps(images)).with_decoding(DecodingSettings(max_pixels=9, exif_orientation=True))
     assert labels_and_classes(again) == labels_and_classes(images)
 
 

@@ -8,9 +8,10 @@ import io
 import os
 import pickle
 import struct
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from PIL import Image
 from test_data import CPU, CROP, EVALUATE, assert_equal_items, collect, message, png, tiff, write_image
 from torch.utils.data import DataLoader
 
-from dino_simpool.config import MAX_PIXELS
+from dino_simpool.config import MAX_PIXELS, DecodingSettings
 from dino_simpool.data import ImageSet, TrainBatches, decode, find_images, index_loader, read_or_replace, train_loader
 from dino_simpool.data.decode import BrokenImage, EncodedImage, examine, read_rgb
 from dino_simpool.data.loaders import MAX_ATTEMPTS, replacement
 
 ORIENTATION = 0x0112
+TRIALS = Path(__file__).resolve().parents[1] / "trials" / "images"
 
 
 def noise(height: int, width: int, *, seed: int = 0) -> np.ndarray:
@@ -47,7 +49,7 @@ def stored(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def pixels(source: str | bytes, **options: object) -> np.ndarray:
-    image = read_rgb(source, **options)
+    image = read_rgb(source, decoding=DecodingSettings(**options))
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -90,7 +92,7 @@ def test_an_orientation_anywhere_before_the_pixels_counts() -> None:
     xmp = b"\xff\xe1" + struct.pack(">H", len(description) + 2) + description
     plain = stored(Image.fromarray(noise(5, 7)), "JPEG")
     for file in (turned[:2] + 2 * thumbnail + turned[2:], plain[:2] + xmp + plain[2:]):
-        image = EncodedImage(file, exif_orientation=True)
+        image = EncodedImage(file, decoding=DecodingSettings(exif_orientation=True))
         np.testing.assert_array_equal(image.pixels(), np.asarray(image.rgb()))
         np.testing.assert_array_equal(image.pixels(), np.rot90(pixels(plain), -1))
 
@@ -123,12 +125,12 @@ def test_an_image_set_reads_with_its_settings(tmp_path: Path) -> None:
     exif[ORIENTATION] = 8
     Image.fromarray(noise(5, 7)).save(tmp_path / "x.png", exif=exif)
     images = find_images(str(tmp_path))
-    turned = images.with_decoding(max_pixels=35, exif_orientation=True)
+    turned = images.with_decoding(DecodingSettings(max_pixels=35, exif_orientation=True))
     assert images.read(0).size == (7, 5) and turned.read(0).size == (5, 7)
     boxed = dataclasses.replace(turned, boxes=np.array([[1.0, 2.0, 4.0, 7.0]]))
     np.testing.assert_array_equal(np.asarray(boxed.read(0)), np.rot90(noise(5, 7))[2:7, 1:4])  # in the rotated image
     with pytest.raises(BrokenImage, match=r"x\.png cannot be read .*more than max_pixels 34"):
-        images.with_decoding(max_pixels=34, exif_orientation=False).read(0)
+        images.with_decoding(DecodingSettings(max_pixels=34, exif_orientation=False)).read(0)
 
 
 # -- sizes
@@ -177,9 +179,9 @@ def test_a_decompression_bomb_is_refused_by_its_header(size: tuple[int, int]) ->
 def test_max_pixels_is_the_largest_that_is_read() -> None:
     file = stored(Image.fromarray(noise(5, 7)), "PNG")
     limit = Image.MAX_IMAGE_PIXELS
-    assert read_rgb(file, max_pixels=35).size == (7, 5)
+    assert read_rgb(file, decoding=DecodingSettings(max_pixels=35)).size == (7, 5)
     with pytest.raises(BrokenImage, match="more than max_pixels 34"):
-        read_rgb(file, max_pixels=34)
+        read_rgb(file, decoding=DecodingSettings(max_pixels=34))
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
@@ -190,12 +192,12 @@ def test_pillows_own_limit_gives_way_to_a_larger_one_only(monkeypatch: pytest.Mo
     file = stored(Image.fromarray(noise(30, 10)), "PNG")
     for limit in (100, 200):
         with pytest.raises(BrokenImage, match=f"more than max_pixels {limit}"):
-            read_rgb(file, max_pixels=limit)
+            read_rgb(file, decoding=DecodingSettings(max_pixels=limit))
         assert Image.MAX_IMAGE_PIXELS == 100
-    image = read_rgb(file, max_pixels=300)
+    image = read_rgb(file, decoding=DecodingSettings(max_pixels=300))
     np.testing.assert_array_equal(np.asarray(image.crop((0, 0, 10, 29))), noise(30, 10)[:29])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # the user wants none
-    assert read_rgb(file, max_pixels=300).size == (10, 30) and Image.MAX_IMAGE_PIXELS is None
+    assert read_rgb(file, decoding=DecodingSettings(max_pixels=300)).size == (10, 30) and Image.MAX_IMAGE_PIXELS is None
 
 
 # -- kinds of files
@@ -302,12 +304,13 @@ def test_tiff_files_that_pillow_would_misread_are_refused(
             read(str(tmp_path / "x.tif"))
 
 
-def test_32_bit_integers_of_another_format_are_refused(tmp_path: Path) -> None:
-    """A FITS file of 32-bit integers would turn black."""
-    cards = ("SIMPLE  = T", "BITPIX  = 32", "NAXIS   = 2", "NAXIS1  = 9", "NAXIS2  = 7", "END")
+@pytest.mark.parametrize("bits, reason", [(16, "it has signed samples"), (32, "it has 32-bit samples")])
+def test_integers_of_another_format_are_refused(tmp_path: Path, bits: int, reason: str) -> None:
+    """A FITS file of 32-bit integers would turn black, and one of 16 bits lose its signs."""
+    cards = ("SIMPLE  = T", f"BITPIX  = {bits}", "NAXIS   = 2", "NAXIS1  = 9", "NAXIS2  = 7", "END")
     header = "".join(card.ljust(80) for card in cards)
-    (tmp_path / "x.fits").write_bytes(header.ljust(2880).encode() + np.arange(63, dtype=">i4").tobytes())
-    with pytest.raises(BrokenImage, match="it has 32-bit samples"):
+    (tmp_path / "x.fits").write_bytes(header.ljust(2880).encode() + np.arange(63, dtype=f">i{bits // 8}").tobytes())
+    with pytest.raises(BrokenImage, match=reason):
         read_rgb(str(tmp_path / "x.fits"))
 
 
@@ -327,14 +330,138 @@ def test_no_image_file_starts_another_program(tmp_path: Path, ghostscript: Path,
     assert not ghostscript.exists()
 
 
+@pytest.fixture
+def no_plug_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Pillow without plug-ins and without AVIF, whatever is installed here."""
+    Image.init()
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name not in ("AVIF", "HEIF", "JXL")])
+    for module in ("pillow_heif", "pillow_jxl", "pillow_avif"):
+        monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
+    decode._plugged_in.cache_clear()
+    yield
+    decode._plugged_in.cache_clear()
+
+
+@pytest.mark.parametrize("name, brand", [("iphone.jpg", "HEIC"), ("jxl_as.png", "JPEG XL")])
+def test_plug_ins_of_pillow_are_used_when_a_file_needs_them(name: str, brand: str) -> None:
+    """Files under the ending of another format. They show the photograph."""
+    reference = np.asarray(Image.open(TRIALS / "ref.png").convert("RGB")).astype(int)
+    file = (TRIALS / name).read_bytes()
+    for source in (file, str(TRIALS / name)):
+        assert np.abs(pixels(source) - reference).mean() < 8
+    with pytest.raises(BrokenImage, match=f"it is broken {brand}|cannot be read"):
+        read_rgb(file[:200])
+
+
+# -- metadata
+
+
+def chunk(kind: bytes, body: bytes, *, damaged: bool = False) -> bytes:
+    """A chunk of a PNG file, with a wrong checksum if it is damaged."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ damaged)
+
+
+def with_chunk(png: bytes, new: bytes, *, last: bool = False) -> bytes:
+    """The file with one more chunk after its header, or before its end."""
+    place = len(png) - 12 if last else 33
+    return png[:place] + new + png[place:]
+
+
+LARGE = zlib.compress(bytes(2**27))
+ANCILLARY = {
+    b"tEXt": b"Comment\0text",
+    b"zTXt": b"Comment\0\0" + LARGE,
+    b"iTXt": b"Comment\0\1\0\0\0" + LARGE,
+    b"iCCP": b"profile\0\0" + LARGE,
+    b"eXIf": b"II*\0garbage",
+    b"gAMA": b"\0",
+    b"pHYs": b"\0\0",
+    b"sRGB": b"",
+    b"tIME": b"\7\xea",
+    b"tRNS": b"\0",
+}
+"""Bodies that Pillow takes offense at in some kinds of chunk: too large, too short."""
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("kind", ANCILLARY)
+def test_metadata_never_make_a_png_file_unreadable(kind: bytes, damaged: bool, last: bool) -> None:
+    whole = stored(Image.fromarray(noise(40, 50)), "PNG")
+    file = with_chunk(whole, chunk(kind, ANCILLARY[kind], damaged=damaged), last=last)
+    np.testing.assert_array_equal(pixels(file), noise(40, 50))
+    assert set(examine(file).kinds) <= {"metadata skipped"}
+
+
+def test_skipped_metadata_is_counted_and_the_rest_is_kept() -> None:
+    """Transparency and orientation survive damage elsewhere; damaged ones are dropped."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    whole = stored(Image.fromarray(noise(40, 50)).quantize(16), "PNG", exif=exif, transparency=3)
+    file = with_chunk(whole, chunk(b"tEXt", b"Comment\0text", damaged=True))
+    assert examine(whole).kinds == ("palette", "transparent", "EXIF-rotated")
+    assert examine(file).kinds == ("palette", "transparent", "EXIF-rotated", "metadata skipped")
+    for option in (False, True):
+        np.testing.assert_array_equal(pixels(file, exif_orientation=option), pixels(whole, exif_orientation=option))
+    place = whole.index(b"tRNS") + 4
+    damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    assert examine(damaged).kinds == ("palette", "EXIF-rotated", "metadata skipped")
+
+
+@pytest.mark.parametrize("kind", [b"IHDR", b"PLTE", b"IDAT"])
+def test_damage_to_a_critical_chunk_stays_an_error(kind: bytes) -> None:
+    whole = stored(Image.fromarray(noise(40, 50)).quantize(16), "PNG")
+    place = whole.index(kind) + 4
+    with pytest.raises(BrokenImage):
+        read_rgb(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    unknown = with_chunk(whole, chunk(b"NEWS", b"of a later standard", damaged=True))
+    with pytest.raises(BrokenImage):
+        read_rgb(unknown)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF", "GIF"])
+def test_large_metadata_of_other_formats_are_no_obstacle(kind: str) -> None:
+    image = Image.fromarray(smooth(40, 50))
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 60_000  # the description
+    options: dict[str, dict[str, Any]] = {
+        "JPEG": {"comment": b"x" * 65_000, "exif": exif, "icc_profile": bytes(2**21), "xmp": b"x" * 60_000},
+        "WEBP": {"exif": exif, "icc_profile": bytes(2**22), "xmp": b"x" * 2**22, "lossless": True},
+        "TIFF": {"icc_profile": bytes(2**22), "tiffinfo": {0x010E: "x" * 2**22, 700: b"x" * 2**22}},
+        "GIF": {"comment": b"x" * 2**20},
+    }
+    file = stored(image, kind, **options[kind])
+    assert len(file) > len(stored(image, kind)) + 1000
+    expected = pixels(stored(image, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    np.testing.assert_array_equal(pixels(file), expected)
+    assert "metadata skipped" not in examine(file).kinds
+
+
+def test_damaged_metadata_of_other_formats_are_no_obstacle() -> None:
+    image = Image.fromarray(smooth(40, 50))
+    garbage = b"Exif\0\0II*\0\xff\xff\xff\xff"
+    jpeg = stored(image, "JPEG")
+    for segment in (b"ICC_PROFILE\0\7\3garbage", b"ICC_PROFILE\0", b"Photoshop 3.0\x008BIM\4\4", b"Adobe", garbage):
+        for marker in (0xE1, 0xE2, 0xED, 0xEE):
+            file = jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", 2 + len(segment)) + segment + jpeg[2:]
+            np.testing.assert_array_equal(pixels(file), pixels(jpeg))
+    webp = stored(image, "WEBP", lossless=True, exif=b"Exif\0\0" + b"x" * 100, icc_profile=b"garbage")
+    np.testing.assert_array_equal(pixels(webp), smooth(40, 50))
+    tiff_file = bytearray(stored(image, "TIFF", tiffinfo={0x010E: "x" * 300}))
+    place = tiff_file.index(struct.pack("<HHI", 0x010E, 2, 301)) + 4
+    tiff_file[place : place + 4] = b"\xff\xff\xff\0"  # its length, beyond the end of the file
+    np.testing.assert_array_equal(pixels(bytes(tiff_file)), smooth(40, 50))
+
+
 @pytest.mark.parametrize(
     "start, named",
     [
         (b"%PDF-1.7\n", "a PDF document"),
-        (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic", "HEIC"),
-        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "HEIC"),
-        (b"\xff\x0a\x00\x10", "JPEG XL"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic", "HEIC, which needs a plug-in: pip install pillow-heif, or"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "HEIC, which needs"),
+        (b"\xff\x0a\x00\x10", "JPEG XL, which needs a plug-in: pip install pillow-jxl-plugin, or"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL, which needs"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1", "AVIF, which needs a plug-in: pip install pillow-avif-plugin, or"),
         (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2", "a video"),
         (b"RIFF\x0a\x0a\0\0AVI LIST", "a video"),
         (b"\x1aE\xdf\xa3\x01\0\0\0", "a video"),
@@ -346,7 +473,7 @@ def test_no_image_file_starts_another_program(tmp_path: Path, ghostscript: Path,
         (b"plain text", "not an image of a known format"),
     ],
 )
-def test_files_of_other_kinds_are_named(tmp_path: Path, start: bytes, named: str) -> None:
+def test_files_of_other_kinds_are_named(tmp_path: Path, no_plug_ins: None, start: bytes, named: str) -> None:
     (tmp_path / "x.jpg").write_bytes(start + bytes(400))
     for source in (start + bytes(400), str(tmp_path / "x.jpg")):
         with pytest.raises(BrokenImage, match=f"it is {named}"):
@@ -355,7 +482,7 @@ def test_files_of_other_kinds_are_named(tmp_path: Path, start: bytes, named: str
 
 def test_examine_names_what_is_unusual(tmp_path: Path) -> None:
     ordinary = Image.fromarray(noise(32, 40))
-    samples = np.full((32, 40, 3), 40_000, np.uint16)
+    samples = noise(32, 40).astype(np.uint16) * 257
     png(tmp_path / "gray.png", np.ascontiguousarray(samples[..., :1]))
     png(tmp_path / "rgb.png", samples)
     cases = [
@@ -368,9 +495,9 @@ def test_examine_names_what_is_unusual(tmp_path: Path) -> None:
         (stored(ordinary.convert("RGBA"), "PNG"), ("transparent",)),
         ((tmp_path / "gray.png").read_bytes(), ("gray", "16-bit")),
         ((tmp_path / "rgb.png").read_bytes(), ("16-bit",)),
-        (stored(Image.new("RGB", (31, 31)), "PNG"), ("tiny",)),
-        (stored(Image.new("RGB", (32, 320)), "PNG"), ()),
-        (stored(Image.new("RGB", (32, 321)), "PNG"), ("long",)),
+        (stored(Image.fromarray(noise(31, 31)), "PNG"), ("tiny",)),
+        (stored(Image.new("RGB", (32, 320)), "PNG"), ("blank",)),
+        (stored(Image.new("RGB", (32, 321)), "PNG"), ("long", "blank")),
     ]
     for file, kinds in cases:
         assert examine(file).kinds == kinds
@@ -380,7 +507,7 @@ def test_examine_names_what_is_unusual(tmp_path: Path) -> None:
 
 def test_examine_says_huge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "HUGE", 40 * 32 - 1)
-    assert examine(stored(Image.new("RGB", (40, 32)), "PNG")).kinds == ("huge",)
+    assert examine(stored(Image.new("RGB", (40, 32)), "PNG")).kinds == ("huge", "blank")
 
 
 # -- broken files

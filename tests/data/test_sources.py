@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
+from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig, DecodingSettings
 from dino_simpool.data import ImageSet, TrainBatches, archives, cache, class_folder, find_images, train_loader
 from dino_simpool.data import scan as scanning
 from dino_simpool.data.augment import MultiCrop
@@ -374,7 +374,7 @@ def test_a_bomb_in_a_zip_is_refused_before_it_is_unpacked(tmp_path, monkeypatch)
         with pytest.raises(
             ValueError, match=r"x\.zip/1\.jpg cannot .*9,500,000 bytes, more than .* max_pixels; raise"
         ) as error:
-            images.with_decoding(max_pixels=1_000_000, exif_orientation=False).read_bytes(0)
+            images.with_decoding(DecodingSettings(max_pixels=1_000_000, exif_orientation=False)).read_bytes(0)
         message(error)
 
 
@@ -918,7 +918,7 @@ def test_a_small_image_may_have_a_megabyte_beside_its_pixels(tmp_path):
     """Headers and color profiles."""
     content = image(0) + bytes(1_000_000)
     images = find_images(str(tar_of(tmp_path / "x.tar", ("1.jpg", content))))
-    assert images.with_decoding(max_pixels=480, exif_orientation=False).read_bytes(0) == content
+    assert images.with_decoding(DecodingSettings(max_pixels=480, exif_orientation=False)).read_bytes(0) == content
 
 
 def test_a_box_beside_the_image_is_refused(tmp_path):

@@ -18,6 +18,7 @@ from dino_simpool import cli
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import (
     AttentionConfig,
+    DecodingSettings,
     KnnConfig,
     LinearConfig,
     MasksConfig,
@@ -203,7 +204,8 @@ def labeled_with_masks(root: Path) -> Path:
 def test_class_folders_are_decoded_so(tmp_path: Path) -> None:
     """Both the images to learn from and those to measure on."""
     cfg = KnnConfig(data=str(labeled_with_masks(tmp_path)), max_pixels=LIMIT, exif_orientation=True)
-    assert [(images.max_pixels, images.exif_orientation) for images in class_folders(cfg)] == [(LIMIT, True)] * 2
+    expected = DecodingSettings(max_pixels=LIMIT, exif_orientation=True)
+    assert [images.decoding for images in class_folders(cfg, None)] == [expected] * 2
 
 
 @pytest.mark.parametrize(

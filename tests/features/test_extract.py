@@ -235,7 +235,8 @@ def test_what_is_beside_the_features(tmp_path: Path, images: Path, checkpoint: s
     }  # fmt: skip
     assert settings["model"] == json.loads(json.dumps(dataclasses.asdict(encoder.config)))
     assert settings["weights"] == weights_sha256(encoder)
-    assert settings["images"] == {"count": 13, "names": find_images(str(images)).digest(), "exif_orientation": False}
+    decoding = {"exif_orientation": False, "extra_band": "refuse", "transparency": "white", "value_range": "full"}
+    assert settings["images"] == {"count": 13, "names": find_images(str(images)).digest(), **decoding}
     assert (settings["level"], settings["batch_size"], settings["precision"], settings["device"]) == (
         "global",
         4,

@@ -16,7 +16,7 @@ from test_distributed import group, run_processes, values
 from torch import Tensor, nn
 
 from dino_simpool import distributed
-from dino_simpool.config import LinearConfig, ModelConfig
+from dino_simpool.config import DEFAULT_DECODING, LinearConfig, ModelConfig
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.decode import read_rgb
 from dino_simpool.eval import linear
@@ -34,7 +34,7 @@ class TinyEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config, self.embed_dim, self.num_seen = CONFIG, 6, 0
+        self.config, self.decoding, self.embed_dim, self.num_seen = CONFIG, DEFAULT_DECODING, 6, 0
         self.conv, self.norm, self.drop = nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Dropout(0.5)
         generator = torch.Generator().manual_seed(1)
         for parameter in self.parameters():

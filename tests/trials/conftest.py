@@ -50,7 +50,8 @@ def process() -> Tool:
 
     def run(*arguments: object, env: dict[str, str] | None = None, timeout: float = 120) -> Ended:
         command = [sys.executable, "-m", "dino_simpool", *map(str, arguments)]
-        ended = subprocess.run(command, capture_output=True, env=os.environ | (env or {}), timeout=timeout)
+        # Elsewhere than here, where -m would find this version before the one in PYTHONPATH.
+        ended = subprocess.run(command, capture_output=True, env=os.environ | (env or {}), timeout=timeout, cwd=HERE)
         out, err = (text.decode("utf-8", "surrogateescape") for text in (ended.stdout, ended.stderr))
         return Ended(ended.returncode, out, err)
 
