@@ -83,9 +83,10 @@ def test_stopped_inside_an_epoch_and_resumed_from_any_source(sources, whole, tmp
 
 
 def test_both_places_train_on_nearly_the_same_views(whole):
-    """Not the same bits, which would mean that the option does nothing."""
+    """Not the same bits, which would mean that the option does nothing. Only the losses of the first
+    epoch are compared: the training multiplies small differences, by how much depends on the CPU."""
     cpu, device = ([line["loss"] for line in log_of(whole[place]) if line["kind"] == "step"] for place in PLACES)
-    assert len(cpu) == 4 and cpu != device and cpu == pytest.approx(device, rel=0.02)
+    assert len(cpu) == 4 and cpu != device and cpu[:2] == pytest.approx(device[:2], rel=0.005)
 
 
 def test_auto_is_the_cpu_where_the_device_is_one(sources, whole, tmp_path: Path):
