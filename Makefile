@@ -8,7 +8,10 @@ RUN ?= runs/quickstart
 BIN = $(VENV)/bin
 OLDEST_PYTHON ?= python3.11
 OLDEST_VENV ?= .venv-oldest
-OLDEST_TESTS ?= tests/models tests/dino
+OLDEST_TESTS ?= tests/models tests/dino tests/test_release_0_1.py \
+	tests/test_train.py::test_files_and_log_of_a_run \
+	tests/test_train.py::test_stopped_after_every_step_and_resumed \
+	tests/test_train.py::test_two_processes_stopped_and_resumed
 
 .PHONY: quickstart test install-oldest test-oldest check lint format clean
 

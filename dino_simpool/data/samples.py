@@ -18,7 +18,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from dino_simpool.config import DecodingSettings
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are raised here
+# Silent, since errors are raised here. The function moved in OpenCV 4.13.
+getattr(cv2.utils, "logging", cv2).setLogLevel(0)
 
 GRAY_LEVELS = {"white": 255, "black": 0, "gray": 128}
 """The background colors of DecodingSettings.transparency."""
