@@ -429,7 +429,9 @@ def test_tracing_does_not_change_later_results(tracer: str, rule: str, cached: b
 def test_exported_sizes_may_vary() -> None:
     encoder = build_encoder(tiny("vit", "simpool gamma")).eval().requires_grad_(False)
     sizes = {2: 4 * torch.export.Dim("h", min=2, max=20), 3: 4 * torch.export.Dim("w", min=2, max=20)}
-    program = torch.export.export(encoder, (torch.randn(1, 3, 24, 40),), dynamic_shapes=(sizes,)).module()
+    # Not strict, as newer versions of torch are by default: the strict tracer of 2.6 takes a size as
+    # constant once an assertion of timm prints it.
+    program = torch.export.export(encoder, (torch.randn(1, 3, 24, 40),), dynamic_shapes=(sizes,), strict=False).module()
     for height, width in ((24, 40), (44, 12)):
         images = torch.randn(1, 3, height, width)
         torch.testing.assert_close(program(images), encoder(images))
