@@ -82,8 +82,8 @@ def setup(device: str = "auto") -> torch.device:
 def cleanup() -> None:
     """Leave the process group."""
     if dist.is_initialized():
-        # A thread of Gloo needs the interpreter to free the tensors of the last exchange. torch 2.6
-        # holds the interpreter while it waits for that thread, forever if the thread comes too late.
+        # A thread of Gloo takes the interpreter to free the tensors of the last exchange. torch 2.6
+        # holds it while it waits for that thread, forever if the thread comes too late.
         time.sleep(0.1)
         dist.destroy_process_group()
 
