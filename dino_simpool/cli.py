@@ -9,10 +9,12 @@ import importlib
 import itertools
 import json
 import os
+import signal
 import sys
 from typing import Any
 
 from dino_simpool import __version__, config
+from dino_simpool.signals import Stopped, stop_at_once
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "train": (config.TrainConfig, "train:train", "pre-train an encoder, or resume a run that was stopped"),
@@ -43,6 +45,14 @@ FIRST_ARGUMENT = {"report": "--out", "synthetic": "--out", "check-data": "--data
 FIRST_ARGUMENTS = {"table": "--results", "check-data": "--data", "bench data": "--data"}
 """The same for several first arguments: `table A B` is `table --results '["A", "B"]'`."""
 
+KEPT = {
+    "train": "the run is unfinished, run the same command again to resume",
+    "extract": "what is done is kept, run the same command again to go on",
+    "attention": "the pictures made so far are kept",
+    "synthetic": "the images made so far are kept",
+}
+"""What a command that a signal stopped leaves; the others write only at their end."""
+
 EXAMPLES = """\
 examples:
   dino-simpool train --config vit_small_simpool --data.root IMAGES --run.out OUT
@@ -66,7 +76,10 @@ def with_named_arguments(name: str, options: list[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0, 1 for a failed run, 2 for wrong options."""
+    """Run a command line; returns the exit status.
+
+    0, 1 for a failed run, 2 for wrong options, 128 + number if a signal stopped it.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: dino-simpool <command> [options]\n\nSelf-supervised image encoders with DINO and SimPool.\n\ncommands:")
@@ -87,7 +100,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(name, str(error), 2)
     module, function = action.split(":")
     try:
-        getattr(importlib.import_module(f"dino_simpool.{module}"), function)(cfg)
+        with stop_at_once():
+            getattr(importlib.import_module(f"dino_simpool.{module}"), function)(cfg)
+    except KeyboardInterrupt as stop:  # Stopped, or a second Ctrl-C
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            said = str(stop) or "stopped by SIGINT"
+            print(f"dino-simpool {name}: {said}: {KEPT.get(name, 'no result was written')}", file=sys.stderr)
+        return 128 + number
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DINO_SIMPOOL_TRACEBACK"):
             raise

@@ -145,12 +145,12 @@ def all_max(tensor: Tensor) -> Tensor:
     return largest
 
 
-def any_process(*asked: bool) -> list[bool]:
-    """For each question whether any process says yes.
+def largest_of_all(*values: int) -> list[int]:
+    """For each value the largest of all processes; of bools, whether any process says yes.
 
     All processes call this together, on the CPU.
     """
-    return all_max(torch.tensor([float(each) for each in asked])).bool().tolist()
+    return all_max(torch.tensor([int(value) for value in values])).tolist()
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -1,33 +1,108 @@
-"""Handles stop signals of schedulers and terminals."""
+"""Stop signals of schedulers and terminals, and the exception that says that a run is unfinished."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+# Windows has only two of these. If several arrive, the last one in this order counts: schedulers
+# send TERM beside the USR1 or USR2 by which a job asks to be told of its end, and to be requeued.
+KINDS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+"""The signals that ask a process to stop."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped a command before its end. The exit status is 128 + its number.
+
+    number: of the signal.   step: optimizer steps that are done and saved; None where there are
+    none.   Not an Exception: `except Exception` around a run must not take it for a failure.
+    """
+
+    def __init__(self, number: int, step: int | None = None, total: int | None = None) -> None:
+        where = "" if step is None else f" after step {step} of {total}"
+        super().__init__(f"stopped by {signal.Signals(number).name}{where}")
+        self.number, self.step = number, step
+
+
+class StopAfterStep:
+    """The stop signals received so far, and the handlers that they would have reached."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.before: dict[int, Callable[[int, FrameType | None], object]] = {}
+
+    def strongest(self) -> int:
+        """Place in KINDS of the signal that counts, from 1 on; 0 if none was received."""
+        return max((1 + KINDS.index(number) for number in self.received), default=0)
+
+    def call_handler_before(self, number: int) -> None:
+        """What a signal would have done, now that the state is saved.
+
+        submitit requeues its job in its handler, and does not return from it.
+        """
+        if number in self.before:
+            self.before[number](number, None)
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list of the stop signals received so far.
+def stop_after_the_step() -> Iterator[StopAfterStep]:
+    """Note stop signals for a loop that looks for them at each step; it saves, never the handler.
 
-    The loop saves at the next step, never the handler. A second SIGINT (Ctrl-C) stops at once.
+    A second signal that is Ctrl-C stops at once. Where Python handles no signals, in other threads
+    than the main one, none is noted. A signal that is ignored (nohup) stays so.
     """
-    received: list[int] = []
+    stop = StopAfterStep()
 
-    def handle(number: int, frame: object) -> None:
-        if number == signal.SIGINT and received:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.received:
             raise KeyboardInterrupt
-        received.append(number)
+        stop.received.append(number)
 
-    kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals there only
-        yield received
-        return
-    before = {kind: signal.signal(kind, handle) for kind in kinds}
+    with _handled_by(handle) as before:
+        ours = (_raise, signal.default_int_handler)
+        stop.before = {kind: handler for kind, handler in before.items() if callable(handler) and handler not in ours}
+        yield stop
+
+
+def job_ends_soon(margin: float) -> bool:
+    """Whether the SLURM job of this process ends within `margin` seconds.
+
+    For schedulers that send no signal before they kill. SLURM sets the variable since 22.05.
+    """
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return end.isdigit() and time.time() > int(end) - margin
+
+
+@contextlib.contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Raise Stopped in the main thread at a stop signal, unless it is ignored (nohup)."""
+    with _handled_by(_raise):
+        yield
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[dict[int, object]]:
+    """Install a handler for all kinds; gives those of before, which come back at the end."""
+    before: dict[int, object] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {kind: signal.getsignal(kind) for kind in KINDS}
+        # None: a handler that C code installed. It could not be put back.
+        before = {kind: old for kind, old in before.items() if old is not None and old != signal.SIG_IGN}
+    for kind in before:
+        signal.signal(kind, handler)
     try:
-        yield received
+        yield before
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        for kind, old in before.items():
+            signal.signal(kind, old)  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ from dino_simpool.logs import RunLog, progress, say
 from dino_simpool.models.weights import weights_sha256
 from dino_simpool.pictures import overlay, strip, unnormalize
 from dino_simpool.results import overlap_note
-from dino_simpool.signals import stop_signals
+from dino_simpool.signals import KINDS, Stopped, job_ends_soon, stop_after_the_step
 
 WINDOW, EPOCH = 0, 1
 """The spans over which metrics are averaged: since the last log line, and since the epoch began."""
@@ -105,8 +105,11 @@ def train(cfg: TrainConfig) -> Path:
 
     Under torchrun or in a SLURM job each process calls this. ValueError and OSError say in one line
     what is wrong with the options, the data or the folder, before anything is written.
-    NonFiniteLoss: see OUT/error.txt.
+    NonFiniteLoss: see OUT/error.txt. Stopped if a signal stopped it, or the end of its SLURM job
+    was near; the state is saved. A stop that was asked for (run.stop_after_steps, run.max_minutes)
+    returns.
     """
+    started = time.monotonic()
     run, saved = _prepare(cfg)
     learner, plan, first = run.learner, run.learner.plan, run.learner.steps
     say(_announce(run))
@@ -125,18 +128,25 @@ def train(cfg: TrainConfig) -> Path:
         total_steps=plan.total_steps,
         device=run.device,
     )
-    saved_at, stop = time.monotonic(), False
+    now = saved_at = time.monotonic()
+    stop, number = False, 0
     bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
-    with bar, stop_signals() as received, _failures_written(run):
+    with bar, stop_after_the_step() as signals, _failures_written(run):
         if run.epoch_open:
             _end_epoch(run)
         while not (run.done or stop):
-            asked = (bool(received), time.monotonic() - saved_at > 60 * cfg.run.save_minutes)
+            before, now = now, time.monotonic()
+            ends_soon = job_ends_soon(margin=60 + 2 * (now - before))  # a step, and a minute to save
+            asked = (
+                len(KINDS) if ends_soon else signals.strongest(),
+                now - saved_at > 60 * cfg.run.save_minutes,
+                cfg.run.max_minutes is not None and now - started > 60 * cfg.run.max_minutes,
+            )
             # Stochastic depth depends on the step alone: resuming needs no stored random state.
             torch.manual_seed(((cfg.run.seed * 1_000_003 + learner.steps) * 65_537 + distributed.rank()) % 2**63)
             run.means.add(learner.step(run.feed.batches(cfg.run.accumulate), plan.values(learner.steps)))
             bar.update()
-            stop, late = distributed.any_process(*asked)
+            number, late, ended = distributed.largest_of_all(*asked)
             done = learner.steps
             if done == first + 1:
                 views = [unnormalize(view[0], cfg.model.mean, cfg.model.std) for view in run.feed.views]
@@ -144,20 +154,23 @@ def train(cfg: TrainConfig) -> Path:
             if done == 1 or done % cfg.run.log_every == 0 or run.done:
                 _log_step(run, bar)
             run.epoch_open = done % plan.steps_per_epoch == 0 or run.done
-            stop = (stop or done == cfg.run.stop_after_steps) and not run.done
+            stop = bool(number or ended or done == cfg.run.stop_after_steps) and not run.done
             due = cfg.run.save_every_steps and done % cfg.run.save_every_steps == 0
             if run.epoch_open or stop or due or late:
                 _save(run)
                 saved_at = time.monotonic()
             if run.epoch_open and not stop:
                 _end_epoch(run)
-        if stop:
-            say(f"stopped after step {learner.steps} of {plan.total_steps}: run the same command again to resume")
-        else:
+        if not stop:
             _save(run)  # now with the last epoch evaluated
-    run.log.close()
-    run.feed.bad_files.say_total()
-    distributed.barrier()
+        run.log.close()
+        run.feed.bad_files.say_total()
+        distributed.barrier()
+        if stop and number:
+            signals.call_handler_before(KINDS[number - 1])
+            raise Stopped(KINDS[number - 1], learner.steps, plan.total_steps)
+    if stop:
+        say(f"the run is unfinished, after step {learner.steps} of {plan.total_steps}: run the same command again to resume")
     return run.out
 
 

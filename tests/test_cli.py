@@ -358,6 +358,36 @@ def test_other_commands_fail_in_one_line_too(here: Path, fails: Fails, command: 
 # -- how a line is said
 
 
+@pytest.mark.parametrize("kind", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
+@pytest.mark.parametrize(
+    ("command", "left"),
+    [
+        (["knn"], "no result was written"),
+        (["linear", "--epochs", "1"], "no result was written"),
+        (["extract"], "what is done is kept, run the same command again to go on"),
+        (["attention"], "the pictures made so far are kept"),
+    ],
+)
+def test_a_signal_ends_every_long_command_in_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str], left: str, kind: str
+) -> None:
+    """While a batch is computed, and with a loader process. The same command then works."""
+    number, real = getattr(signal, kind), torch.nn.Conv2d.forward
+    options = ["--checkpoint", f"{here}/run/last.pth", "--data", f"{here}/data", "--workers", "1", "--device", "cpu"]
+    options += ["--out", f"{here}/out"]
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Conv2d, "forward", lambda *a, **k: (os.kill(os.getpid(), number), real(*a, **k))[1])
+        assert cli.main([*command, *options]) == 128 + number
+    assert signal.getsignal(number) == before
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"dino-simpool {command[0]}: stopped by {kind}: {left}"
+    assert not any("Traceback" in line for line in said)
+    assert not list(here.glob("out/*.json"))
+    shutil.rmtree(f"{here}/out") if command == ["attention"] else None
+    assert cli.main([*command, *options]) == 0
+
+
 def test_line_names_the_process_and_never_breaks(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,7 +258,7 @@ def small_functions() -> dict[str, Any]:
         "mean": distributed.all_mean(given),
         "max": distributed.all_max(given),
         "given": given,
-        "any": distributed.any_process(rank == 1, False, True),
+        "any": distributed.largest_of_all(rank == 1, False, 5 - rank),
     }
     places = torch.tensor([[0, 2, 4, 0], [1, 3, 4, 1]][rank])  # 4 is computed by both, 0 and 1 twice by one
     rows = (places[:, None] * torch.tensor([10, 1])).int()
@@ -289,7 +289,7 @@ def test_small_functions_of_two_processes(launch: Callable[[], list[dict[str, st
         assert "do not agree on the step (5 on process 0, 6 on process 1)" in out["disagreement"]
         assert out["mean"].tolist() == [1.5, -1.5] and out["max"].tolist() == [2.0, 0.0]
         assert out["given"].tolist() == [1.0 + rank, -3.0 * rank]
-        assert out["any"] == [True, False, True]
+        assert out["any"] == [1, 0, 5]
         for name in ("rows", "rows in parts"):
             assert torch.equal(out[name], (torch.arange(5)[:, None] * torch.tensor([10, 1])).int())
         assert torch.equal(out["one rank only"], torch.ones(1, 2, 3))
@@ -302,7 +302,7 @@ def test_one_process_needs_no_group() -> None:
         result = function(given)
         assert torch.equal(result, given) and result.data_ptr() != given.data_ptr()
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
-    assert distributed.any_process(True, False) == [True, False]
+    assert distributed.largest_of_all(True, False, 3) == [1, 0, 3]
     distributed.barrier()
     rows = torch.tensor([[1.0], [2.0], [1.0]])
     assert distributed.gather_by_index(rows, torch.tensor([1, 0, 1]), 2).tolist() == [[2.0], [1.0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -50,6 +51,7 @@ from dino_simpool.failures import NonFiniteLoss
 from dino_simpool.features.encode import Forward
 from dino_simpool.logs import TIMING_FIELDS, progress, read_log
 from dino_simpool.pictures import strip
+from dino_simpool.signals import Stopped
 from dino_simpool.train import EPOCH, WINDOW, Means, train
 
 # The bank has fewer images than the largest k, which k-NN says.
@@ -500,7 +502,7 @@ def test_killed_anywhere_in_saving_and_started_again(whole: TrainConfig, tmp_pat
 
 
 def test_sigterm_saves_and_stops(images: Path, tmp_path: Path) -> None:
-    """`python -m dino_simpool train` as a scheduler stops it: status 0, a checkpoint of that step, and it goes on."""
+    """`python -m dino_simpool train` as a scheduler stops it: status 143, a checkpoint of that step, and it goes on."""
     cfg = config(images, tmp_path / "run", epochs=12, log_every=1, workers=1, knn_train=None, knn_val=None, keep_every=0)
     (tmp_path / "run.yaml").write_text(dump(cfg))
     command = [sys.executable, "-m", "dino_simpool", "train", "--config", str(tmp_path / "run.yaml")]
@@ -513,12 +515,47 @@ def test_sigterm_saves_and_stops(images: Path, tmp_path: Path) -> None:
         _, said = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 128 + signal.SIGTERM, said
     stopped = read_state(tmp_path / "run" / "last.pth")["step"]
-    assert 3 <= stopped < 36 and f"stopped after step {stopped} of 36" in said
+    assert 3 <= stopped < 36 and said.splitlines()[-1] == (
+        f"dino-simpool train: stopped by SIGTERM after step {stopped} of 36: "
+        "the run is unfinished, run the same command again to resume"
+    )
     train(cfg)
     train(changed(cfg, out=tmp_path / "reference", workers=0))
     assert_same_run(tmp_path / "run", tmp_path / "reference")
+
+
+@pytest.mark.parametrize("why", ["max_minutes", "end of the job", "handler"])
+def test_other_reasons_to_stop(
+    whole: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str
+) -> None:
+    """A time limit of the user's is no failure; before the end of a SLURM job the handler that requeues is called, as after its
+    signal. Afterwards the run goes on."""
+    called: list[tuple[int, int]] = []
+    steps = lambda: read_state(tmp_path / "last.pth")["step"]  # noqa: E731
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: called.append((number, steps())))
+    cfg = changed(whole, out=tmp_path)
+    try:
+        with monkeypatch.context() as patch:
+            if why == "end of the job":
+                patch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 30))
+            if why == "handler":
+                step = DinoLearner.step
+                patch.setattr(DinoLearner, "step", lambda *a: (os.kill(os.getpid(), signal.SIGUSR2), step(*a))[1])
+            with pytest.raises(Stopped) if why != "max_minutes" else contextlib.nullcontext() as stopped:
+                train(changed(cfg, max_minutes=1e-9 if why == "max_minutes" else None))
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    if why == "max_minutes":
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == "the run is unfinished, after step 1 of 6: run the same command again to resume"
+        assert steps() == 1
+    else:
+        assert stopped.value.number == signal.SIGUSR2 and stopped.value.step == steps() < 6
+        assert called == [(signal.SIGUSR2, steps())]
+    train(cfg)
+    assert_same_run(tmp_path, Path(whole.run.out))
 
 
 # -- refused
@@ -652,7 +689,8 @@ def train_in_stages(cfg: TrainConfig) -> tuple[list[int], list[int]]:
 
     DinoLearner.step = watched_step
     for workers, stop in ((1, 1), (0, None), (1, None)):
-        train(changed(cfg, workers=workers, stop_after_steps=stop))
+        with pytest.raises(Stopped) if stops == [1] else contextlib.nullcontext():
+            train(changed(cfg, workers=workers, stop_after_steps=stop))
         stops.append(read_state(Path(cfg.run.out) / "last.pth")["step"])
         distributed.barrier()
     return stops, seeds

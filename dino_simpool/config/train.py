@@ -252,6 +252,9 @@ class RunConfig(Options):
     stop_after_steps: int | None = option(None, least=1)
     """Save and stop after this number of steps; schedules are not shortened. Run the same command
     again to resume."""
+    max_minutes: float | None = option(None, above=0)
+    """Save and stop after the step in which this many minutes have passed since the start. Run the
+    same command again to resume."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,6 +23,7 @@ from dino_simpool import distributed
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.data.decode import BrokenImage, EncodedImage
 from dino_simpool.data.sources import ImageSet
+from dino_simpool.signals import KINDS
 
 LONGEST = 64
 """EvalTransform keeps this multiple of the shorter side; more could take gigabytes to resize."""
@@ -266,8 +267,9 @@ def start_worker(worker: int) -> None:
     """
     torch.set_num_threads(1)
     keep_freed_memory()
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    for kind in KINDS:
+        if kind != signal.SIGTERM:
+            signal.signal(kind, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_obey_parent, daemon=True).start()
