@@ -115,12 +115,12 @@ def main(arguments: list[str] | None = None) -> int:
         if "Original Traceback" in message:  # from a loader process, which sends its traceback as text
             message = message.strip().splitlines()[-1].partition(": ")[2]
         return _fail(name, message, 1)
-    except RuntimeError as error:
-        # Torch raises this anywhere in this process when the system has killed a loader process.
-        if "DataLoader worker" not in str(error) or os.environ.get("DINO_SIMPOOL_TRACEBACK"):
+    except Exception as error:
+        known = "torch" in sys.modules  # without torch there are none of its errors
+        line = importlib.import_module("dino_simpool.failures").in_a_line(error) if known else None
+        if line is None or os.environ.get("DINO_SIMPOOL_TRACEBACK"):
             raise
-        advice = "out of memory, or too little shared memory (docker run --shm-size): give fewer workers"
-        return _fail(name, f"a loader process died; {advice}. To resume training, run the same command again", 1)
+        return _fail(name, line, 1)
     finally:
         if "dino_simpool.distributed" in sys.modules:
             sys.modules["dino_simpool.distributed"].cleanup()

@@ -9,44 +9,92 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_SPECIAL_STEPS = 2**32 - 16
+"""SLURM's numbers for steps that are no srun: the batch script, and interactive shells."""
 GATHER_BYTES = 2**26
 """Rows of one process that `gather_by_index` sends at a time."""
+
+
+SAY_AFTER = 30.0
+"""Seconds after which a process that waits for the others to start says so."""
+
+
+def timeout() -> timedelta:
+    """How long a process waits for another one: DINO_SIMPOOL_TIMEOUT in seconds, else 10 minutes.
+
+    ValueError if the variable is no positive number.
+    """
+    given = os.environ.get("DINO_SIMPOOL_TIMEOUT", "600")
+    if not given.isdigit() or not 0 < int(given) < 10**7:
+        raise ValueError(f"DINO_SIMPOOL_TIMEOUT is {given!r}: give the seconds that a process may wait for another one")
+    return timedelta(seconds=int(given))
 
 
 def _slurm_environment() -> None:
     """Translate a job step of several SLURM tasks into the variables that torch reads.
 
     torchrun's own variables win. A batch script has SLURM_NTASKS too, but only what srun started is
-    in a step and has that many processes.
+    in a step and has that many processes. An interactive shell is a step of its own, and what is
+    typed there is one process, whatever the job asked for.
     """
-    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2:
+    step = os.environ.get("SLURM_STEP_ID", "")
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+    interactive = "SLURM_PTY_PORT" in os.environ or (step.isdigit() and int(step) >= _SPECIAL_STEPS)
+    if "RANK" in os.environ or not step or tasks < 2 or interactive:
         return
-    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
-    if "[" in nodes:  # a range such as node[01-04]: SLURM's own tool knows how to read it
-        nodes = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True).stdout
+    from submitit.slurm.slurm import _parse_node_list  # inside a container, scontrol may be missing
+
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "")) or "127.0.0.1"
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["WORLD_SIZE"] = str(tasks)
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     tasks_here = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", "1")))
     os.environ["LOCAL_WORLD_SIZE"] = tasks_here[0] if tasks_here else "1"
-    os.environ.setdefault("MASTER_ADDR", re.split(r"[,\s]", nodes)[0] or "127.0.0.1")
-    # Two jobs on one node need two ports, and every task of a job the same one.
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    os.environ.setdefault("MASTER_ADDR", _parse_node_list(nodes)[0])
+    # Two jobs on one node need two ports, as do two steps of a job, and every task of a step the
+    # same one. All are below those that systems hand out.
+    job = int(os.environ.get("SLURM_JOB_ID", "0"))
+    os.environ.setdefault("MASTER_PORT", str(20000 + (job + 7919 * int(step)) % 12000))
+
+
+def _join(backend: str, device_id: torch.device | None) -> None:
+    """Meet the other processes. TimeoutError, after a line that says how many are missing."""
+    # torchrun has a store, starts all processes and knows if one is missing.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(backend, timeout=timeout(), device_id=device_id)
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    store = dist.TCPStore(address, port, size, rank == 0, timeout(), wait_for_workers=False)
+    started, said = time.monotonic(), False
+    there = store.add("dino_simpool", 1)
+    while there < size:
+        waited = time.monotonic() - started
+        missing = f"waiting for {size - there} of {size} processes at {address}:{port}; started without srun or torchrun?"
+        if waited > SAY_AFTER and not said and rank == 0:
+            print(missing, file=sys.stderr, flush=True)
+            said = True
+        if waited > timeout().total_seconds():
+            raise TimeoutError(f"gave up {missing}")
+        time.sleep(0.05)
+        there = store.add("dino_simpool", 0)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout(), device_id=device_id)
 
 
 def setup(device: str = "auto") -> torch.device:
     """Join the process group if there is one, and return this process's device.
 
     device: auto, cpu, mps, cuda or cuda:N. ValueError if it is not there: no other device takes its
-    place.
+    place. TimeoutError if the other processes do not come.
     """
     _slurm_environment()
     local = local_rank()
@@ -75,7 +123,7 @@ def setup(device: str = "auto") -> torch.device:
     if several and not dist.is_initialized():
         # gloo as well: flags of the host travel on the CPU, without waiting for the GPU.
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=torch.device(name) if kind == "cuda" else None)
+        _join(backend, torch.device(name) if kind == "cuda" else None)
     return torch.device(name)
 
 
@@ -159,6 +207,20 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def require_same_options(options: dict[str, dict[str, Any]]) -> None:
+    """ValueError on all processes unless all were started with the same options, by group."""
+    everyone = gather_objects(options)
+    differences = [
+        f"{group}.{name} is {value} on process 0, {other[group][name]} on process {number}"
+        for number, other in enumerate(everyone)
+        for group, values in everyone[0].items()
+        for name, value in values.items()
+        if other[group][name] != value
+    ]
+    if differences:
+        raise ValueError(f"the processes were started with different options: {'; '.join(differences)}")
 
 
 def require_agreement(what: str, value: object) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dino_simpool import distributed
-from dino_simpool.files import write_atomically
+from dino_simpool.files import full_disk_named, write_atomically
 
 STEP_TIMES = {"images_per_second", "data_wait_percent", "max_memory_mb", "seconds", "time"}
 TIMING_FIELDS = frozenset(STEP_TIMES | {"img_per_s", "data_time", "knn_time", "max_mem"})
@@ -63,12 +63,13 @@ class RunLog:
         if self._file is None:
             return
         line = json.dumps(_finite({"kind": record["kind"], "step": record["step"]} | record), allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint on disk must never be ahead of the log
-        if self._tensorboard is not None:
-            for name, value in _numbers(record):
-                self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        with full_disk_named(Path(self._file.name)):
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())  # a checkpoint on disk must never be ahead of the log
+            if self._tensorboard is not None:
+                for name, value in _numbers(record):
+                    self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def image(self, tag: str, image: Any, step: int) -> None:
         """Send an image to TensorBoard: (3, H, W) array or tensor, uint8, or float in 0..1."""

@@ -1,4 +1,4 @@
-"""Stop signals of schedulers and terminals, and the exception that says that a run is unfinished."""
+"""Stop signals of schedulers and terminals, and the exception for a run that they ended early."""
 
 from __future__ import annotations
 

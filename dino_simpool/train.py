@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import shutil
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,11 +41,12 @@ from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.feed import Feed, build_feed, colors_on_device
 from dino_simpool.data.value_range import narrow_range, used_range, with_range_of
 from dino_simpool.eval.knn import knn_accuracy
-from dino_simpool.failures import NonFiniteLoss, non_finite_names, write_failure
+from dino_simpool.failures import MISSING_COMPILER, NonFiniteLoss, non_finite_names, write_failure
 from dino_simpool.features.encode import Forward, try_sizes
 from dino_simpool.features.maps import attention_of
 from dino_simpool.files import make_writable, write_atomically
 from dino_simpool.learners import Learner, build_learner
+from dino_simpool.lock import Lock, locked
 from dino_simpool.logs import RunLog, progress, say
 from dino_simpool.models.weights import weights_sha256
 from dino_simpool.pictures import overlay, strip, unnormalize
@@ -91,6 +96,8 @@ class Run:
     """All steps of the last epoch are done, but it is not yet evaluated and logged."""
     best: float = -1.0
     """Highest k-NN accuracy so far, in %."""
+    lock: Lock | None = None
+    """That of the folder, in the main process."""
     log: RunLog = dataclasses.field(init=False)
     feed: Feed = dataclasses.field(init=False)
 
@@ -110,7 +117,17 @@ def train(cfg: TrainConfig) -> Path:
     returns.
     """
     started = time.monotonic()
-    run, saved = _prepare(cfg)
+    run = _prepare(cfg)
+    with locked(run.out) if distributed.is_main() else contextlib.nullcontext() as run.lock:
+        return _train(run, _load(run), started)
+
+
+def _train(run: Run, saved: dict[str, Any], started: float) -> Path:
+    """From the saved state, empty for a new run, to the end or a stop.
+
+    started: time.monotonic() at the start of the process's work.
+    """
+    cfg = run.cfg
     learner, plan, first = run.learner, run.learner.plan, run.learner.steps
     say(_announce(run))
     if distributed.is_main():
@@ -174,12 +191,12 @@ def train(cfg: TrainConfig) -> Path:
     return run.out
 
 
-def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
-    """The run and the state that it resumes (empty for a new run).
-
-    Whatever can be wrong is found here, before the first file is written.
-    """
+def _prepare(cfg: TrainConfig) -> Run:
+    """The run, at its beginning. What can be wrong is found here, before the folder is made."""
     device = distributed.setup(cfg.run.device)
+    distributed.require_same_options(to_dict(cfg))
+    if cfg.run.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise ConfigError(MISSING_COMPILER)
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     keep_freed_memory()
@@ -210,15 +227,22 @@ def _prepare(cfg: TrainConfig) -> tuple[Run, dict[str, Any]]:
         "decoding": to_dict(decoding),
         "world_size": distributed.world_size(),
     }
-    run = Run(cfg, device, images, knn_sets, learner, out, facts, Means(learner.metrics, device))
-    saved = newest_state(out, say) or {}
+    return Run(cfg, device, images, knn_sets, learner, out, facts, Means(learner.metrics, device))
+
+
+def _load(run: Run) -> dict[str, Any]:
+    """The state that the run goes on from, loaded; empty for a new run."""
+    if distributed.is_main():
+        for file in (*run.out.glob(".*.tmp"), run.out / ".last.pth.new"):  # of processes that were killed
+            file.unlink(missing_ok=True)
+    saved = newest_state(run.out, say) or {}
     if saved:
         _resume(run, saved)
     # No process writes until all have read, and have read the same.
-    weights = weights_sha256(learner.network)[:8] if saved and distributed.world_size() > 1 else ""
+    weights = weights_sha256(run.learner.network)[:8] if saved and distributed.world_size() > 1 else ""
     what = "the images, and the step and the weights to go on from"
-    distributed.require_agreement(what, (len(images), facts["images"][:8], learner.steps, weights))
-    return run, saved
+    distributed.require_agreement(what, (len(run.images), run.facts["images"][:8], run.learner.steps, weights))
+    return saved
 
 
 def _resume(run: Run, saved: dict[str, Any]) -> None:
@@ -271,6 +295,7 @@ def _announce(run: Run) -> str:
 def _log_step(run: Run, bar: tqdm[Any]) -> None:
     """A log line over the steps since the last one, and warnings if something looks wrong."""
     learner, feed = run.learner, run.feed
+    _require_folder(run)
     feed.bad_files.gather()
     _, means = run.means.take(WINDOW)
     fields, warnings = learner.watch(means)
@@ -361,6 +386,7 @@ def _save(run: Run) -> None:
         raise NonFiniteLoss(f"a weight is not finite after step {run.learner.steps}; {run.out}/last.pth is from before")
     if not distributed.is_main():
         return
+    _require_folder(run)
     versions = {"dino_simpool": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     state = {
         "config": to_dict(run.cfg),
@@ -375,9 +401,19 @@ def _save(run: Run) -> None:
     save_state(run.out, state)
 
 
+def _require_folder(run: Run) -> None:
+    """BlockingIOError if the folder was removed, or taken by another run."""
+    if run.lock is not None and run.lock.lost():
+        raise BlockingIOError(f"{run.lock.path} is gone or names another run: this one ends without saving over it")
+
+
 @contextlib.contextmanager
 def _failures_written(run: Run) -> Iterator[None]:
-    """On NonFiniteLoss write OUT/error.txt: step, schedules, images, and what is not finite."""
+    """Append to OUT/error.txt what ends the run: where, when, and the traceback.
+
+    For NonFiniteLoss the main process writes: step, schedules, images, and what is not finite. Any
+    other error is written by each process that it ends, so the first line is of the first.
+    """
     try:
         yield
     except NonFiniteLoss as error:
@@ -395,6 +431,17 @@ def _failures_written(run: Run) -> Iterator[None]:
                     zip(("steps", *run.means.names), run.means.sums[WINDOW].tolist(), strict=True)
                 ),
             }
+            write_failure(run.out / "error.txt", record)
+        raise
+    except Exception as error:
+        record = {
+            "error": f"{type(error).__name__}: {error}",
+            "process": distributed.rank(),
+            "host": socket.gethostname(),
+            "step": run.learner.steps + 1,
+            "traceback": traceback.format_exc().splitlines(),
+        }
+        with contextlib.suppress(OSError):  # the folder may be the reason
             write_failure(run.out / "error.txt", record)
         raise
 

@@ -79,9 +79,9 @@ def knn(here: Path, *more: str) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file and folder below, with its time and its bytes."""
+    """Every file below with its time and its bytes, and every folder (whose time tells of the lock that a run held)."""
     return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else (0, b"")
         for path in sorted(folder.rglob("*"))
     }
 

@@ -351,11 +351,8 @@ def test_a_single_slurm_task_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> 
     assert distributed.setup("cpu") == torch.device("cpu") and distributed.world_size() == 1
 
 
-def test_slurm_variables_become_those_of_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Third of eight tasks on nodes that only SLURM's own tool can spell out; the port differs from job to job."""
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
-    scontrol.chmod(0o755)
+def test_slurm_variables_become_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Third of eight tasks; the port differs from job to job and from step to step. SLURM's own tools are not needed."""
     slurm = {
         "PROCID": "2",
         "STEP_ID": "0",
@@ -373,7 +370,7 @@ def test_slurm_variables_become_those_of_torch(monkeypatch: pytest.MonkeyPatch, 
         "MASTER_ADDR": "gpu07",
         "MASTER_PORT": "30001",
     }
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | {f"SLURM_{name}": value for name, value in slurm.items()}
+    environment = {f"SLURM_{name}": value for name, value in slurm.items()}
     monkeypatch.setattr(os, "environ", environment.copy())
     distributed._slurm_environment()
     assert {name: os.environ[name] for name in wanted} == wanted
@@ -385,3 +382,38 @@ def test_slurm_variables_become_those_of_torch(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(os, "environ", environment | {"RANK": "0"})
     distributed._slurm_environment()  # torchrun inside the job: its variables win
     assert os.environ == environment | {"RANK": "0"}
+    ports = set()
+    for number in ("0", "1", "2"):
+        monkeypatch.setattr(os, "environ", environment | {"SLURM_STEP_ID": number})
+        distributed._slurm_environment()
+        ports.add(os.environ["MASTER_PORT"])
+    assert len(ports) == 3
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        {"SLURM_STEP_ID": "4294967290"},
+        {"SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "40001"},
+        {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+    ],
+    ids=["salloc", "pty", "one task"],
+)
+def test_an_interactive_slurm_shell_is_one_process(monkeypatch: pytest.MonkeyPatch, shell: dict[str, str]) -> None:
+    """Its variables say how many tasks the job may start. Waiting for them took 31 minutes."""
+    for name, value in ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"} | shell).items():
+        monkeypatch.setenv(name, value)
+    assert distributed.setup("cpu") == torch.device("cpu") and distributed.world_size() == 1
+
+
+def test_a_process_that_waits_says_for_how_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in group()[0].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DINO_SIMPOOL_TIMEOUT", "1")
+    monkeypatch.setattr(distributed, "SAY_AFTER", 0.2)
+    with pytest.raises(TimeoutError, match="gave up waiting for 1 of 2 processes at"):
+        distributed.setup("cpu")
+    assert capsys.readouterr().err.startswith("waiting for 1 of 2 processes at 127.0.0.1:")
+    monkeypatch.setenv("DINO_SIMPOOL_TIMEOUT", "soon")
+    with pytest.raises(ValueError, match="DINO_SIMPOOL_TIMEOUT is 'soon': give the seconds"):
+        distributed.setup("cpu")

@@ -1,16 +1,17 @@
-"""What is written when a run has to stop because a number is not finite."""
+"""What is written when a run has to stop, and what is said of errors of torch."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from dino_simpool.failures import non_finite_names, write_failure
+from dino_simpool.failures import in_a_line, non_finite_names, write_failure
 
 
 def test_failure_is_written_as_json(tmp_path: Path) -> None:
@@ -29,3 +30,33 @@ def test_failure_is_written_as_json(tmp_path: Path) -> None:
         "parameters": ["0.bias"], "gradients": ["1.weight"],
     }  # fmt: skip
     assert second == {"step": 8}
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+            "out of memory: give a smaller batch size",
+        ),
+        (MemoryError(), "out of memory: give a smaller batch size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (
+            RuntimeError("The server socket has failed to listen on any local network address. EADDRINUSE"),
+            "port 29511 is in use",
+        ),
+        (RuntimeError("[gloo/transport] Timed out waiting 10000ms for recv operation"), "did not answer in time: it hangs"),
+        (RuntimeError("[gloo/transport] Connection closed by peer [127.0.0.1]:4"), "another process ended"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a loader process died"),
+        (RuntimeError("No working C++ compiler found in torch._inductor"), "install g\\+\\+"),
+    ],
+)
+def test_known_errors_of_torch_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, line: str) -> None:
+    monkeypatch.setenv("MASTER_PORT", "29511")
+    said = in_a_line(error)
+    assert said is not None and re.search(line, said) and "\n" not in said
+
+
+def test_mistakes_of_ours_are_not_explained_away() -> None:
+    for error in (RuntimeError("shapes (3, 4) and (5,) do not match"), KeyError("step"), TypeError("timed out")):
+        assert in_a_line(error) is None

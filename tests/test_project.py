@@ -29,7 +29,7 @@ SOURCES = {
 LEVELS = (
     {"config", "distributed", "signals", "pictures", "files", "failures"},
     {"logs"},
-    {"data", "models", "synthetic"},
+    {"data", "models", "synthetic", "lock"},
     {"checkpoint", "dino", "layouts", "results"},
     {"features"},
     {"eval", "check_data", "learners"},

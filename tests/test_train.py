@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -559,6 +560,41 @@ def test_other_reasons_to_stop(
 
 
 # -- refused
+
+
+# The thread that writes for TensorBoard finds it too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_folder_that_is_gone_ends_the_run(whole: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or one that another run has taken: it is found at the next save, which writes nothing."""
+    step = DinoLearner.step
+    for how in (shutil.rmtree, lambda out: (out / "run.lock").write_text("{}")):
+        out = tmp_path / "run"
+        monkeypatch.setattr(DinoLearner, "step", lambda learner, *a, how=how, out=out: (step(learner, *a), how(out))[0])
+        with pytest.raises(BlockingIOError, match=r"run.lock is gone or names another run: this one ends"):
+            train(changed(whole, out=out, save_every_steps=1))
+        assert not (out / "last.pth").exists()
+
+
+def test_leftovers_of_killed_processes_are_removed(whole: TrainConfig, tmp_path: Path) -> None:
+    cfg = changed(whole, out=tmp_path)
+    train(changed(cfg, stop_after_steps=2))
+    for name in (".last.pth.new", ".last.pth.new.99.tmp", ".best.pth.99.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    train(cfg)
+    assert not [path.name for path in tmp_path.glob(".*")]
+    assert_same_run(tmp_path, Path(whole.run.out))
+
+
+def test_another_option_on_one_process_is_refused(pair: TrainConfig, tmp_path: Path) -> None:
+    """Another learning rate trained along, with gradients for the average of both."""
+    outcomes = run_processes(train_with_own_rate, changed(pair, out=tmp_path / "run"), environments=group())
+    for outcome in outcomes:
+        assert outcome.status == 1 and "optim.lr is 0.05 on process 0, 1.05 on process 1" in outcome.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def train_with_own_rate(cfg: TrainConfig) -> None:
+    train(dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=0.05 + int(os.environ["RANK"]))))
 
 
 @pytest.mark.parametrize(
