@@ -99,8 +99,8 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
         status, lines, last = run(capsys, *options)
         assert status == 1 and lines == [] and said in last
     for options, said in (
-        (["--workers", "-1"], "workers must be 0 or more"),
-        (["--max_pixels", "0"], "max_pixels must be 1 or more"),
+        (["--workers", "-1"], "workers is -1: allowed is 0 to"),
+        (["--max_pixels", "0"], "max_pixels is 0: allowed is 1 to"),
     ):
         status, lines, last = run(capsys, str(folder), *options)
         assert status == 2 and lines == [] and said in last

@@ -211,7 +211,7 @@ def test_options_that_only_the_model_or_the_data_can_refuse(
 
 
 def test_impossible_options_of_an_evaluator(here: Path, fails: Fails) -> None:
-    assert "must be 1 or more" in fails(knn(here, "--image_size", "-1"), 2)
+    assert "image_size is -1: allowed is 1 to" in fails(knn(here, "--image_size", "-1"), 2)
     assert fails(knn(here, "--which", "best"), 2) == "which is best: allowed is one of teacher, student, untrained"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dino_simpool.config.data import CropsConfig
-from dino_simpool.config.parts import Checkpoint, Device, Workers, option
+from dino_simpool.config.parts import MAX_BATCH, MAX_SEED, MAX_SIZE, Checkpoint, Device, Workers, option
 from dino_simpool.config.train import ModelConfig
 
 
@@ -15,29 +15,29 @@ class BenchKnnConfig(Device):
 
     out: str = "bench"
     """Folder; knn.json is written there."""
-    width: int = option(384, least=1)
+    width: int = option(384, least=1, most=65536)
     """Dimensions of the features (384: ViT-S)."""
-    images: int = option(60_502, least=1)
+    images: int = option(60_502, least=1, most=10**8)
     """Queries of Recall@k, which are their own gallery (60,502: Stanford Online Products)."""
-    products: int = option(11_316, least=1)
+    products: int = option(11_316, least=1, most=10**8)
     """Classes of these images, of about equal size."""
-    bank: int = option(128_000, least=1)
+    bank: int = option(128_000, least=1, most=10**8)
     """Training images of k-NN."""
-    queries: int = option(5_000, least=1)
+    queries: int = option(5_000, least=1, most=10**8)
     """Test images of k-NN."""
-    classes: int = option(1_000, least=1)
+    classes: int = option(1_000, least=1, most=10**6)
     """Classes of k-NN."""
-    k: tuple[int, ...] = option((10, 20, 100, 200), least=1)
+    k: tuple[int, ...] = option((10, 20, 100, 200), least=1, most=10**6)
     """Numbers of neighbors (default: as published), each measured alone, then all in one search."""
-    published_chunks: tuple[int, ...] = option((100, 500), least=1)
+    published_chunks: tuple[int, ...] = option((100, 500), least=1, most=10**6)
     """Number of parts that the published code splits the queries into: 100 in
     facebookresearch/dino, 500 in billpsomas/simpool."""
-    noise: float = 3.0
+    noise: float = option(3.0, least=0, most=1000)
     """Standard deviation of the features around the center of their class; that of the centers is
     1. It sets how hard the classes are."""
-    repetitions: int = option(3, least=1)
+    repetitions: int = option(3, least=1, most=1000)
     """Rounds; each runs every method once. Medians are compared."""
-    seed: int = 0
+    seed: int = option(0, least=0, most=MAX_SEED)
     """Seed of the features."""
 
     def __post_init__(self) -> None:
@@ -56,19 +56,19 @@ class BenchDataConfig(Workers, Device):
     """Your images: anything that data.root of a training run takes."""
     out: str = "bench"
     """Folder; data.json is written there."""
-    images: int = option(192, least=1)
+    images: int = option(192, least=1, most=10**8)
     """Images to measure with, evenly spread over the data."""
-    batch_size: int = option(16, least=1)
+    batch_size: int = option(16, least=1, most=MAX_BATCH)
     """Images that each method processes per turn."""
-    repetitions: int = option(3, least=1)
+    repetitions: int = option(3, least=1, most=1000)
     """Rounds over these images. Medians are compared."""
-    loader_seconds: float = option(4.0, least=0)
+    loader_seconds: float = option(4.0, least=0, most=3600)
     """Seconds that each path runs in a loader with all workers. 0 skips this measurement."""
-    device_batch: int | None = option(None, least=1)
+    device_batch: int | None = option(None, least=1, most=MAX_BATCH)
     """Images in a batch that is finished on the device. null: 128 on a GPU, 4 on a CPU."""
     compile: bool = False
     """Measure the device's part compiled by torch.compile."""
-    seed: int = 0
+    seed: int = option(0, least=0, most=MAX_SEED)
     """Seed of the crops."""
     crops: CropsConfig = field(default_factory=CropsConfig)
 
@@ -80,9 +80,9 @@ class ResourcesConfig(Checkpoint):
     recipe: str = ""
     """A recipe whose model is counted: a file, or a name such as vit_small_simpool."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    num_classes: int = option(1000, least=0)
+    num_classes: int = option(1000, least=0, most=10**6)
     """Classes of the linear classifier that is counted (Table 8: 1000). 0: the encoder alone."""
-    image_size: int | None = option(None, least=1)
+    image_size: int | None = option(None, least=1, most=MAX_SIZE)
     """Side of the image in pixels. null: that of the model."""
     out: str = ""
     """Folder for resources.json. Empty: results/ beside the checkpoint, or no file without one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import DecodingSettings, Options, option
+from dino_simpool.config.parts import MAX_SIZE, MAX_WORKERS, DecodingSettings, Options, option
 
 
 @dataclass(frozen=True)
@@ -13,19 +13,19 @@ class CropsConfig(Options):
     """Multi-crop augmentation. Triples: first global view, second global view, local views."""
 
     group = "crops."
-    global_size: int = option(224, least=1)
+    global_size: int = option(224, least=1, most=MAX_SIZE)
     """Side of the two global crops in pixels."""
-    local_size: int = option(96, least=1)
+    local_size: int = option(96, least=1, most=MAX_SIZE)
     """Side of the local crops in pixels."""
-    num_local: int = option(6, least=0)
+    num_local: int = option(6, least=0, most=100)
     """Number of local crops; 0 for none."""
-    global_scale: tuple[float, float] = (0.25, 1.0)
+    global_scale: tuple[float, float] = option((0.25, 1.0), above=0, most=1)
     """Area of a global crop as a share of the image, lowest and highest."""
-    local_scale: tuple[float, float] = (0.05, 0.25)
+    local_scale: tuple[float, float] = option((0.05, 0.25), above=0, most=1)
     """Area of a local crop as a share of the image, lowest and highest."""
     flip: float = option(0.5, least=0, most=1)
     """Probability of a horizontal flip."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter: tuple[float, float, float, float] = option((0.4, 0.4, 0.2, 0.1), least=0, most=1)
     """Largest change of brightness, contrast, saturation and hue."""
     jitter_probability: float = option(0.8, least=0, most=1)
     """Probability of the color jitter."""
@@ -33,11 +33,11 @@ class CropsConfig(Options):
     """Probability of conversion to grayscale."""
     blur: tuple[float, float, float] = option((1.0, 0.1, 0.5), least=0, most=1)
     """Probability of the Gaussian blur in the three kinds of view."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] = option((0.1, 2.0), least=0, most=100)
     """Range of the blur's standard deviation in pixels of the crop."""
     solarize: tuple[float, float, float] = option((0.0, 0.2, 0.0), least=0, most=1)
     """Probability of solarization (values from 128 on are inverted) in the three kinds of view."""
-    shrink_margin: float | None = 2.0
+    shrink_margin: float | None = option(2.0, least=1, most=1000)
     """Decode a large JPEG smaller (by 2, 4 or 8) if the side of every crop is still at least this
     many times that of its view: twice as fast for photographs of 12 megapixels, and no pixel
     changes by more than 1 of 255. null: never."""
@@ -45,16 +45,12 @@ class CropsConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, (low, high) in {"global_scale": self.global_scale, "local_scale": self.local_scale}.items():
-            if not 0 < low <= high <= 1:
+            if low > high:
                 raise ValueError(f"crops.{name} is ({low}, {high}): give two shares of the area, 0 < lowest <= highest <= 1")
-        if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
+        if self.blur_sigma[0] > self.blur_sigma[1]:
             raise ValueError(f"crops.blur_sigma is {self.blur_sigma}: give two numbers, 0 <= lowest <= highest")
-        if not all(0 <= j <= 1 for j in self.jitter[:3]) or not 0 <= self.jitter[3] <= 0.5:
+        if self.jitter[3] > 0.5:
             raise ValueError(f"crops.jitter is {self.jitter}: give brightness, contrast and saturation in 0..1, hue in 0..0.5")
-        if self.shrink_margin is not None and self.shrink_margin < 1:
-            raise ValueError(
-                f"crops.shrink_margin is {self.shrink_margin}: give 1 or more, or null to always decode at full size"
-            )
 
 
 @dataclass(frozen=True)
@@ -65,9 +61,9 @@ class DataSource(Options):
     """A folder (classes, nested, flat, or with .tar or .zip archives in it), such an archive, a
     text file of paths, or a list of these: --data.root '[DIR, SHARD.tar, LIST.txt]'. Archives are
     read as if unpacked; compressed tars are refused."""
-    subset_per_class: int | None = option(None, least=1)
+    subset_per_class: int | None = option(None, least=1, most=10**9)
     """Use the first N images of each class in sorted order (260: the paper's ImageNet-20 %)."""
-    workers: int | None = option(None, least=0)
+    workers: int | None = option(None, least=0, most=MAX_WORKERS)
     """Loader processes of each training process; 0: none. null: the number of cores it may use."""
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from dino_simpool.config.parts import (
+    MAX_BATCH,
+    MAX_SEED,
+    MAX_SIZE,
     ClassFolders,
     Compute,
     Decoding,
@@ -28,7 +30,7 @@ class EvalConfig(Compute, Weights):
     """Folder with the class folders train/ and val/, or with archives of them (.tar, .zip)."""
     out: str = ""
     """Folder where <evaluator>.json is written. Empty: results/ beside the checkpoint."""
-    seed: int = 0
+    seed: int = option(0, least=0, most=MAX_SEED)
     """Seed of the probe's initialization, shuffling and augmentation. Untrained weights come from
     the seed of the run."""
 
@@ -52,9 +54,9 @@ class ClassificationConfig(Decoding, Loading, Square, ClassFolders, EvalConfig):
 class KnnConfig(ClassificationConfig):
     """Weighted k-NN classification of frozen features."""
 
-    k: tuple[int, ...] = (10, 20, 100, 200)
+    k: tuple[int, ...] = option((10, 20, 100, 200), least=1, most=10**6)
     """Numbers of neighbors; the first is the one reported (paper: 10)."""
-    temperature: float = 0.07
+    temperature: float = option(0.07, least=0.001, most=100)
     """A neighbor with cosine similarity s votes with weight exp(s / temperature)."""
     features: Literal["encoder", "pixels"] = "encoder"
     """pixels: the raw pixels of the image instead of the encoder's features, for comparison."""
@@ -77,24 +79,21 @@ class LinearConfig(ClassificationConfig):
     protocol: Literal["paper", "grid"] = "paper"
     """paper: augmented images, 100 epochs, the best validation epoch, as published. grid: features
     extracted once, many learning rates at once, the best one chosen on a held-out part of train."""
-    epochs: int = option(100, least=1)
+    epochs: int = option(100, least=1, most=10**5)
     """Passes over the training images."""
-    lr: float = 1e-3
+    lr: float = option(1e-3, above=0, most=1000)
     """Learning rate of the paper protocol for a global batch of 256; scaled by batch / 256."""
-    probe_batch_size: int = option(1024, least=1)
+    probe_batch_size: int = option(1024, least=1, most=10**7)
     """Global batch size of the probe's training."""
-    grid: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+    grid: tuple[float, ...] = option((1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0), above=0, most=1000)
     """Learning rates of the grid protocol for a batch of 256; scaled by batch / 256."""
-    held_out: float = 0.1
+    held_out: float = option(0.1, above=0, most=0.9)
     """Share of each training class on which the learning rate of the grid is chosen."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rates = self.grid if self.protocol == "grid" else (self.lr,)
-        if not rates or not all(0 < rate < math.inf for rate in rates):
-            raise ValueError(f"learning rates are {', '.join(map(str, rates)) or 'empty'}: give numbers above 0")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}: give a share between 0 and 1, such as 0.1")
+        if not self.grid:
+            raise ValueError("grid is empty: give learning rates")
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
     RParis 512 pixels and three scales. ibot: 512 and three scales. strict: the same, with queries
     cropped to their landmark, as the authors of the data sets require. The next three options
     change one setting of the preset."""
-    image_size: int | None = option(None, least=1)
+    image_size: int | None = option(None, least=1, most=MAX_SIZE)
     """Longest side in pixels; smaller images are never enlarged. null: the preset's."""
     multi_scale: bool | None = None
     """Mean of the features at the scales 1, 0.71 and 0.5. null: the preset's."""
@@ -119,7 +118,7 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
     whitening_data: str = ""
     """Folder, or text file of paths, of other images to learn a whitening of the features from; for
     ROxford usually rparis6k/jpg. Empty: no whitening, as in the paper."""
-    whitening_dim: int | None = None
+    whitening_dim: int | None = option(None, least=1, most=65536)
     """Dimensions that the whitening keeps. null: 256, or the features' width if that is less."""
     distractors: str = ""
     """More images for the database, all of them negatives: a folder, an archive or a text file of
@@ -127,8 +126,8 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.whitening_dim is not None and (self.whitening_dim < 1 or not self.whitening_data):
-            raise ValueError(f"whitening_dim is {self.whitening_dim}: give 1 or more, and whitening_data to learn from")
+        if self.whitening_dim is not None and not self.whitening_data:
+            raise ValueError(f"whitening_dim is {self.whitening_dim}: give whitening_data to learn from too")
 
     @property
     def variant(self) -> tuple[str, ...]:
@@ -148,7 +147,7 @@ class RecallConfig(Decoding, Loading, Square, EvalConfig):
     preset: Literal["dino_eval", "dml_eval"] = "dino_eval"
     """How images are resized; the paper does not say. dino_eval: bicubic, as for k-NN. dml_eval:
     bilinear, as in the metric-learning code of the paper's authors."""
-    k: tuple[int, ...] = ()
+    k: tuple[int, ...] = option((), least=1, most=10**6)
     """Numbers of neighbors. Empty: the columns of the paper's table, 1 2 4 (cub200, cars196,
     folder), 1 10 100 (sop) or 1 10 20 (inshop)."""
     ties: Literal["published", "stable", "optimistic"] = "published"
@@ -156,7 +155,7 @@ class RecallConfig(Decoding, Loading, Square, EvalConfig):
     one of the query's class. published: optimistic for inshop, stable for the others."""
     map_at_r: bool = True
     """Also compute R-precision and MAP@R. Slow if classes have thousands of images."""
-    tile: int | None = option(None, least=1)
+    tile: int | None = option(None, least=1, most=10**6)
     """Side of blocks of similarities in images; changes no result. null: 1024 on CPU, else 8192."""
 
     @property
@@ -172,7 +171,7 @@ class MasksConfig(PixelValues, Loading, Square, ValFolder, EvalConfig):
     Masks belong to the pixels as they are stored, so images are never rotated by their EXIF tag.
     """
 
-    max_images: int = 1000
+    max_images: int = option(1000, least=1, most=10**9)
     """Images to measure, evenly spread over the classes."""
 
 
@@ -184,32 +183,30 @@ class AttentionConfig(Decoding, Loading, EvalConfig):
     """One image, a folder with any nesting, or a text file with one path per line."""
     val: str = ""
     """Folder inside data to take the images from. Empty: data itself."""
-    subset_per_class: int | None = option(None, least=1)
+    subset_per_class: int | None = option(None, least=1, most=10**9)
     """Take only the first N images of each class in sorted order. null: all."""
-    max_images: int = option(100, least=1)
+    max_images: int = option(100, least=1, most=10**9)
     """Images to show, evenly spread over the data."""
     fit: Literal["square", "shorter", "longer", "native"] = "square"
     """What image_size is the length of. square: both sides, whatever the shape of the image
     (paper). shorter or longer: that side of the image, which keeps its shape (up to 64:1 with
     shorter). native: images keep their size. A side shorter than one cell is enlarged to one cell;
     a ViT drops the pixels beyond its last whole patch."""
-    image_size: int | None = option(None, least=1)
+    image_size: int | None = option(None, least=1, most=MAX_SIZE)
     """Length in pixels, see fit. null: four times that of the model (paper: 896 = 4 * 224)."""
     heads: Literal["mean", "each"] = "mean"
     """The mean over the attention heads, or each head. Heads are those of the last block for the
     class token, and model.num_heads for SimPool."""
-    mass: float = 0.6
+    mass: float = option(0.6, above=0, most=0.9999)
     """A mask is the fewest cells that hold this share of the attention, 0 to 1 (paper: 0.6)."""
     smooth: bool = False
     """Draw attention bicubically between cell centers. false: cells as squares, as published."""
-    sheet_images: int = option(24, least=1)
+    sheet_images: int = option(24, least=1, most=1000)
     """Number of these images on the contact sheet."""
-    batch_size: int = option(4, least=1)
+    batch_size: int = option(4, least=1, most=MAX_BATCH)
     """Images in one forward pass of one process with fit square. Any other fit: one by one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fit == "native" and self.image_size is not None:
             raise ValueError("fit native keeps the size of every image: leave out image_size, or choose another fit")
-        if not 0 < self.mass < 1:
-            raise ValueError(f"mass is {self.mass}: give a share of the attention above 0 and below 1")

@@ -48,13 +48,13 @@ class SearchConfig(Workers, Device):
     """An image, a folder of images, a text file of paths, or a list: --query '[A.jpg, B.jpg]'."""
     out: str = ""
     """Folder to write: results.json and contact_sheet.png."""
-    k: int = option(10, least=1)
+    k: int = option(10, least=1, most=10**6)
     """Neighbors to find for each query."""
     exclude_self: bool = False
     """Leave the file that is the query itself out of its neighbors. false: it is marked."""
-    sheet_rows: int = option(20, least=1)
+    sheet_rows: int = option(20, least=1, most=1000)
     """Queries on the contact sheet, from the first on; results.json has all of them."""
-    sheet_columns: int = option(10, least=1)
+    sheet_columns: int = option(10, least=1, most=1000)
     """Neighbors of each query on the contact sheet; results.json has all of them."""
     checkpoint: str = ""
     """The checkpoint of the index, if it was moved since. Its content must be the same."""

@@ -16,8 +16,15 @@ MAX_PIXELS = 178_956_970
 """Largest image decoded by default, in pixels: half a gigabyte as RGB, and Pillow's own limit."""
 
 
-def option(default: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Any:
-    """A default, with limits of the value, or of each number of a tuple. null is always allowed."""
+MAX_SEED, MAX_SIZE, MAX_BATCH, MAX_WORKERS = 2**32 - 1, 4096, 2**20, 1024
+"""Upper ends of ranges: sides in pixels, images of one pass. What is beyond is a mistake."""
+
+
+def option(default: Any, *, most: float, least: float = -math.inf, above: float = -math.inf) -> Any:
+    """A default, with limits of the value, or of each number of a tuple. null is always allowed.
+
+    Every number has both ends; give one of `least` and `above`.
+    """
     return dataclasses.field(default=default, metadata={"limits": (least, above, most)})
 
 
@@ -40,13 +47,14 @@ class Options:
             name, value = self.group + field.name, getattr(self, field.name)
             if not field.metadata or value is None:
                 continue
+            if value == () and field.default:
+                raise ValueError(f"{name} is empty: give one number or more")
             least, above, most = field.metadata["limits"]
             if all(least <= number <= most and number > above for number in (value if isinstance(value, tuple) else (value,))):
                 continue
-            if most < math.inf:
-                raise ValueError(f"{name} is {value}: allowed is {least} to {most}")
-            allowed = f"{least} or more" if least > above else f"above {above}"
-            raise ValueError(f"{name} must be {allowed}, not {value}")
+            lowest = f"{least:,}" if least > above else f"above {above:,}"
+            hint = ", or null" if field.default is None else ""
+            raise ValueError(f"{name} is {value}: allowed is {lowest} to {most:,}{hint}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class ClassFolders(ValFolder):
 
     train: str = "train"
     """Class folder (DIR/CLASS/IMAGE) to learn from, or an archive of one, inside data."""
-    subset_per_class: int | None = option(None, least=1)
+    subset_per_class: int | None = option(None, least=1, most=10**9)
     """Learn from the first N images of each class in sorted order. null: from all."""
 
 
@@ -110,9 +118,9 @@ class ClassFolders(ValFolder):
 class Square(Options):
     """The square that the encoder sees."""
 
-    image_size: int | None = option(None, least=1)
+    image_size: int | None = option(None, least=1, most=MAX_SIZE)
     """Side of the square that the encoder sees, in pixels. null: that of the model."""
-    resize: int | None = option(None, least=1)
+    resize: int | None = option(None, least=1, most=2 * MAX_SIZE)
     """Shorter side before the center crop, in pixels. null: that of the model, or for another
     image_size: * 256 / 224."""
 
@@ -121,7 +129,7 @@ class Square(Options):
 class Workers(Options):
     """Processes that load images."""
 
-    workers: int | None = option(None, least=0)
+    workers: int | None = option(None, least=0, most=MAX_WORKERS)
     """Loader processes. null: the number of cores that this process may use."""
 
 
@@ -129,7 +137,7 @@ class Workers(Options):
 class Loading(Workers):
     """How images are loaded, in batches of one size."""
 
-    batch_size: int = option(128, least=1)
+    batch_size: int = option(128, least=1, most=MAX_BATCH)
     """Images in one forward pass of one process."""
 
 
@@ -137,7 +145,7 @@ class Loading(Workers):
 class PixelLimit(Options):
     """The largest image that is decoded."""
 
-    max_pixels: int = option(MAX_PIXELS, least=1)
+    max_pixels: int = option(MAX_PIXELS, least=1, most=10**11)
     """An image with more pixels is not decoded and counts as broken, which ends the command."""
 
 
@@ -157,7 +165,7 @@ def check_value_range(name: str, value: ValueRange | None) -> None:
 class DecodingSettings(Options):
     """How image files become pixels: options of training, which are stored with the model."""
 
-    max_pixels: int = option(MAX_PIXELS, least=1)
+    max_pixels: int = option(MAX_PIXELS, least=1, most=10**11)
     """An image with more pixels is not decoded and counts as broken: a file can claim any size."""
     exif_orientation: bool = False
     """Rotate images as their EXIF tag says, as image viewers do. The published code does not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import DecodingSettings, Device, Workers
+from dino_simpool.config.parts import MAX_SEED, DecodingSettings, Device, Options, Workers, option
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class CheckDataConfig(DecodingSettings, Workers):
 
 
 @dataclass(frozen=True)
-class SyntheticConfig:
+class SyntheticConfig(Options):
     """The embedded data set: images made from a seed, with class, box and mask."""
 
     out: str = ""
     """Folder to write train/, val/ and masks/ into."""
-    seed: int = 0
+    seed: int = option(0, least=0, most=MAX_SEED)
     """Seed that determines every image."""
-    train_per_class: int = 200
+    train_per_class: int = option(200, least=1, most=10**6)
     """Training images of each class."""
-    val_per_class: int = 50
+    val_per_class: int = option(50, least=1, most=10**6)
     """Held-out images of each class."""
-    size: int = 40
+    size: int = option(40, least=16, most=1024)
     """Side of the images in pixels."""
 
 
@@ -62,5 +62,5 @@ class ReportConfig(Device):
     """Folder of the training run; report.html is written there."""
     data: str = ""
     """Folder with held-out images in val/ or val.tar (and masks, if any, in masks/val/) to show."""
-    num_images: int = 12
+    num_images: int = option(12, least=1, most=1000)
     """Held-out images to show."""

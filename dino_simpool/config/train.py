@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dino_simpool.config.data import CropsConfig, DataConfig
-from dino_simpool.config.parts import Options, check_device, option
+from dino_simpool.config.parts import MAX_SEED, MAX_SIZE, Options, check_device, option
 
 Duration = int | float | str
 """Epochs (`10`, `0.5`, `10ep`), steps (`5000it`), images (`1e6img`), or share of the run (`5%`)."""
@@ -44,6 +43,9 @@ def _check_duration(name: str, value: Duration, share: bool = True) -> None:
         raise ValueError(f"{name}: {error}") from None
     if unit == "%" and (not share or number > 100):
         raise ValueError(f"{name} is {value}: " + ("a share is 0% to 100%" if share else "give epochs, steps or images"))
+    longest = {"ep": 10**6, "it": 10**12, "img": 10**15, "%": 100}[unit]
+    if number > longest:
+        raise ValueError(f"{name} is {value}: allowed is up to {longest:,}{unit}")
     if not share and number == 0:
         raise ValueError(f"{name} is {value}: give a length above 0")
 
@@ -57,10 +59,10 @@ class ModelConfig(Options):
     """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or a ViT, ResNet, ConvNeXt of timm."""
     pool: Literal["simpool", "cls", "gap"] = "simpool"
     """simpool, or a baseline: cls (the class token, ViT only) or gap (global average pooling)."""
-    gamma: float | None = None
+    gamma: float | None = option(None, above=0, most=100)
     """Exponent of SimPool's generalized mean; null (not `None`) is the plain average. Paper: 1.25
     for ViT, 2 for CNN."""
-    num_heads: int = option(1, least=1)
+    num_heads: int = option(1, least=1, most=1024)
     """Attention heads of SimPool. Paper: 1."""
     beta: bool = False
     """Learnable scalar that is added after pooling, as in the published ViT weights (needs gamma).
@@ -76,24 +78,24 @@ class ModelConfig(Options):
     on newer CPUs only, not on the GPUs that made its weights; models of 0.1 may have it."""
     stem: Literal["standard", "small"] = "standard"
     """small: 3x3, stride 1, no pooling, for CNNs on images of 32 to 64 pixels."""
-    patch_size: int = option(16, least=1)
+    patch_size: int = option(16, least=1, most=MAX_SIZE)
     """Pixels along the side of a ViT patch."""
-    width: int | None = option(None, least=1)
+    width: int | None = option(None, least=1, most=65536)
     """Channels of ViT tokens, or of the first stage of a CNN. null: those of the architecture."""
-    depth: int | tuple[int, ...] | None = option(None, least=1)
+    depth: int | tuple[int, ...] | None = option(None, least=1, most=1000)
     """Blocks of a ViT, or blocks per stage of a CNN. null: those of the architecture."""
-    heads: int | None = option(None, least=1)
+    heads: int | None = option(None, least=1, most=1024)
     """Attention heads of a ViT block. null: the architecture's, or width / 64 if width is set."""
-    drop_path: float = 0.0
+    drop_path: float = option(0.0, least=0, most=0.99)
     """Stochastic depth of the student, 0 to 1. The teacher's is teacher.drop_path."""
-    image_size: int = option(224, least=1)
+    image_size: int = option(224, least=1, most=MAX_SIZE)
     """Side in pixels, for which position embeddings are made and at which images are evaluated."""
-    resize: int | None = None
+    resize: int | None = option(None, least=1, most=2 * MAX_SIZE)
     """Shorter side of an image in pixels before evaluation crops its center. null: image_size * 256
     / 224, as published."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[float, float, float] = option(IMAGENET_MEAN, least=-10, most=10)
     """Mean that is subtracted from RGB values in 0..1."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[float, float, float] = option(IMAGENET_STD, least=1e-3, most=1000)
     """Standard deviation that divides RGB values after the mean is subtracted."""
 
     def __post_init__(self) -> None:
@@ -104,8 +106,6 @@ class ModelConfig(Options):
             )
         if self.pool == "cls" and not self.is_vit:
             raise ValueError(f"model.pool cls needs a ViT, and {self.arch} has no class token: use gap or simpool")
-        if self.gamma is not None and not 0 < self.gamma < math.inf:
-            raise ValueError(f"model.gamma is {self.gamma}: give a number above 0, or null for the plain average")
         if self.beta and (self.pool != "simpool" or self.gamma is None):
             raise ValueError("model.beta exists only with pool simpool and a gamma: set model.gamma, or model.beta false")
         if self.norm_order == "norm_then_pool" and not self.is_vit:
@@ -114,10 +114,6 @@ class ModelConfig(Options):
             raise ValueError(f"model.stem small is for CNNs; for small images give {self.arch} a smaller model.patch_size")
         if self.is_vit and self.image_size % self.patch_size:
             raise ValueError(_not_divisible("model.image_size", self.image_size, self.patch_size))
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"model.drop_path is {self.drop_path}: allowed is 0 up to (not including) 1")
-        if not min(self.std) > 0:
-            raise ValueError(f"model.std is {self.std}: give numbers above 0")
 
     @property
     def is_vit(self) -> bool:
@@ -130,13 +126,13 @@ class HeadConfig(Options):
     """The DINO projection head on the encoder. It is dropped after training."""
 
     group = "head."
-    out_dim: int = option(65536, least=2)
+    out_dim: int = option(65536, least=2, most=2**24)
     """Number of prototypes K. For small data sets: a few hundred to a few thousand."""
-    hidden_dim: int = option(2048, least=1)
+    hidden_dim: int = option(2048, least=1, most=65536)
     """Width of the hidden layers."""
-    bottleneck_dim: int = option(256, least=1)
+    bottleneck_dim: int = option(256, least=1, most=65536)
     """Width of the unit features that are compared with the prototypes."""
-    layers: int = option(3, least=1)
+    layers: int = option(3, least=1, most=10)
     """Linear layers before the prototypes."""
     batch_norm: bool = False
     """BatchNorm after hidden layers, synchronized over processes. Published: true for ResNet-50."""
@@ -151,20 +147,18 @@ class TeacherConfig(Options):
     group = "teacher."
     momentum: float = option(0.996, least=0, most=1)
     """EMA momentum at step 0; it follows a cosine to 1. For small batches: 0.9995 or more."""
-    warmup_temperature: float = option(0.04, above=0)
+    warmup_temperature: float = option(0.04, least=1e-3, most=10)
     """Temperature at epoch 0."""
-    temperature: float = option(0.07, above=0)
+    temperature: float = option(0.07, least=1e-3, most=10)
     """Temperature after the warm-up."""
     warmup: Duration = 30
     """Length of the linear temperature warm-up (duration). The temperature changes between epochs
     only, and the length is rounded to whole epochs; below an epoch it changes between steps."""
-    drop_path: float = 0.0
+    drop_path: float = option(0.0, least=0, most=0.99)
     """Stochastic depth of the teacher. 0.4 repeats an oversight of published ConvNeXt training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"teacher.drop_path is {self.drop_path}: allowed is 0 up to (not including) 1")
         _check_duration("teacher.warmup", self.warmup)
 
 
@@ -173,7 +167,7 @@ class LossConfig(Options):
     """Cross-entropy between views."""
 
     group = "loss."
-    student_temperature: float = option(0.1, above=0)
+    student_temperature: float = option(0.1, least=1e-3, most=10)
     """Temperature of the student's softmax."""
     center_momentum: float = option(0.9, least=0, most=1)
     """Momentum of the center that is subtracted from the teacher's logits."""
@@ -186,19 +180,19 @@ class OptimConfig(Options):
     group = "optim."
     name: Literal["adamw", "lars", "sgd"] = "adamw"
     """adamw (ViT, ConvNeXt), lars (ResNet-50) or sgd."""
-    lr: float = option(5e-4, above=0)
+    lr: float = option(5e-4, above=0, most=1000)
     """Peak learning rate for a global batch of 256 images; scaled by batch / 256."""
-    min_lr: float = option(1e-5, least=0)
+    min_lr: float = option(1e-5, least=0, most=1000)
     """Learning rate at the end; not scaled."""
     warmup: Duration = 10
     """Length of the linear warm-up of the learning rate (duration)."""
-    weight_decay: float = option(0.04, least=0)
+    weight_decay: float = option(0.04, least=0, most=100)
     """Weight decay at step 0, of tensors with two or more dimensions."""
-    weight_decay_end: float = option(0.4, least=0)
+    weight_decay_end: float = option(0.4, least=0, most=100)
     """Weight decay at the end; it follows a cosine."""
-    momentum: float = 0.9
+    momentum: float = option(0.9, least=0, most=0.9999)
     """Momentum of lars and sgd."""
-    clip: float = option(0.0, least=0)
+    clip: float = option(0.0, least=0, most=10**6)
     """Largest L2 norm of the gradient of each parameter tensor. 0: no clipping."""
     freeze_last_layer: Duration = 1
     """How long the prototypes stay at their initial values (duration)."""
@@ -218,9 +212,9 @@ class RunConfig(Options):
     """Folder of this run. Run the same command again to resume."""
     epochs: Duration = 100
     """Length of the training (duration, not a share)."""
-    batch_size: int = option(256, least=1)
+    batch_size: int = option(256, least=1, most=10**7)
     """Images in one optimizer step, over all processes and accumulation steps."""
-    accumulate: int = option(1, least=1)
+    accumulate: int = option(1, least=1, most=10**6)
     """Forward and backward passes in one optimizer step. BatchNorm sees one pass at a time."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the matrix products; parameters, center and loss stay in float32."""
@@ -228,31 +222,31 @@ class RunConfig(Options):
     """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
     compile: bool = False
     """torch.compile for trunk blocks and device augmentation. The first steps take minutes."""
-    seed: int = 0
+    seed: int = option(0, least=0, most=MAX_SEED)
     """Seed that determines every random number of the run."""
-    threads: int | None = option(None, least=1)
+    threads: int | None = option(None, least=1, most=4096)
     """CPU threads of each process for arithmetic. null: torch decides."""
-    log_every: int = option(50, least=1)
+    log_every: int = option(50, least=1, most=10**6)
     """Steps between entries in log.jsonl and TensorBoard."""
-    save_minutes: float = 30.0
+    save_minutes: float = option(30.0, least=0, most=10**5)
     """Minutes between checkpoints within an epoch. One is also written after each epoch."""
-    save_every_steps: int | None = option(None, least=1)
+    save_every_steps: int | None = option(None, least=1, most=10**9)
     """Also write a checkpoint each time this number of steps has passed. null: do not."""
-    keep_every: int = option(20, least=0)
+    keep_every: int = option(20, least=0, most=10**6)
     """Epochs between checkpoints that are kept (epoch_0020.pth). 0: none."""
-    knn_every: int = option(5, least=0)
+    knn_every: int = option(5, least=0, most=10**6)
     """Epochs between k-NN evaluations of the teacher, if knn_train and knn_val are given."""
     knn_train: str | None = None
     """Class folder, or an archive of one, that serves as the k-NN bank."""
     knn_val: str | None = None
     """Class folder, or an archive of one, whose images are classified."""
-    knn_subset_per_class: int | None = option(None, least=1)
+    knn_subset_per_class: int | None = option(None, least=1, most=10**9)
     """The bank is the first N images of each class in sorted order. null: all. The release takes
     data.subset_per_class for this too."""
-    stop_after_steps: int | None = option(None, least=1)
+    stop_after_steps: int | None = option(None, least=1, most=10**12)
     """Save and stop after this number of steps; schedules are not shortened. Run the same command
     again to resume."""
-    max_minutes: float | None = option(None, above=0)
+    max_minutes: float | None = option(None, above=0, most=10**6)
     """Save and stop after the step in which this many minutes have passed since the start. Run the
     same command again to resume."""
 

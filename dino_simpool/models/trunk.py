@@ -16,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
 from torch import Tensor, nn
 
 from dino_simpool.config import ModelConfig, is_vit
@@ -29,17 +30,28 @@ SHORT_NAMES = {f"vit_{size}": f"vit_{size}_patch16_224" for size in ("tiny", "sm
 
 def find_arch(arch: str) -> tuple[str, str]:
     """Family ("vit", "resnet" or "convnext") and timm name of an architecture. ValueError, with the
-    nearest name, if timm does not know it."""
+    nearest name, if timm does not know it or it is of another family."""
     name = SHORT_NAMES.get(arch, arch)
     vits = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
     known = {model: "vit" for model in vits if is_vit(model) and "distilled" not in model}
     known |= {model: family for family in ("resnet", "convnext") for model in timm.list_models(module=family)}
     if name in known:
         return known[name], name
-    if timm.is_model(name):
-        raise ValueError(f"model.arch is {arch}, which is of another family: allowed are ViTs, ResNets and ConvNeXts of timm")
-    nearest = difflib.get_close_matches(arch, [*SHORT_NAMES, *known], 1, cutoff=0)
-    raise ValueError(f"model.arch is {arch}, which timm does not know: did you mean {nearest[0]}?")
+    bare, _, tag = name.rpartition("/")[2].partition(".")
+    if bare in known and bare != name:
+        raise ValueError(
+            f"model.arch is {arch}: the tag {tag or arch} names weights of others, and here training starts from random ones; "
+            f"give the architecture, {bare}"
+        )
+    if timm.is_model(bare):
+        module = timm.model_entrypoint(bare).__module__.rpartition(".")[2]
+        raise ValueError(
+            f"model.arch is {arch}, of timm's family {module}: allowed are the ViTs with one class token, ResNets and "
+            "ConvNeXts of its modules vision_transformer, deit, resnet and convnext"
+        )
+    near = difflib.get_close_matches(arch, [*SHORT_NAMES, *known], 1)
+    hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(SHORT_NAMES)}, resnet50, convnext_small or the like"
+    raise ValueError(f"model.arch is {arch or 'empty'}, which timm does not know: {hint}")
 
 
 def build_trunk(cfg: ModelConfig) -> tuple[Any, MakeNorm]:
@@ -158,5 +170,7 @@ def _convnext(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
         assert convolution.bias is not None
         nn.init.zeros_(convolution.bias)
         trunk.stem = nn.Sequential(convolution, trunk.stem[-1])
-    eps, trunk.head = trunk.head.norm.eps, nn.Identity()
-    return trunk, partial(nn.LayerNorm, eps=eps)
+    norm, trunk.head = trunk.head.norm, nn.Identity()
+    # timm's norms of maps, for features: `convnext_zepto_rms` has another than LayerNorm.
+    kinds = {LayerNorm2d: nn.LayerNorm, RmsNorm2d: RmsNorm, SimpleNorm2d: SimpleNorm}
+    return trunk, partial(kinds[type(norm)], eps=norm.eps)

@@ -404,8 +404,8 @@ def test_no_data(tmp_path: Path) -> None:
         (("--fit", "crop"), "fit is crop: allowed is one of square, shorter, longer, native"),
         (("--mass", "1"), "mass is 1.0"),
         (("--mass", "0"), "mass is 0.0"),
-        (("--max_images", "0"), "1 or more"),
-        (("--sheet_images", "0"), "1 or more"),
+        (("--max_images", "0"), ": allowed is 1 to"),
+        (("--sheet_images", "0"), ": allowed is 1 to"),
         (("--heads", "all"), "mean, each"),
     ],
 )

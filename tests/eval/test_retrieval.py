@@ -391,7 +391,7 @@ def test_impossible_extras_are_refused_before_any_image_is_read(data: Path, enco
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"whitening_dim": 8}, "give 1 or more, and whitening_data"), ({"image_size": 0}, "must be 1 or more")],
+    [({"whitening_dim": 8}, "give whitening_data to learn from too"), ({"image_size": 0}, "image_size is 0: allowed is 1 to")],
 )
 def test_impossible_options(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

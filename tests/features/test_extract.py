@@ -575,8 +575,8 @@ def test_sources_and_sizes_that_cannot_be(tmp_path: Path, images: Path, checkpoi
     [
         (["--index", "--level", "tokens"], "index is for level global, given level tokens"),
         (["--view", "whole", "--resize", "256"], "resize is for view crop"),
-        (["--batch_size", "0"], "must be 1 or more"),
-        (["--workers", "-1"], "workers must be 0 or more"),
+        (["--batch_size", "0"], "allowed is 1 to"),
+        (["--workers", "-1"], "workers is -1: allowed is 0 to"),
         (["--view", "full"], "view is full: allowed is one of crop, whole"),
         (["--device", "gpu"], "device"),
     ],

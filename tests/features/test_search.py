@@ -239,7 +239,7 @@ def test_queries_that_cannot_be(extracted: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(kind, match=words):
             main(options(extracted, tmp_path / "out", query))
-    for given, words in ((["--k", "0"], "k must be 1 or more"), (["--workers", "-1"], "0 or more")):
+    for given, words in ((["--k", "0"], "k is 0: allowed is 1 to"), (["--workers", "-1"], "allowed is 0 to")):
         with pytest.raises(ConfigError, match=words):
             parse(SearchConfig, given)
 

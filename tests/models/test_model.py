@@ -23,7 +23,7 @@ from dino_simpool.models import encoder as encoder_module
 from dino_simpool.models.encoder import Encoder, build_encoder, position_matrix
 from dino_simpool.models.pooling import build_pool
 from dino_simpool.models.pooling.simpool import as_tokens
-from dino_simpool.models.trunk import SHORT_NAMES, find_arch
+from dino_simpool.models.trunk import SHORT_NAMES, build_trunk, find_arch
 
 TINY: dict[str, dict[str, Any]] = {
     "vit": {"arch": "vit_tiny", "width": 32, "heads": 2, "depth": 2, "patch_size": 4, "image_size": 32},
@@ -214,14 +214,38 @@ def test_one_question_whether_it_is_a_vit() -> None:
     assert min(seen.values()) > 20
 
 
+@pytest.mark.parametrize("arch", sorted(timm.list_models(module="convnext")))
+def test_the_norm_of_every_convnext_is_that_of_timm(arch: str) -> None:
+    """The layer that timm applies to pooled maps, also where it is no LayerNorm (convnext_zepto_rms, convnext_atto_rms)."""
+    with torch.device("meta"):
+        trunk, make_norm = build_trunk(ModelConfig(arch, pool="gap"))
+        head = timm.create_model(arch, num_classes=0, head_norm_first=False, head_hidden_size=None).head.norm
+    ours, theirs = make_norm(trunk.num_features).to_empty(device="cpu"), head.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        parameter.data = torch.rand(parameter.shape, generator=generator)
+        ours.get_parameter(name).data = parameter.data
+    features = torch.randn(2, trunk.num_features, generator=generator) + 1
+    torch.testing.assert_close(ours(features), theirs(features[:, :, None, None]).flatten(1))
+
+
 @pytest.mark.parametrize(
     ("arch", "words"),
     [
         ("vit_smal", "vit_small"),
         ("resnet19", "resnet1"),
-        ("swin_tiny_patch4_window7_224", "another family"),
-        ("deit_small_distilled_patch16_224", "another family"),
-        ("", "did you mean"),
+        ("resnet", r"did you mean resnet\d+\?"),
+        ("swin_tiny_patch4_window7_224", "family swin_transformer: allowed are"),
+        ("swin_tiny_patch4_window7_224.ms_in1k", "family swin_transformer: allowed are"),
+        ("vit_relpos_small_patch16_224", "family vision_transformer_relpos: allowed are"),
+        ("deit_small_distilled_patch16_224", "ViTs with one class token"),
+        (
+            "vit_small_patch16_224.dino",
+            "the tag dino names weights of others, .* give the architecture, vit_small_patch16_224$",
+        ),
+        ("hf-hub:timm/resnet50.a1_in1k", "give the architecture, resnet50$"),
+        ("", "is empty, which timm does not know: give one of vit_tiny"),
+        ("my_own_network", "timm does not know: give one of vit_tiny, vit_small"),
     ],
 )
 def test_unknown_architectures_are_refused(arch: str, words: str) -> None:

@@ -190,7 +190,7 @@ def test_order_of_tokens_is_irrelevant() -> None:
     torch.testing.assert_close(moved, attention[:, order])
 
 
-@pytest.mark.parametrize("gamma", [1.25, 2.0, 3.0, 50.0])
+@pytest.mark.parametrize("gamma", [1.25, 2.0, 3.0, 40.0])
 @pytest.mark.parametrize("x", [torch.zeros(2, 4, 8), torch.full((2, 4, 8), 1e4), 1e3 * torch.eye(8)[None], torch.rand(2, 4, 8)])
 def test_gradients_are_finite(x: Tensor, gamma: float) -> None:
     """Constant tokens meet the minimum everywhere; a large exponent makes a power underflow."""
@@ -336,3 +336,18 @@ def test_attach_pools_like_simpool() -> None:
 def test_attach_refuses_what_has_no_pooling() -> None:
     with pytest.raises(ValueError, match="Sequential"):
         attach_simpool(nn.Sequential(nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize("dim", [8, 384, 2048])
+def test_a_gamma_whose_power_overflows_is_refused(dim: int) -> None:
+    """The largest one that is named does not, for the values farthest apart that a LayerNorm can give."""
+    with pytest.raises(ValueError, match="overflows float32 for width") as error:
+        SimPool(dim, gamma=100.0)
+    largest = float(str(error.value).rsplit(" ", 1)[1])
+    assert 15 < largest < 50
+    pool = SimPool(dim, gamma=largest)
+    tokens = torch.zeros(1, 2, dim)
+    tokens[0, 0, 0], tokens[0, 1, 0] = 1e6, -1e6  # one value at sqrt(dim), one at -sqrt(dim)
+    assert pool(tokens).isfinite().all()
+    with pytest.raises(ValueError, match="overflows"):
+        SimPool(dim, gamma=largest + 0.11)
