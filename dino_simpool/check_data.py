@@ -85,7 +85,7 @@ def main(cfg: CheckDataConfig) -> None:
     if cfg.layout is not None:
         assert isinstance(cfg.data, str), "checked by the options"
         return report_layout(cfg.layout, cfg.data)
-    images = find_images(cfg.data)
+    images = find_images(cfg.data, cfg.excluded)
     images = images.with_decoding(with_range_of(images, cfg.decoding))
     if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
         raise ValueError(f"{cfg.out} cannot be written because its folder does not exist: give another --out")

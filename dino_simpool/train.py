@@ -201,7 +201,7 @@ def _prepare(cfg: TrainConfig) -> Run:
         torch.set_num_threads(cfg.run.threads)
     keep_freed_memory()
     roots = [cfg.data.root] if isinstance(cfg.data.root, str) else list(cfg.data.root)
-    images = find_images(roots, subset_per_class=cfg.data.subset_per_class)
+    images = find_images(roots, cfg.data.excluded, subset_per_class=cfg.data.subset_per_class)
     decoding = with_range_of(images, cfg.data.decoding)
     images = images.with_decoding(decoding)
     knn_sets = None
@@ -210,6 +210,7 @@ def _prepare(cfg: TrainConfig) -> Run:
             cfg.run.knn_train,
             cfg.run.knn_val,
             options=("--run.knn_train", "--run.knn_val"),
+            exclude=cfg.data.excluded,
             subset_per_class=cfg.run.knn_subset_per_class,
         )
         knn_sets = bank.with_decoding(decoding), val.with_decoding(decoding)

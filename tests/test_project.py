@@ -27,7 +27,7 @@ SOURCES = {
 """Every module of the package by its dotted name."""
 
 LEVELS = (
-    {"config", "distributed", "signals", "pictures", "files", "failures"},
+    {"config", "distributed", "signals", "pictures", "files", "names", "failures"},
     {"logs"},
     {"data", "models", "synthetic", "lock"},
     {"checkpoint", "dino", "layouts", "results"},

@@ -19,7 +19,7 @@ from dino_simpool.config.evaluate import AttentionConfig, ClassificationConfig, 
 from dino_simpool.config.evaluate import MasksConfig, RecallConfig, RetrievalConfig
 from dino_simpool.config.features import ExtractConfig, SearchConfig
 from dino_simpool.config.parse import ConfigError, dump, from_dict, option_names, parse, to_dict
-from dino_simpool.config.parts import DEFAULT_DECODING, MAX_PIXELS, DecodingSettings, PixelValues
+from dino_simpool.config.parts import DEFAULT_DECODING, MAX_PIXELS, DecodingSettings, Exclude, PixelValues
 from dino_simpool.config.tools import CheckDataConfig, ReportConfig, SyntheticConfig, TableConfig
 from dino_simpool.config.train import IMAGENET_MEAN, IMAGENET_STD, HeadConfig, LossConfig, ModelConfig
 from dino_simpool.config.train import OptimConfig, RunConfig, TeacherConfig, TrainConfig, is_vit, parse_duration

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import MAX_SIZE, MAX_WORKERS, DecodingSettings, Options, option
+from dino_simpool.config.parts import MAX_SIZE, MAX_WORKERS, DecodingSettings, Excluding, Options, option
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CropsConfig(Options):
 
 
 @dataclass(frozen=True)
-class DataSource(Options):
+class DataSource(Excluding):
     """Where the images come from, and which of them."""
 
     root: str | tuple[str, ...] = ""

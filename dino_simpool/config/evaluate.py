@@ -12,6 +12,7 @@ from dino_simpool.config.parts import (
     ClassFolders,
     Compute,
     Decoding,
+    Excluding,
     Loading,
     PixelValues,
     Square,
@@ -176,7 +177,7 @@ class MasksConfig(PixelValues, Loading, Square, ValFolder, EvalConfig):
 
 
 @dataclass(frozen=True)
-class AttentionConfig(Decoding, Loading, EvalConfig):
+class AttentionConfig(Decoding, Excluding, Loading, EvalConfig):
     """Where the encoder looks, on any images: maps, pictures, masks and boxes."""
 
     data: str = ""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import Compute, Decoding, Device, Loading, Square, Weights, Workers, option
+from dino_simpool.config.parts import Compute, Decoding, Device, Excluding, Loading, Square, Weights, Workers, option
 
 
 @dataclass(frozen=True)
-class ExtractConfig(Decoding, Loading, Square, Compute, Weights):
+class ExtractConfig(Decoding, Excluding, Loading, Square, Compute, Weights):
     """The features of any images, in a memory-mapped file. Run the same command again to resume."""
 
     data: str | tuple[str, ...] = ""

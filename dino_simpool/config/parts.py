@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 MAX_PIXELS = 178_956_970
@@ -97,7 +98,44 @@ class Compute(Device):
 
 
 @dataclass(frozen=True)
-class ValFolder(Options):
+class Exclude:
+    """Patterns of names, and of paths below the source, that are not read."""
+
+    patterns: tuple[str, ...] = ()
+
+    def which(self, path: str) -> str:
+        """What a path is counted as if it is left out, or lies in what is left out; else ""."""
+        parts = path.split("/")
+        for pattern in self.patterns:
+            below = ("/".join(parts[: end + 1]) for end in range(len(parts)))
+            if any(fnmatchcase(part, pattern) for part in parts) or any(fnmatchcase(above, pattern) for above in below):
+                return f"excluded by {pattern}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Excluding(Options):
+    """What is left out of folders and archives."""
+
+    exclude: tuple[str, ...] = ()
+    """Files and folders to leave out, as patterns of names or paths: --exclude '[old, *_mask.png]'.
+    Hidden files and folders of the system, such as @eaDir and __MACOSX, are left out anyway."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if wrong := [pattern for pattern in self.exclude if not pattern.strip("/") or pattern.startswith("/")]:
+            raise ValueError(
+                f"{self.group}exclude has {wrong[0]!r}: give patterns of names or of paths below the source, such as *_mask.png"
+            )
+
+    @property
+    def excluded(self) -> Exclude:
+        """The patterns, ready to be asked."""
+        return Exclude(tuple(pattern.rstrip("/") for pattern in self.exclude))
+
+
+@dataclass(frozen=True)
+class ValFolder(Excluding):
     """Images to measure on."""
 
     val: str = "val"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import MAX_SEED, DecodingSettings, Device, Options, Workers, option
+from dino_simpool.config.parts import MAX_SEED, DecodingSettings, Device, Excluding, Options, Workers, option
 
 
 @dataclass(frozen=True)
-class CheckDataConfig(DecodingSettings, Workers):
+class CheckDataConfig(DecodingSettings, Excluding, Workers):
     """List the broken images of a data set, or check that a public data set is complete."""
 
     data: str | tuple[str, ...] = ""

@@ -19,14 +19,13 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-ARCHIVE_SUFFIXES = (".tar", ".zip")
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
-PACKED_SUFFIXES = ARCHIVE_SUFFIXES + COMPRESSED_SUFFIXES
+from dino_simpool.config import Exclude
+from dino_simpool.names import SYSTEM_FOLDERS, annotations_among, is_archive, is_image, is_no_data, kind_left_out
 
 _FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 MOST_OPEN = 256 if _FILES == resource.RLIM_INFINITY else max(1, min(256, _FILES // 4))
@@ -69,18 +68,14 @@ class _Entry(NamedTuple):
     """Why its bytes cannot be read."""
 
 
-def is_compressed(name: str) -> bool:
-    """Whether a file has the name of a compressed tar."""
-    return name.lower().endswith(COMPRESSED_SUFFIXES)
-
-
 def compressed_error(path: str) -> ValueError:
     """The error for a compressed tar, with what to do."""
     return ValueError(f"{path} is compressed, so single images cannot be read: make an uncompressed .tar or a .zip of it")
 
 
-def list_archive(path: str, *, limit: float) -> tuple[dict[str, Place], set[str]]:
-    """The images of an archive by their path inside, and the top-level folders that it creates.
+def list_archive(path: str, exclude: Exclude, *, limit: float) -> tuple[dict[str, Place], set[str], Counter[str]]:
+    """The images of an archive by their path inside, the top-level folders that it creates, and how
+    many files of which kind are left out.
 
     TooMany if it has more members than `limit`. ValueError if it is compressed, truncated or
     broken, if it holds a link to a folder with images, or if an image in it is sparse, encrypted,
@@ -104,25 +99,35 @@ def list_archive(path: str, *, limit: float) -> tuple[dict[str, Place], set[str]
             f"{path} cannot be read as an archive ({error}): it is truncated or broken, create it again"
         ) from error
     images = {}
+    left_out: Counter[str] = Counter()
+    annotations = annotations_among(files)
     for name in files:
+        if kind := _no_data(name) or exclude.which(name):
+            left_out[kind] += 1
+            continue
         folders.add(posixpath.dirname(name))
-        if name.lower().endswith(IMAGE_SUFFIXES) and not _hidden(name):
+        if name in annotations:
+            left_out["." + posixpath.basename(name).partition(".")[2]] += 1
+        elif is_image(name):
             images[name] = _target(path, name, files)
+        elif not is_archive(name):
+            left_out[kind_left_out(name)] += 1
     with_images = {f"{posixpath.dirname(name)}/" for name in images}
     for name, entry in files.items():
-        end = _end_of_links(name, files) if entry.link and not _hidden(name) else ""
+        end = _end_of_links(name, files) if entry.link and not _no_data(name) else ""
         # A link to a folder that contains the link adds no images.
         adds = end and end not in files and not name.startswith(f"{end}/")
         if adds and any(folder.startswith(f"{end}/") for folder in with_images):
             raise ValueError(
                 f"{path}/{name} is a link to the folder {end}: pack the folder itself there, or give it as a separate source"
             )
-    inner = [name for name in files if name.lower().endswith(ARCHIVE_SUFFIXES)]
+    inner = [name for name in files if is_archive(name)]
     if inner and not images:
         raise ValueError(
             f"{path} holds archives such as {inner[0]} and no images: unpack it and give the folder that holds them"
         )
-    return _without_common_folder(images, {folder for folder in folders if folder and not _hidden(folder)})
+    kept = {folder for folder in folders if folder and not _no_data(folder) and not exclude.which(folder)}
+    return *_without_common_folder(images, kept), left_out
 
 
 def _tar_entries(path: str) -> Iterator[_Entry]:
@@ -156,10 +161,14 @@ def _zip_entries(path: str) -> Iterator[_Entry]:
                 refused = "it is encrypted"
             elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 refused = f"it is packed by method {member.compress_type}; stored and deflated are known"
+            elif member.file_size > 1100 * member.compress_size + 1024:  # deflate shrinks by 1,032 at most
+                refused = f"it claims {member.file_size:,} bytes, more than its {member.compress_size:,} can hold"
             if member.header_offset + member.compress_size > total:
                 raise zipfile.BadZipFile(f"{member.filename} goes beyond the end of the file")
             link = ""
-            if stat.S_ISLNK(member.external_attr >> 16) and not refused:
+            if stat.S_ISLNK(member.external_attr >> 16) and member.file_size > 4096:
+                refused = f"it is a link of {member.file_size:,} bytes"
+            elif stat.S_ISLNK(member.external_attr >> 16) and not refused:
                 link = posixpath.join(posixpath.dirname(member.filename), os.fsdecode(archive.read(member)))
             place = Place(member.header_offset, member.compress_size, member.compress_type, member.file_size, member.CRC)
             yield _Entry(member.filename, place, member.is_dir(), link, refused=refused)
@@ -170,8 +179,11 @@ def _inside(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+def _no_data(name: str) -> str:
+    """The system folder that a path lies in, or "hidden"; "" if it may be data."""
+    parts = name.split("/")
+    system = next((part for part in parts[:-1] if part.lower() in SYSTEM_FOLDERS), "")
+    return f"in {system}" if system else "hidden" * any(map(is_no_data, parts))
 
 
 def _target(path: str, name: str, files: dict[str, _Entry]) -> Place:

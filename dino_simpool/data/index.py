@@ -11,6 +11,7 @@ M images, F files and folders whose change makes the index stale, C top-level fo
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from safetensors.numpy import save_file
 
 from dino_simpool.data.archives import Place
 
-FORMAT = "2"
+FORMAT = "3"
 """Stored in each file. Files with another number are stale."""
 MEMBER = 1 + len(Place._fields)
 """Numbers for each image in an archive: the row of the archive in `watched`, then its Place."""
@@ -99,8 +100,10 @@ class Index:
     """(F, 2) int64: mtime in nanoseconds, and size in bytes (of folders: ctime in nanoseconds)."""
     members: np.ndarray = field(default_factory=lambda: np.zeros((0, MEMBER), np.int64))
     """(M, MEMBER) int64: row of the archive in `watched`, or -1, and Place; (0, MEMBER) if none."""
-    left_out: Strings = field(default_factory=lambda: Strings.of([]))
+    compressed: Strings = field(default_factory=lambda: Strings.of([]))
     """Compressed archives, which cannot be read."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """How many other files were left out, by their kind (names.kind_left_out)."""
     file: str = ""
     """Where the arrays are mapped from; empty if they are in memory."""
     sha256: str = ""
@@ -148,7 +151,7 @@ class Index:
         members = np.concatenate([self.members[r] for r in rows]) if len(self.members) else self.members
         counts = np.where(self.counts > 0, count, 0)
         names = Strings.chain([(self.names, r) for r in rows])
-        return Index(names, self.groups, counts, self.watched, self.stamps, members, self.left_out)
+        return Index(names, self.groups, counts, self.watched, self.stamps, members, self.compressed, self.left_out)
 
     def save(self, path: str | Path) -> None:
         """Write the file. OSError or SafetensorError if that fails."""
@@ -156,11 +159,21 @@ class Index:
             **{f"{name}.{part}": getattr(getattr(self, name), part) for name in _STRINGS for part in ("data", "starts")},
             **{name: getattr(self, name) for name in _ARRAYS},
         }
-        save_file(arrays, path, metadata={"format": FORMAT, "sha256": self.digest()})
+        about = {"format": FORMAT, "sha256": self.digest(), "left_out": json.dumps(self.left_out)}
+        save_file(arrays, path, metadata=about | {"content": _checksum(arrays, about)})
 
 
-_STRINGS = ("names", "groups", "watched", "left_out")
+_STRINGS = ("names", "groups", "watched", "compressed")
 _ARRAYS = ("counts", "stamps", "members")
+
+
+def _checksum(arrays: dict[str, np.ndarray], about: dict[str, str]) -> str:
+    """SHA-256 of all that a file holds: 0.03 s for 1.28 million images."""
+    digest = hashlib.sha256(repr(sorted(about.items())).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
 
 
 def open_index(path: str, sha256: str | None = None) -> Index:
@@ -174,11 +187,13 @@ def open_index(path: str, sha256: str | None = None) -> Index:
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, not {FORMAT}")
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if about.pop("content") != _checksum(arrays, about):
+            raise ValueError("its content does not match its checksum")
         for array in arrays.values():
             array.flags.writeable = False
         values: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
         values |= {name: Strings(arrays[f"{name}.data"], arrays[f"{name}.starts"]) for name in _STRINGS}
-        index = Index(**values, file=path, sha256=about["sha256"])
+        index = Index(**values, left_out=json.loads(about["left_out"]), file=path, sha256=about["sha256"])
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is not an index of this version ({error}): remove it") from error
     if sha256 not in (None, index.sha256):

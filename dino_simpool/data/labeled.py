@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_simpool.data.archives import ARCHIVE_SUFFIXES, IMAGE_SUFFIXES
-from dino_simpool.data.scan import is_archive
+from dino_simpool.config import Exclude
+from dino_simpool.data.scan import NOTHING_EXCLUDED
 from dino_simpool.data.sources import ImageSet, class_folder, composed, folder_or_archive
 from dino_simpool.logs import say
+from dino_simpool.names import ARCHIVE_SUFFIXES, is_archive, is_image, is_no_data
 
 NAMES = {"train": ("train", "training", "trn"), "val": ("val", "valid", "validation", "dev", "test", "testing", "eval")}
 """Words by which the folders of a data set are recognized, for advice only."""
@@ -34,6 +35,7 @@ def labeled_sets(
     *,
     inside: str = "",
     options: tuple[str, str] = ("--train", "--val"),
+    exclude: Exclude = NOTHING_EXCLUDED,
     subset_per_class: int | None = None,
 ) -> tuple[ImageSet, ImageSet]:
     """Two class folders: to learn from (perhaps the first images of each class), and to measure on.
@@ -42,8 +44,8 @@ def labeled_sets(
     FileNotFoundError for one that is missing, ValueError if it has no class folders or if val has a
     class that train lacks; both say what to give instead.
     """
-    learn = _class_folder(train, inside, options[0], "train", subset_per_class=subset_per_class)
-    measure = _class_folder(val, inside, options[1], "val", known=learn)
+    learn = _class_folder(train, inside, options[0], "train", exclude, subset_per_class=subset_per_class)
+    measure = _class_folder(val, inside, options[1], "val", exclude, known=learn)
     if same_source(learn.root, measure.root):
         say(f"warning: {options[0]} and {options[1]} are the same images, {learn.root}: each will find itself")
     return learn, measure
@@ -62,7 +64,7 @@ def find_split(name: str, *, inside: str = "", option: str = "--val", role: str 
         raise FileNotFoundError(
             f"{root} does not exist, {folder} is no folder: give the one that holds {os.path.basename(root)}"
         )
-    visible = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    visible = (path for path in sorted(folder.iterdir()) if not is_no_data(path.name))
     entries = [path for path in visible if path.is_dir() or is_archive(path.name)]
     if usable := [path for path in entries if set(_words(path)) & set(NAMES[role]) and _may_have_classes(path)]:
         advice = " or ".join(f"{option} {_value(path, inside)}" for path in usable)
@@ -101,12 +103,19 @@ def same_source(one: str, other: str) -> bool:
 
 
 def _class_folder(
-    name: str, inside: str, option: str, role: str, *, known: ImageSet | None = None, subset_per_class: int | None = None
+    name: str,
+    inside: str,
+    option: str,
+    role: str,
+    exclude: Exclude,
+    *,
+    known: ImageSet | None = None,
+    subset_per_class: int | None = None,
 ) -> ImageSet:
     """A class folder, all classes of which `known` has too."""
     root = find_split(name, inside=inside, option=option, role=role)
     try:
-        images = class_folder(root, subset_per_class=subset_per_class)
+        images = class_folder(root, exclude, subset_per_class=subset_per_class)
         if known is not None:
             class_numbers(images, known)
     except ValueError as error:
@@ -137,7 +146,7 @@ def _conversion(path: Path, root: Path, known: ImageSet | None, option: str, ins
     if not rows or min(map(len, rows)) < 2:
         return ""
     for column, base in product((0, 1), (root.parent, holder)):
-        header = int(not rows[0][column].lower().endswith(IMAGE_SUFFIXES))
+        header = int(not is_image(rows[0][column]))
         images = [base / row[column] for row in rows[header:]]
         if images and all(image.parent == holder and os.path.isfile(image) for image in images):
             break

@@ -13,28 +13,22 @@ import contextlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from dino_simpool.data.archives import (
-    ARCHIVE_SUFFIXES,
-    IMAGE_SUFFIXES,
-    PACKED_SUFFIXES,
-    Place,
-    TooMany,
-    compressed_error,
-    is_compressed,
-    list_archive,
-)
+from dino_simpool.config import Exclude
+from dino_simpool.data.archives import Place, TooMany, compressed_error, list_archive
 from dino_simpool.data.index import MEMBER, Index, Strings
+from dino_simpool.data.lists import TEXT_SUFFIXES, is_binary, read_list
 from dino_simpool.logs import progress
+from dino_simpool.names import PACKED_SUFFIXES, SYSTEM_FOLDERS, is_archive, is_compressed, is_image, kind_left_out
 
 T = TypeVar("T")
 Stamp = tuple[int, int]
@@ -43,11 +37,14 @@ _Folder = tuple[str, tuple[str, ...]]
 THREADS = 16
 RECENT_NS = 2 * 10**9
 """Coarsest file system clock (FAT). Two changes within this time may show the same time."""
+NOTHING_EXCLUDED = Exclude()
 _IN_NO_ARCHIVE = Place(-1, -1, -1, -1, -1)
 
 
-def scan(root: str, *, limit: float = math.inf, bar: bool = False) -> Index:
+def scan(root: str, exclude: Exclude = NOTHING_EXCLUDED, *, limit: float = math.inf, bar: bool = False) -> Index:
     """List the images of a source. There may be none.
+
+    A file that is an image itself is a source of one, whatever its name.
 
     limit: TooMany is raised if there are more files and folders.   bar: show progress.
     FileNotFoundError if the source or a listed file is missing, PermissionError for an unreadable
@@ -57,21 +54,17 @@ def scan(root: str, *, limit: float = math.inf, bar: bool = False) -> Index:
         with _threads() as pool, progress(None, 0, f"listing {root}", shown=bar) as shown:
             if is_list(root):
                 return _scan_list(root, limit, shown)
-            listing = _Listing(root, limit, pool, shown)
+            listing = _Listing(root, exclude, limit, pool, shown)
             if os.path.isdir(root):
                 listing.open_archives(listing.walk())
             elif os.path.isfile(root):
                 listing.open_archives([""])
             else:
-                raise FileNotFoundError(f"{root} does not exist: give a folder of images")
+                what = "is neither a folder nor a file" if os.path.exists(root) else "does not exist"
+                raise FileNotFoundError(f"{root} {what}: give a folder of images")
             return listing.index()
     except PermissionError as error:
         raise PermissionError(f"{error.filename} cannot be read: change its permissions or give another folder") from error
-
-
-def is_archive(root: str) -> bool:
-    """Whether a file has the name of an archive that can be read."""
-    return root.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 def is_list(root: str) -> bool:
@@ -134,6 +127,7 @@ class _Listing:
     """What was found. Paths are relative to the root; "" is the root itself."""
 
     root: str
+    exclude: Exclude
     limit: float
     pool: ThreadPoolExecutor
     bar: tqdm[Any]
@@ -144,6 +138,8 @@ class _Listing:
     top: set[str] = field(default_factory=set)
     """Top-level folders."""
     compressed: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """How many files of which kind are not read."""
     archives: dict[str, Stamp] = field(default_factory=dict)
     folders: dict[str, Stamp] = field(default_factory=dict)
 
@@ -154,7 +150,8 @@ class _Listing:
         while level:
             lower: list[_Folder] = []
             contents = self.pool.map(self.read_folder, level)
-            for (path, _), (before, images, folders, packed, compressed) in zip(level, contents, strict=True):
+            for (path, _), (before, images, folders, packed, compressed, left_out) in zip(level, contents, strict=True):
+                self.left_out += left_out
                 self.folders[path] = before
                 if images:
                     self.images[path] = "/".join(images).encode("utf-8", "surrogateescape")
@@ -170,26 +167,35 @@ class _Listing:
             level = lower
         return archives
 
-    def read_folder(self, folder: _Folder) -> tuple[Stamp, list[str], list[_Folder], list[str], list[str]]:
-        """Its stamp, image names, folders, archives, compressed archives; not what is hidden."""
+    def read_folder(self, folder: _Folder) -> tuple[Stamp, list[str], list[_Folder], list[str], list[str], Counter[str]]:
+        """Its stamp, image names, folders, archives, compressed archives, and what is left out."""
         path, reals = folder
         images: list[str] = []
         folders: list[_Folder] = []
         archives, compressed = set(), set()
+        left_out: Counter[str] = Counter()
+        excluded = self.exclude.which if self.exclude.patterns else None
         where = below(self.root, path)
         before = stamp(where)  # a change while the folder is read must be noticed later
         with os.scandir(where) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
+                    left_out["hidden"] += 1
+                    continue
+                if excluded and (kind := excluded(os.path.join(path, entry.name))):
+                    left_out[kind] += 1
                     continue
                 inside, link = os.path.join(path, entry.name), entry.is_symlink()
                 if os.path.isdir(entry.path) if link else entry.is_dir():
+                    if entry.name.lower() in SYSTEM_FOLDERS:
+                        left_out[f"folder(s) {entry.name}"] += 1
+                        continue
                     real = os.path.realpath(entry.path) if link else os.path.join(reals[-1], entry.name)
                     if real not in reals:
                         folders.append((inside, (*reals, real)))
                 elif not (link or entry.is_file()):
-                    continue  # reading a pipe would never end
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    left_out["that are no files"] += 1  # reading a pipe would never end
+                elif is_image(entry.name):
                     images.append(entry.name)
                     if len(images) > self.limit:
                         raise TooMany
@@ -197,22 +203,25 @@ class _Listing:
                     archives.add(inside)
                 elif is_compressed(entry.name):
                     compressed.add(inside)
+                else:
+                    left_out[kind_left_out(entry.name)] += 1
         packed = {name + suffix for name, _ in folders for suffix in PACKED_SUFFIXES}
-        return before, sorted(images), folders, sorted(archives - packed), sorted(compressed - packed)
+        return before, sorted(images), folders, sorted(archives - packed), sorted(compressed - packed), left_out
 
     def open_archives(self, archives: list[str]) -> None:
         """Add the images in the archives."""
 
-        def read(archive: str) -> tuple[Stamp, dict[str, Place], set[str]]:
+        def read(archive: str) -> tuple[Stamp, dict[str, Place], set[str], Counter[str]]:
             path = below(self.root, archive)
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"{path} is a broken link: remove it, or put the archive where it points")
-            return stamp(path), *list_archive(path, limit=self.limit)
+            return stamp(path), *list_archive(path, self.exclude, limit=self.limit)
 
         seen = 0
         archives = sorted(archives)
         for row, (archive, found) in enumerate(zip(archives, self.pool.map(read, archives), strict=True)):
-            self.archives[archive], images, folders = found
+            self.archives[archive], images, folders, left_out = found
+            self.left_out += left_out
             seen += len(images)
             if seen > self.limit:
                 raise TooMany
@@ -248,30 +257,22 @@ class _Listing:
             watched=Strings.of(watched),
             stamps=np.array(list(watched.values()), np.int64).reshape(-1, 2),
             members=np.array(members, np.int64).reshape(-1, MEMBER),
-            left_out=Strings.of(sorted(self.compressed)),
+            compressed=Strings.of(sorted(self.compressed)),
+            left_out=dict(self.left_out),
         )
 
 
 def _scan_list(file: str, limit: float, bar: tqdm[Any]) -> Index:
-    """The paths in a text file, relative to the folder of the file. Each must exist."""
-    if file.lower().endswith(IMAGE_SUFFIXES):
-        raise ValueError(f"{file} is a single image: give its folder, or a text file with one path per line")
+    """The paths in a text file, relative to its folder; or the file itself, if it is an image."""
+    before, folder = stamp(file), os.path.dirname(file)
     if is_compressed(file):
         raise compressed_error(file)
-    before = stamp(file)
-    try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: give a folder, or a text file with one path per line") from error
-    paths = [line for line in lines if line and not line.startswith("#")]
-    if not paths:
-        raise ValueError(f"{file} lists no images: write one path per line, relative to the file or absolute")
+    if is_image(file) or (is_binary(file) and not file.lower().endswith(TEXT_SUFFIXES)):
+        paths = [os.path.basename(file)]
+    else:
+        paths = read_list(file, lambda lines: _in_threads(lambda line: os.path.isfile(os.path.join(folder, line)), lines))
     if len(paths) > limit:
         raise TooMany
-    folder = os.path.dirname(file)
-    for path, exists in zip(paths, _in_threads(lambda path: os.path.isfile(os.path.join(folder, path)), paths), strict=True):
-        if not exists:
-            raise FileNotFoundError(f"{path}, listed in {file}, does not exist in {folder or '.'}: correct or remove the line")
     bar.update(len(paths))
     names, watched = Strings.of(paths), Strings.of([os.path.basename(file)])
     return Index(names, counts=np.array([len(names)], np.int64), watched=watched, stamps=np.array([before], np.int64))

@@ -6,22 +6,26 @@ import dataclasses
 import errno
 import hashlib
 import os
+import shlex
+import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from dino_simpool.config import DEFAULT_DECODING, DecodingSettings
-from dino_simpool.data.archives import IMAGE_SUFFIXES, PACKED_SUFFIXES, ArchiveReader, Place, compressed_error, is_compressed
+from dino_simpool.config import DEFAULT_DECODING, DecodingSettings, Exclude
+from dino_simpool.data.archives import ArchiveReader, Place, compressed_error
 from dino_simpool.data.cache import load_index
 from dino_simpool.data.decode import BrokenImage, EncodedImage
 from dino_simpool.data.index import Index, join
-from dino_simpool.data.scan import below, is_list, stamps
+from dino_simpool.data.scan import NOTHING_EXCLUDED, below, is_list, stamps
 from dino_simpool.logs import say
+from dino_simpool.names import PACKED_SUFFIXES, is_compressed, say_left_out
 
-_ENDINGS = " ".join(IMAGE_SUFFIXES)
+_ENDINGS = ".jpg .png .webp .tif or another ending of images"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +80,11 @@ class ImageSet:
         """The content of one image file, in an archive or not. BrokenImage if it cannot be read."""
         try:
             member = self.index.member(index)
-            if member is None:
-                with open(self.path(index), "rb") as file:
-                    return file.read()
-            archive, stamp, place = member
             # Four uncompressed channels of 16 bits, with room for headers and color profiles.
             most = 2**20 + 8 * self.decoding.max_pixels
+            if member is None:
+                return _read_file(self.path(index), most)
+            archive, stamp, place = member
             return self._archives.read(below(self.root, archive), stamp, place, most=most)
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -123,13 +126,16 @@ class ImageSet:
         return hashlib.sha256(sizes.tobytes()).hexdigest()
 
 
-def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = None) -> ImageSet:
+def find_images(
+    roots: str | Sequence[str], exclude: Exclude = NOTHING_EXCLUDED, *, subset_per_class: int | None = None
+) -> ImageSet:
     """All images of one or more folders, archives and text files of paths, in a fixed order.
 
     Folders are searched at any depth; the .tar and .zip archives in them count as unpacked there. A
-    text file has one path per line, relative to the file; empty lines and lines that start with #
-    are skipped. `subset_per_class` takes the first N images of each top-level folder. If all images
-    of a single source lie in top-level folders, these are the `classes`; `labels` are not stored.
+    text file has one path per line, relative to the file (lists.py). An image file is a source of
+    one. What is left out is said. `subset_per_class` takes the first N images of each top-level
+    folder. If all images of a single source lie in top-level folders, these are the `classes`;
+    `labels` are not stored.
     ValueError for a source without images, and the errors of `scan.scan`.
     """
     roots = [roots] if isinstance(roots, str) else list(roots)
@@ -137,7 +143,7 @@ def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = No
         raise ValueError(
             "no images are given: set data.root to a folder of images, an archive, or a text file with one path per line"
         )
-    parts = [_source(root, subset_per_class) for root in roots]
+    parts = [_source(root, exclude, subset_per_class) for root in roots]
     if len(parts) > 1:
         return ImageSet("", join(parts))
     [(base, index)] = parts
@@ -145,7 +151,7 @@ def find_images(roots: str | Sequence[str], *, subset_per_class: int | None = No
     return ImageSet(base, index, classes=() if "" in folders else folders)
 
 
-def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
+def class_folder(root: str, exclude: Exclude = NOTHING_EXCLUDED, *, subset_per_class: int | None = None) -> ImageSet:
     """Labeled images of the form root/class/image, in sorted order.
 
     root: a folder, or an archive of one; if there is none, root.tar or root.zip. Archives in a
@@ -159,7 +165,7 @@ def class_folder(root: str, *, subset_per_class: int | None = None) -> ImageSet:
         raise compressed_error(root)
     if is_list(root):
         raise FileNotFoundError(f"{root} is not a folder: give a folder of images, or a .tar or .zip archive of one")
-    _, index = _load(root)
+    _, index = _load(root, exclude)
     empty = [name for name, count in index.images_per_group().items() if name and not count]
     if empty or not len(index):
         problem = f"class folder {empty[0]} has no images" if empty else "no class folders"
@@ -197,11 +203,11 @@ def folder_or_archive(root: str) -> str:
     return root if os.path.exists(root) else next(filter(os.path.isfile, archives), root)
 
 
-def _source(root: str, subset_per_class: int | None) -> tuple[str, Index]:
+def _source(root: str, exclude: Exclude, subset_per_class: int | None) -> tuple[str, Index]:
     """The base folder of one source, and the index of its images."""
     if subset_per_class is not None and is_list(root):
         raise ValueError(f"{root} is a text file, without classes for subset_per_class: list only the paths you want")
-    base, index = _load(root)
+    base, index = _load(root, exclude)
     if not len(index):
         raise ValueError(
             f"no images in {root}: give a folder with files at any depth ending in {_ENDINGS}, "
@@ -210,13 +216,18 @@ def _source(root: str, subset_per_class: int | None) -> tuple[str, Index]:
     return base, index if subset_per_class is None else _classes_only(root, index, subset_per_class)
 
 
-def _load(root: str) -> tuple[str, Index]:
-    """load_index, with a message about compressed archives."""
-    base, index = load_index(root)
-    if len(index.left_out):
+def _load(root: str, exclude: Exclude) -> tuple[str, Index]:
+    """load_index, with messages about what is left out."""
+    base, index = load_index(root, exclude)
+    if len(index.compressed):
         if not len(index):
-            raise compressed_error(os.path.join(root, index.left_out[0]))
-        say(f"{root}: {len(index.left_out)} compressed archive(s) skipped, such as {index.left_out[0]}; unpack to use them")
+            raise compressed_error(os.path.join(root, index.compressed[0]))
+        say(f"{root}: {len(index.compressed)} compressed archive(s) skipped, such as {index.compressed[0]}; unpack to use them")
+    if index.left_out:
+        say(f"{root}: {len(index):,} images; left out: {say_left_out(Counter(index.left_out))}")
+    for pattern in exclude.patterns:
+        if f"excluded by {pattern}" not in index.left_out and not is_list(root):
+            say(f"warning: {root}: nothing matches exclude {pattern}")
     return base, index
 
 
@@ -225,6 +236,8 @@ def _classes_only(root: str, index: Index, subset_per_class: int | None) -> Inde
     images = index.images_per_group()
     if loose := images.get("", 0):
         what = "put each archive into a folder for its class" if index.member(0) else "move or remove them"
+        if ".cls" in index.left_out:
+            what = _sort_shards(root)
         raise ValueError(f"{index[0]} and {loose - 1} other images in {root} are not in a class folder: {what}")
     if subset_per_class is None:
         return index
@@ -232,3 +245,27 @@ def _classes_only(root: str, index: Index, subset_per_class: int | None) -> Inde
         if 0 < count < subset_per_class:
             raise ValueError(f"class {name} in {root} has {count} images: subset_per_class {subset_per_class} must be lower")
     return index.first_of_each_group(subset_per_class)
+
+
+def _sort_shards(root: str) -> str:
+    """How to sort WebDataset shards, whose classes are in .cls members, into class folders."""
+    source = os.path.abspath(root)
+    target = f"{source.rstrip('/')}_classes"
+    shards = f"{shlex.quote(source)}/*.tar" if os.path.isdir(source) else shlex.quote(source)
+    command = (
+        f'mkdir {shlex.quote(target)} && cd {shlex.quote(target)} && for t in {shards}; do tar xf "$t" && for c in *.cls; do '
+        'mkdir -p "$(cat "$c")" && mv "${c%.cls}".* "$(cat "$c")"/; done; done'
+    )
+    return f"their classes are in .cls files. Run `{command}`, then give {shlex.quote(target)}"
+
+
+def _read_file(path: str, most: int) -> bytes:
+    """The bytes of a file that has at most `most`. ValueError for more, and for what is no file."""
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a pipe would wait
+    with open(file, "rb") as opened:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is a pipe, a device or a folder, not a file")
+        if found.st_size > most:
+            raise ValueError(f"it has {found.st_size:,} bytes, more than an image of max_pixels; raise that if it is valid")
+        return opened.read()

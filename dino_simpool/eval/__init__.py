@@ -77,7 +77,7 @@ def class_folders(cfg: ClassificationConfig, encoder: Encoder | None) -> tuple[I
     for `labeled_sets`."""
     if not cfg.data:
         raise ValueError("no data is given: give --data DIR, a folder with the class folders train/ and val/")
-    train, val = labeled_sets(cfg.train, cfg.val, inside=cfg.data, subset_per_class=cfg.subset_per_class)
+    train, val = labeled_sets(cfg.train, cfg.val, inside=cfg.data, exclude=cfg.excluded, subset_per_class=cfg.subset_per_class)
     decoding = decoding_of(cfg, encoder, train)
     return train.with_decoding(decoding), val.with_decoding(decoding)
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from dino_simpool import distributed
 from dino_simpool.config import AttentionConfig
-from dino_simpool.data import IMAGE_SUFFIXES, LONGEST, ImageSet, evenly, find_images, find_split
+from dino_simpool.data import LONGEST, ImageSet, evenly, find_images, find_split
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.eval import run
 from dino_simpool.features.encode import Forward, decoding_of
@@ -146,9 +146,7 @@ def find_any_images(cfg: AttentionConfig) -> ImageSet:
     if not cfg.data:
         raise ValueError("no data is given: give --data IMAGE, or a folder of images")
     path = find_split(cfg.val, inside=cfg.data) if cfg.val else cfg.data
-    if os.path.isfile(path) and path.lower().endswith(IMAGE_SUFFIXES):
-        return ImageSet(os.path.dirname(path), np.array([os.path.basename(path)]))
-    return find_images(path, subset_per_class=cfg.subset_per_class)
+    return find_images(path, cfg.excluded, subset_per_class=cfg.subset_per_class)
 
 
 def write_image(

@@ -44,7 +44,7 @@ def evaluate(encoder: Encoder, cfg: MasksConfig) -> dict[str, object]:
     if not cfg.data:
         raise ValueError("no data is given: give --data DIR, a folder with val/ and masks/val/")
     settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
-    images = class_folder(find_split(cfg.val, inside=cfg.data))
+    images = class_folder(find_split(cfg.val, inside=cfg.data), cfg.excluded)
     # Masks are of the pixels as they are stored.
     images = images.with_decoding(replace(decoding_of(cfg, encoder, images), exif_orientation=False))
     chosen = evenly(len(images), cfg.max_images)

@@ -2,7 +2,8 @@
 
     OUT/
         features.npy           float32, one row per image; numpy.load(FILE, mmap_mode="r") maps it
-        ids.txt                the name of the image of each row, one per line
+        ids.txt                the name of the image of each row, one per line; as a JSON string if
+                               it has characters that a line cannot show (lists.py)
         meta.json              `settings` that determine the numbers, their `hash`, and the `source`
                                of weights and images
         index.faiss            with --index: inner products of the normalized features, for `search`
@@ -47,6 +48,7 @@ from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import ExtractConfig, to_dict
 from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.augment import to_tensor
+from dino_simpool.data.lists import as_line
 from dino_simpool.features import chunks
 from dino_simpool.features.encode import Forward, decoding_of, device_of, encode, preprocessing, try_sizes
 from dino_simpool.features.rows import RowFile
@@ -67,7 +69,7 @@ def main(cfg: ExtractConfig) -> None:
     sources = [os.path.abspath(source) for source in ([cfg.data] if isinstance(cfg.data, str) else cfg.data)]
     if cfg.labels and len(sources) > 1:
         raise ValueError(f"labels need one folder of class folders, given {len(sources)} sources: leave labels out")
-    images = class_folder(sources[0]) if cfg.labels else find_images(sources)
+    images = class_folder(sources[0], cfg.excluded) if cfg.labels else find_images(sources, cfg.excluded)
     encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
     images = images.with_decoding(decoding_of(cfg, encoder, images))
     view = {"view": cfg.view, **preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)}
@@ -80,6 +82,7 @@ def main(cfg: ExtractConfig) -> None:
         "which": cfg.which,
         "data": [images.root] if cfg.labels else sources,
         "max_pixels": cfg.max_pixels,
+        "exclude": list(cfg.exclude),
     }
     folder = Path(cfg.out)
     done = (folder / "features.npy").is_file()
@@ -279,9 +282,5 @@ def _require_finite(values: Tensor, images: ImageSet, indices: Tensor) -> None:
 
 
 def _write_names(path: Path, names: Iterable[str]) -> None:
-    """Write one name per line. ValueError for a name with a line break. File names that are not
-    UTF-8 keep their bytes."""
-    lines = [f"{name}\n" for name in names]
-    if odd := [line for line in lines if "\n" in line[:-1] or "\r" in line]:
-        raise ValueError(f"{odd[0][:-1]!r} has a line break in its name, and {path.name} has one name per line: rename it")
-    write_atomically(path, lambda file: file.write_bytes("".join(lines).encode("utf-8", "surrogateescape")))
+    """Write one name per line, as a list of paths has them: odd ones as JSON strings."""
+    write_atomically(path, lambda file: file.write_text("".join(f"{as_line(name)}\n" for name in names), encoding="utf-8"))

@@ -19,13 +19,14 @@ import numpy as np
 
 from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
-from dino_simpool.config import DecodingSettings, SearchConfig, from_dict, option_names
-from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, find_images
+from dino_simpool.config import DecodingSettings, Exclude, SearchConfig, from_dict, option_names
+from dino_simpool.data import ImageSet, find_images
 from dino_simpool.features import chunks
 from dino_simpool.features.encode import Forward, extract_features
 from dino_simpool.features.extract import make_transform, read_meta
 from dino_simpool.files import file_sha256, write_atomically
 from dino_simpool.models.encoder import Encoder
+from dino_simpool.names import is_image
 from dino_simpool.pictures import Tile, contact_sheet
 from dino_simpool.results import write_record
 
@@ -141,7 +142,8 @@ def images_of(cfg: SearchConfig, meta: dict[str, Any]) -> ImageSet:
     """The images of an index. ValueError or OSError if they were changed, renamed or moved."""
     sources = [cfg.data] if isinstance(cfg.data, str) and cfg.data else list(cfg.data) or meta["source"]["data"]
     try:
-        images = find_images([os.path.abspath(source) for source in sources])
+        exclude = Exclude(tuple(meta["source"].get("exclude", ())))  # version 0.1 had no such option
+        images = find_images([os.path.abspath(source) for source in sources], exclude)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the images of the index: {error}; give their new place with --data") from error
     if images.digest() != meta["settings"]["images"]["names"]:
@@ -158,7 +160,7 @@ def images_of(cfg: SearchConfig, meta: dict[str, Any]) -> ImageSet:
 def query_images(query: str | tuple[str, ...]) -> ImageSet:
     """The queries: the image files named, or the images of a folder or a text file of paths."""
     paths = [query] if isinstance(query, str) else list(query)
-    files = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES) and not os.path.isdir(path)]
+    files = [path for path in paths if is_image(path) and not os.path.isdir(path)]
     if not files:
         return find_images(paths)
     if len(files) < len(paths):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_simpool.data import IMAGE_SUFFIXES, ImageSet, composed
+from dino_simpool.data import ImageSet, composed
+from dino_simpool.names import is_image
 
 SHOWN = 20
 """The number of missing files that are named."""
@@ -133,7 +134,7 @@ def listed_images(
             more = f" and {len(missing) - SHOWN:,} more" if len(missing) > SHOWN else ""
             problems.append(f"{of} are missing, the first {folder / missing[0]}{others}{more}")
     visible = (path for path in there - set(named) if not path.rpartition("/")[2].startswith("."))
-    extra = sorted(path for path in visible if path.lower().endswith(IMAGE_SUFFIXES))
+    extra = sorted(path for path in visible if is_image(path))
     if named and extra:
         problems.notes.append(f"{len(extra):,} images that no list names are not used, the first {folder / extra[0]}")
     return parts

@@ -98,7 +98,7 @@ def _compare(attention: np.ndarray, truth: tuple[np.ndarray, Box] | None, seen: 
 
 def crop_cards(cfg: TrainConfig, roots: list[str], *, num_images: int) -> str:
     """HTML of training images with the boxes of their crops and their views of the first epoch."""
-    images = find_images(roots, subset_per_class=cfg.data.subset_per_class)
+    images = find_images(roots, cfg.data.excluded, subset_per_class=cfg.data.subset_per_class)
     images = images.with_decoding(with_range_of(images, cfg.data.decoding))
     augment = MultiCrop(**dataclasses.asdict(cfg.crops), mean=cfg.model.mean, std=cfg.model.std)
     cards = []

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig, DecodingSettings
+from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig, DecodingSettings, Exclude
 from dino_simpool.data import ImageSet, TrainBatches, archives, cache, class_folder, find_images, train_loader
 from dino_simpool.data import scan as scanning
 from dino_simpool.data.augment import MultiCrop
@@ -671,9 +671,9 @@ def scans(monkeypatch) -> list[str]:
     found: list[str] = []
     original = cache.scan
 
-    def scan(root: str, **options) -> Index:
+    def scan(root: str, exclude: Exclude, **options) -> Index:
         found.extend([root] * (options.get("limit") is None))
-        return original(root, **options)
+        return original(root, exclude, **options)
 
     monkeypatch.setattr(cache, "scan", scan)
     return found
@@ -780,13 +780,15 @@ def test_changes_of_lists_and_archives_are_noticed(tmp_path, big, scans):
     assert (len(find_images(str(listing))), names(find_images(str(archive)))) == (3, ["7.jpg"]) and len(scans) == 4
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "format"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "format", "name", "number", "left out"])
 def test_a_broken_cache_is_not_used(mixed, big, scans, damage, capsys):
     expected = names(find_images(str(mixed)))
     file = cache.cache_file(str(mixed))
     data = file.read_bytes()
     file.write_bytes({"empty": b"", "cut": data[:-9], "text": b"text" * 9,
-                      "format": data.replace(b'"format":"2"', b'"format":"0"')}[damage])  # fmt: skip
+                      "format": data.replace(b'"format":"3"', b'"format":"0"'), "name": data.replace(b"10.jpg", b"11.jpg"),
+                      "number": data[:-20] + bytes([data[-20] ^ 1]) + data[-19:],
+                      "left out": data.replace(b'"left_out":"{', b'"left_out":"{ ')}[damage])  # fmt: skip
     assert (
         names(find_images(str(mixed))) == expected
         and len(scans) == 2
@@ -808,7 +810,7 @@ def test_a_cache_that_cannot_be_written_is_reported(mixed, big, scans, monkeypat
 
     monkeypatch.setattr(Index, "save", full)
     assert len(find_images(str(mixed))) == 9 and len(scans) == 3
-    assert "No space left on device" in capsys.readouterr().err and not list(big.with_name("full").glob("*.tmp"))
+    assert "the disk is full" in capsys.readouterr().err and not list(big.with_name("full").glob("*.tmp"))
 
 
 def test_a_source_that_is_being_written_is_not_cached(mixed, big, scans, monkeypatch, capsys):
@@ -830,14 +832,14 @@ def build(root: str, folder: str) -> None:
     """
     original = cache.scan
 
-    def scan(root: str, **options) -> Index:
+    def scan(root: str, exclude: Exclude, **options) -> Index:
         if options.get("limit") is None:
             Path(folder, f"listed-{os.getpid()}").touch()
             for _ in range(3000):
                 if list(Path(folder).glob("waits-*")):
                     break
                 time.sleep(0.01)
-        return original(root, **options)
+        return original(root, exclude, **options)
 
     def say(text: str) -> None:
         if "waiting for it" in text:

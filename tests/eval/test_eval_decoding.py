@@ -184,9 +184,9 @@ def test_a_limit_that_was_too_low_can_be_raised_half_way(checkpoint: str, tmp_pa
 
 
 def test_impossible_limits() -> None:
-    with pytest.raises(ValueError, match="max_pixels is .*: allowed is 1 to"):
+    with pytest.raises(ValueError, match="max_pixels is 0: allowed is 1 to"):
         config("x", Path("x"), Path("x"), max_pixels=0)
-    with pytest.raises(ValueError, match="max_pixels is .*: allowed is 1 to"):
+    with pytest.raises(ValueError, match="max_pixels is 0: allowed is 1 to"):
         KnnConfig(max_pixels=0)
 
 
