@@ -9,6 +9,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 from typing import Any
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     ),
     "bench knn": (config.BenchKnnConfig, "bench.knn:main", "time and memory of k-NN and Recall@k, beside the published code"),
     "synthetic": (config.SyntheticConfig, "synthetic:main", "write the embedded data set as folders of images"),
+    "submit": (config.SubmitConfig, "submit:main", "run any of these as a SLURM job: submit OPTIONS -- COMMAND OPTIONS"),
 }
 """By command (one or two words): its options, module:function to call with them, what it does."""
 
@@ -59,6 +61,7 @@ examples:
   torchrun --nproc_per_node 8 -m dino_simpool train --config vit_small_simpool --data.root IMAGES --run.out OUT
   dino-simpool knn --checkpoint OUT/last.pth --data IMAGENET
   dino-simpool report OUT --data IMAGENET
+  dino-simpool submit --gpus 8 --time 72h -- train --config vit_small_simpool --data.root IMAGES --run.out OUT
 
 `dino-simpool <command> --help` explains every option.
 `dino-simpool train --config RECIPE --print_config` prints the run as YAML.
@@ -66,13 +69,47 @@ examples:
 
 
 def with_named_arguments(name: str, options: list[str]) -> list[str]:
-    """The options of a command, with names added to first arguments that have none."""
+    """The options of a command, with names added to first arguments that have none.
+
+    Those of submit end at `--`; what follows is the command that it submits.
+    """
+    if name == "submit":
+        own = list(itertools.takewhile(lambda option: option != "--", options))
+        command = [] if len(own) == len(options) else [f"--command={json.dumps(options[len(own) + 1 :])}"]
+        named: list[str] = []
+        for option in own:
+            if named and named[-1] in ("--sbatch", "--srun"):  # whose values are options themselves
+                named[-1] += f"={option}"
+            else:  # `--dry-run` is how the schedulers' own tools write it
+                named.append(re.sub(r"^--[a-z-]+", lambda match: "--" + match[0][2:].replace("-", "_"), option))
+        return named + command
     bare = list(itertools.takewhile(lambda option: not option.startswith("-"), options))
     if bare and name in FIRST_ARGUMENT and (len(bare) == 1 or name not in FIRST_ARGUMENTS):
         return [FIRST_ARGUMENT[name], *options]
     if bare and name in FIRST_ARGUMENTS:
         return [f"{FIRST_ARGUMENTS[name]}={json.dumps(bare)}", *options[len(bare) :]]
     return options
+
+
+def split(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command, of one or two words, and its options. ConfigError if there is no such command."""
+    name, *options = arguments
+    if options and f"{name} {options[0]}" in COMMANDS:
+        name, options = f"{name} {options[0]}", options[1:]
+    if name not in COMMANDS:
+        raise config.ConfigError(f"there is no command {name}; commands: {', '.join(COMMANDS)}")
+    return name, options
+
+
+def read(name: str, options: list[str]) -> Any:
+    """The configuration of a command. ConfigError says in one line what is wrong."""
+    return config.parse(COMMANDS[name][0], with_named_arguments(name, options), program=f"dino-simpool {name}")
+
+
+def call(name: str, cfg: Any) -> Any:
+    """Import the module of a command and run it; returns what it returns."""
+    module, function = COMMANDS[name][1].split(":")
+    return getattr(importlib.import_module(f"dino_simpool.{module}"), function)(cfg)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,20 +125,15 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
-    name, *options = arguments
-    if options and f"{name} {options[0]}" in COMMANDS:
-        name, options = f"{name} {options[0]}", options[1:]
-    if name not in COMMANDS:
-        return _fail("", f"there is no command {name}; commands: {', '.join(COMMANDS)}", 2)
-    kind, action, _ = COMMANDS[name]
+    name = ""
     try:
-        cfg: Any = config.parse(kind, with_named_arguments(name, options), program=f"dino-simpool {name}")
+        name, options = split(arguments)
+        cfg = read(name, options)
     except config.ConfigError as error:
         return _fail(name, str(error), 2)
-    module, function = action.split(":")
     try:
         with stop_at_once():
-            getattr(importlib.import_module(f"dino_simpool.{module}"), function)(cfg)
+            call(name, cfg)
     except KeyboardInterrupt as stop:  # Stopped, or a second Ctrl-C
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":

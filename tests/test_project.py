@@ -35,6 +35,7 @@ LEVELS = (
     {"eval", "check_data", "learners"},
     {"train", "report", "bench"},
     {"cli"},
+    {"submit"},
     {"__main__"},
 )
 """Modules and packages at the root: each imports from lower levels and from itself."""
@@ -370,8 +371,8 @@ def test_dependencies_are_what_is_imported() -> None:
     needed = {distributions.get(name, name) for name in imported - sys.stdlib_module_names - {"dino_simpool"}}
     declared = {re.split(r"[<>=]", line)[0] for line in setup()["options"]["install_requires"].split()}
     # docstring-parser: of jsonargparse, for the strings under the options. tensorboard: of torch.utils.tensorboard.
-    # submitit: jobs on SLURM. torchvision: of timm, and its version must fit torch's.
-    assert needed - declared == set() and declared - needed <= {"docstring-parser", "tensorboard", "submitit", "torchvision"}
+    # torchvision: of timm, and its version must fit torch's.
+    assert needed - declared == set() and declared - needed <= {"docstring-parser", "tensorboard", "torchvision"}
 
 
 def test_every_dependency_has_a_lowest_version_that_make_test_oldest_takes() -> None:

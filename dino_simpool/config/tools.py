@@ -1,7 +1,8 @@
-"""The options of the commands that read or make data sets, and of those that show results."""
+"""The options of the commands that read or make data sets, show results, or submit other commands."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,3 +65,85 @@ class ReportConfig(Device):
     """Folder with held-out images in val/ or val.tar (and masks, if any, in masks/val/) to show."""
     num_images: int = option(12, least=1, most=1000)
     """Held-out images to show."""
+
+
+def minutes_of(time: str) -> int:
+    """Whole minutes of a time limit, rounded up.
+
+    time: minutes (`4320`), hours (`72h`), `30m` or `3d`, or as SLURM writes it: `72:00:00`,
+    `1-12`, `1-12:00`, `1-12:00:00` (days-hours:minutes:seconds). ValueError for anything else, for
+    zero, and for `72:00`, which SLURM reads as 72 minutes and people as 72 hours.
+    """
+    said = f"time is {time!r}"
+    if re.fullmatch(r"\d+:\d+", time):
+        raise ValueError(f"{said}, which may mean hours or minutes: give {time.partition(':')[0]}h, {time}:00 or whole minutes")
+    simple = re.fullmatch(r"(\d{1,9})([mhd]?)", time)
+    slurm = re.fullmatch(r"(?:(\d{1,5})-)?(\d{1,5})(?::(\d{1,2}))?(?::(\d{1,2}))?", time)
+    if simple:
+        minutes = int(simple[1]) * {"": 1, "m": 1, "h": 60, "d": 1440}[simple[2]]
+    elif slurm:
+        days, hours, part, seconds = (int(number or 0) for number in slurm.groups())
+        minutes = 1440 * days + 60 * hours + part + -(-seconds // 60)
+    else:
+        raise ValueError(f"{said}: give minutes, or for three days 72h, 3d, 72:00:00 or 3-00:00:00")
+    if not 0 < minutes <= 525_600:
+        raise ValueError(f"{said}, {minutes} minutes: allowed is 1 minute to a year. SLURM would let a job of 0 wait forever")
+    return minutes
+
+
+@dataclass(frozen=True)
+class SubmitConfig(Options):
+    """Run another command as a SLURM job: dino-simpool submit OPTIONS -- COMMAND OPTIONS."""
+
+    nodes: int = option(1, least=1, most=4096)
+    """Machines."""
+    gpus: int = option(1, least=0, most=64)
+    """GPUs of each node. 0: CPUs only."""
+    tasks: int | None = option(None, least=1, most=1024)
+    """Processes on each node. null: one for each GPU, or one."""
+    cpus: int = option(8, least=1, most=1024)
+    """CPU cores of each process."""
+    memory: str = ""
+    """Memory of each node, such as 200G. Empty: what the cluster gives."""
+    time: str = ""
+    """Time limit: 4320 (minutes), 72h, 3d or 72:00:00. At the limit train and extract are requeued
+    and go on, so it need not cover the whole run."""
+    warn_seconds: int = option(120, least=10, most=3600)
+    """Seconds before the time limit at which SLURM tells the job to save. SLURM may be 60 early."""
+    partition: str = ""
+    """Partition. Empty: the cluster's default, as for the next three."""
+    account: str = ""
+    """Account that is charged."""
+    qos: str = ""
+    """Quality of service."""
+    constraint: str = ""
+    """Features that the nodes must have, such as `a100`."""
+    sbatch: str = ""
+    """More options of sbatch, in quotes: "--exclude=node7 --mail-type=END"."""
+    srun: str = ""
+    """More options of srun, in quotes: "--container-image=FILE --container-mounts=DIR"."""
+    setup: str = ""
+    """Lines of shell that run first on the first node: "module load cuda". The job ends if one
+    fails."""
+    python: str = ""
+    """Python that runs in the job, for containers. Empty: the one that submits."""
+    array: str = ""
+    """One job for each value: 0..4, or A,B,C. `{}` in the command is the value, as in --run.seed {}
+    --run.out runs/seed{}, --config {} or --shard {}/16. 0..15%4: at most four jobs at a time."""
+    folder: str = ""
+    """Folder for logs and results, which all nodes see. Empty: OUT/submit for train, else
+    runs/submit."""
+    dry_run: bool = False
+    """Print the script for sbatch, and do nothing else."""
+    command: tuple[str, ...] = ()
+    """What to run; written after `--`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time:
+            minutes_of(self.time)
+        if self.memory and not re.fullmatch(r"[1-9]\d{0,8}[KMGT]?", self.memory):
+            raise ValueError(f"memory is {self.memory}: give a whole number with K, M, G or T, such as 200G")
+        for name in ("partition", "account", "qos", "constraint", "setup", "folder", "python"):
+            if "\0" in getattr(self, name) or (name != "setup" and "\n" in getattr(self, name)):
+                raise ValueError(f"{name} must be one line of text, not {getattr(self, name)!r}")
