@@ -92,7 +92,7 @@ def with_named_arguments(name: str, options: list[str]) -> list[str]:
 
 
 def split(arguments: list[str]) -> tuple[str, list[str]]:
-    """The command, of one or two words, and its options. ConfigError if there is no such command."""
+    """The command, of one or two words, and its options. ConfigError if there is none such."""
     name, *options = arguments
     if options and f"{name} {options[0]}" in COMMANDS:
         name, options = f"{name} {options[0]}", options[1:]

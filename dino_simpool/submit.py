@@ -1,4 +1,4 @@
-"""Runs any command as a SLURM job, through submitit: dino-simpool submit OPTIONS -- COMMAND OPTIONS.
+"""Runs any command as a SLURM job, through submitit: submit OPTIONS -- COMMAND OPTIONS.
 
 The options of the command are read before anything is submitted, and travel in the job: later edits
 of a recipe change nothing. Every process of the job calls `Job`.

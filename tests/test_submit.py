@@ -199,6 +199,7 @@ def test_mistakes_are_found_before_submission(
         (("--time", "72:00"), "time is '72:00', which may mean hours or minutes: give 72h, 72:00:00 or whole minutes"),
         (("--memory", "much"), "memory is much: give a whole number with K, M, G or T"),
         (("--gpus", "-1"), "gpus is -1: allowed is 0 to 64"),
+        (("--srun", "--comment='a"), """srun is "--comment='a": no closing quotation"""),
         (("--dryrun",), "unknown option dryrun: did you mean dry_run?"),
     ],
 )

@@ -1,8 +1,9 @@
-"""The options of the commands that read or make data sets, show results, or submit other commands."""
+"""The options of commands that read or make data sets, show results, or submit jobs."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -147,3 +148,8 @@ class SubmitConfig(Options):
         for name in ("partition", "account", "qos", "constraint", "setup", "folder", "python"):
             if "\0" in getattr(self, name) or (name != "setup" and "\n" in getattr(self, name)):
                 raise ValueError(f"{name} must be one line of text, not {getattr(self, name)!r}")
+        for name in ("sbatch", "srun"):
+            try:
+                shlex.split(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: {str(error).lower()}") from None
