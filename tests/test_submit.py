@@ -73,7 +73,7 @@ def test_a_time_with_colons_is_no_number_of_base_sixty(tmp_path: Path) -> None:
     assert config.parse(SubmitConfig, ["--time", "72:00:00"]).time == "72:00:00"
     for unquoted in ("72:00:00", "4320"):
         (tmp_path / "cluster.yaml").write_text(f"time: {unquoted}\n")
-        with pytest.raises(config.ConfigError, match=r"^time is .*: allowed is text, in quotes$"):
+        with pytest.raises(config.ConfigError, match=r"^time is .*: allowed is text$"):
             config.parse(SubmitConfig, ["--config", "cluster.yaml"])
     (tmp_path / "cluster.yaml").write_text("time: '72:00:00'\npartition: long\nsetup: |\n  module load a\n  module load b\n")
     cfg = config.parse(SubmitConfig, ["--config", "cluster.yaml"])

@@ -62,8 +62,6 @@ def _explain(message: str, config: type) -> str:
     wrong = re.search(r'Parser key "([\w.]+)".*(?:Given|Got) value: (.*)', message)
     if wrong and wrong[1] in names:
         hint = " (write null, not None)" if wrong[2] == "None" else ""
-        if names[wrong[1]] == "str":  # only in a file, where YAML takes 72:00:00 for a number
-            hint = ", in quotes"
         return f"{wrong[1]} is {wrong[2]}: allowed is {_allowed(names[wrong[1]])}{hint}"
     return message
 

@@ -107,8 +107,8 @@ class SubmitConfig(Options):
     memory: str = ""
     """Memory of each node, such as 200G. Empty: what the cluster gives."""
     time: str = ""
-    """Time limit: 4320 (minutes), 72h, 3d or 72:00:00. At the limit train and extract are requeued
-    and go on, so it need not cover the whole run."""
+    """Time limit: 4320 (minutes), 72h, 3d or 72:00:00; in a file '4320' and '72:00:00', in quotes.
+    At the limit train and extract are requeued and go on, so it need not cover the whole run."""
     warn_seconds: int = option(120, least=10, most=3600)
     """Seconds before the time limit at which SLURM tells the job to save. SLURM may be 60 early."""
     partition: str = ""

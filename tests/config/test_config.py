@@ -78,7 +78,7 @@ def test_unknown_option_like_no_other() -> None:
         ("run: {seed: zero}", "run.seed is zero: allowed is a whole number"),
         ("run: {seed: 1.5}", "run.seed is 1.5: allowed is a whole number"),
         ("run: {seed: true}", "run.seed is True: allowed is a whole number"),
-        ("run: {out: 5}", "run.out is 5: allowed is text, in quotes"),
+        ("run: {out: 5}", "run.out is 5: allowed is text"),
         ("head: {batch_norm: 3}", "head.batch_norm is 3: allowed is true or false"),
         ("model: {pool: max}", "model.pool is max: allowed is one of simpool, cls, gap"),
         ("model: {gamma: None}", "model.gamma is None: allowed is a number or null (write null, not None)"),
