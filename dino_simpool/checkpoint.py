@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -33,12 +34,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from dino_simpool.config import DecodingSettings, ModelConfig, from_dict, option_names, to_dict
-from dino_simpool.files import write_atomically, write_json
+from dino_simpool.config import ConfigError, DecodingSettings, ModelConfig, from_dict, option_names, to_dict
+from dino_simpool.files import NUMBER, Fields, check_digest, digests_of, read_json, require_fields, write_atomically, write_json
+from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import load_strict
 
 FORMAT = 1
+RUN: Fields = {"config.model": dict, "config.run.batch_size": int, "config.run.seed": int, "config.data": dict, "step": int}
+"""What every reader of a state needs."""
+RESUMED: Fields = RUN | {
+    "images": str, "num_images": int, "world_size": int, "epoch_open": bool, "best": NUMBER, "sums": torch.Tensor,
+    "bad_files?": dict, "versions?": dict, "decoding?": dict,
+}  # fmt: skip
+"""What a run needs to go on."""
+REMEDY = "give last.pth, best.pth or backbone.safetensors of a run"
 
 
 def save_state(out: Path, state: dict[str, Any]) -> None:
@@ -64,6 +74,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}: give last.pth, best.pth or backbone.safetensors of a run")
     try:
+        _check_crc(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for broken files; the cause is kept
         said = [line.strip().split(". ")[0] for line in str(error).splitlines()]
@@ -79,6 +90,18 @@ def read_state(path: str | Path) -> dict[str, Any]:
             f"{list(state)[:5] if isinstance(state, dict) else '-'}"
         )
     return state
+
+
+def _check_crc(path: str | Path) -> None:
+    """BadZipFile if a part of a checkpoint does not match the CRC-32 that its zip format stores.
+
+    torch does not compare them when it loads. 500 MB take 0.2 s. Files of torch's older format,
+    which are no zip archives, have none.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
 def newest_state(out: Path, announce: Callable[[str], object]) -> dict[str, Any] | None:
@@ -147,7 +170,7 @@ def export_encoder(
     about = {"run": json.dumps(run)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     write_atomically(out / "backbone.safetensors", lambda path: save_file(tensors, path, metadata=about))
-    write_json(out / "model.json", to_dict(encoder.config))
+    write_json(out / "model.json", to_dict(encoder.config) | {"sha256": digests_of(out, ["backbone.safetensors"])})
 
 
 def load_encoder(
@@ -165,9 +188,9 @@ def load_encoder(
         teacher, saved, run = _read_export(path)
         weights, data, epochs, decoding = {"teacher": teacher}, run, run["epochs"], run.get("decoding", {})
     else:
-        state = data = read_state(path)
+        state = data = require_fields(read_state(path), RUN, path=path, what="a training state", remedy=REMEDY)
         saved, run = state["config"]["model"], state["config"]["run"]
-        steps_per_epoch = state.get("num_images", 0) // run["batch_size"]
+        steps_per_epoch = state.get("num_images", 0) // max(1, run["batch_size"])
         epochs = state["step"] / steps_per_epoch if steps_per_epoch else None
         options = option_names(DecodingSettings)  # those of training are complete but for a range `data`
         decoding = state.get("decoding") or {name: x for name, x in state["config"]["data"].items() if name in options}
@@ -176,7 +199,10 @@ def load_encoder(
             name: {key.removeprefix("encoder."): x for key, x in part.items() if key.startswith("encoder.")}
             for name, part in parts
         }
-    config = from_dict(ModelConfig, {**saved, **overrides})
+    try:
+        config = from_dict(ModelConfig, {**saved, **overrides})
+    except ConfigError as error:
+        raise ConfigError(f"the model options in {path}: {error}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run["seed"])
         encoder = build_encoder(config)
@@ -187,7 +213,10 @@ def load_encoder(
         encoder.epochs, encoder.num_images, encoder.images = epochs, data.get("num_images"), data.get("images")
     else:
         encoder.epochs = 0.0
-    encoder.decoding = from_dict(DecodingSettings, decoding)
+    try:
+        encoder.decoding = from_dict(DecodingSettings, decoding)
+    except ConfigError as error:
+        raise ConfigError(f"the decoding options in {path}: {error}") from None
     return encoder.eval()
 
 
@@ -197,9 +226,18 @@ def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], d
     options = path.parent / "model.json"
     if not (path.is_file() and options.is_file()):
         raise FileNotFoundError(f"{path} needs to exist with model.json beside it: give a checkpoint of a run, or both files")
+    saved = read_json(options, {"arch": str, "pool": str, "sha256?": dict}, what="the model.json of an export", remedy=REMEDY)
+    digests = saved.pop("sha256", None)
+    if note := check_digest(path, digests, remedy="export or copy it again"):
+        say(note)
     try:
         with safe_open(path, "pt") as file:
             run = json.loads((file.metadata() or {})["run"])
-        return load_file(path), json.loads(options.read_text()), {"seed": run["seed"], "epochs": run["epochs"], **run}
+        weights = load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} or model.json beside it cannot be read (truncated, or not of this tool): {error}") from error
+        raise ValueError(f"{path} cannot be read (truncated, or not of this tool): {error}") from error
+    fields: Fields = {
+        "seed": int, "epochs?": NUMBER, "num_images?": int, "images?": str, "decoding?": dict
+    }  # fmt: skip
+    run = require_fields(run, fields, path=path, what="an export of this tool", remedy=REMEDY)
+    return weights, saved, {"epochs": None, **run}

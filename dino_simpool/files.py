@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +79,56 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+Fields = dict[str, type | tuple[type, ...]]
+"""Dotted names of fields, and of which type they are. A name that ends in "?" may be missing or
+None, and with it what is below."""
+NUMBER = (int, float)
+
+
+def read_json(path: str | Path, fields: Fields, *, what: str, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file, with these fields. Other fields may be there too.
+
+    what, remedy: of the ValueError for a file that is none, as in "PATH is not WHAT (reason):
+    REMEDY". OSError if the file cannot be opened.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON, so it is not {what} ({str(error)[:200]}): {remedy}") from None
+    return require_fields(value, fields, path=path, what=what, remedy=remedy)
+
+
+def require_fields(value: Any, fields: Fields, *, path: str | Path, what: str, remedy: str) -> dict[str, Any]:
+    """The value, if it is a dict with these fields. ValueError as for `read_json`."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not {what} (it is a {type(value).__name__}, not an object with fields): {remedy}")
+    for name, kind in fields.items():
+        part: Any = value
+        for key in name.split("."):
+            optional = key.endswith("?")
+            part = part.get(key.removesuffix("?")) if isinstance(part, dict) else None
+            if part is None:
+                break
+        if part is None and not optional:
+            raise ValueError(f"{path} is not {what} (it has no {name.replace('?', '')}): {remedy}")
+        if part is not None and (not isinstance(part, kind) or (isinstance(part, bool) and kind is not bool)):
+            wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{path} is not {what} (its {name.replace('?', '')} is no {wanted}): {remedy}")
+    return value
+
+
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of files of a folder, by name, for the JSON file beside them."""
+    return {name: file_sha256(folder / name) for name in names}
+
+
+def check_digest(path: Path, digests: dict[str, Any] | None, *, remedy: str) -> str:
+    """What to say of a file that the JSON file beside it knows no digest of, as in version 0.1; ""
+    if it has its digest. ValueError if its digest is another one."""
+    if not digests or path.name not in digests:
+        return f"{path} is of version 0.1 or of another tool and has no checksum: whether it is undamaged was not checked"
+    if file_sha256(path) != digests[path.name]:
+        raise ValueError(f"{path} is damaged or was changed: it does not match the checksum that was stored with it; {remedy}")
+    return ""

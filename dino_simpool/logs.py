@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dino_simpool import distributed
-from dino_simpool.files import full_disk_named, write_atomically
+from dino_simpool.files import NUMBER, Fields, full_disk_named, require_fields, write_atomically
 
 STEP_TIMES = {"images_per_second", "data_wait_percent", "max_memory_mb", "seconds", "time"}
 TIMING_FIELDS = frozenset(STEP_TIMES | {"img_per_s", "data_time", "knn_time", "max_mem"})
@@ -88,7 +88,7 @@ class RunLog:
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl. A last line that a crash left incomplete is skipped.
 
-    ValueError if any other line is not a JSON object.
+    ValueError if any other line is not a JSON object with a kind and a step.
     """
     return [record for _, record in _lines(Path(path))]
 
@@ -188,18 +188,26 @@ def _truncate(path: Path, *, step: int, epoch: int) -> None:
     write_atomically(path, lambda file: file.write_bytes(b"".join(line + b"\n" for line in kept)))
 
 
+_RECORD: Fields = {
+    "kind": str, "step": int, "epoch?": int, "k-NN?.10.top1": NUMBER, "data_wait_percent?": NUMBER, "seconds?": NUMBER,
+    "loss_over_lnK?": NUMBER,
+}  # fmt: skip
+
+
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The lines with their records, without a last line that a dying process left incomplete."""
     lines = path.read_bytes().splitlines()
     for i, line in enumerate(lines):
+        where = f"{path}, line {i + 1}"
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            yield line, record
-        elif i < len(lines) - 1:
-            raise ValueError(f"{path}, line {i + 1}: not a JSON object. Repair or remove this line")
+            record = require_fields(json.loads(line), _RECORD, path=where, what="a record", remedy="repair or remove this line")
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            if i == len(lines) - 1:
+                return
+            raise ValueError(f"{where}: not a JSON object. Repair or remove this line") from None
+        if record["kind"] == "epoch" and "epoch" not in record:
+            raise ValueError(f"{path}, line {i + 1}: a line of kind epoch without epoch. Repair or remove this line")
+        yield line, record
 
 
 def _finite(value: Any) -> Any:

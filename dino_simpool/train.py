@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dino_simpool import __version__, distributed
-from dino_simpool.checkpoint import check_same_run, export_encoder, keep_state, newest_state, save_state
+from dino_simpool.checkpoint import RESUMED, check_same_run, export_encoder, keep_state, newest_state, save_state
 from dino_simpool.config import ConfigError, TrainConfig, dump, to_dict
 from dino_simpool.data import (
     EvalTransform,
@@ -44,7 +44,7 @@ from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.failures import MISSING_COMPILER, NonFiniteLoss, non_finite_names, write_failure
 from dino_simpool.features.encode import Forward, try_sizes
 from dino_simpool.features.maps import attention_of
-from dino_simpool.files import make_writable, write_atomically
+from dino_simpool.files import make_writable, require_fields, write_atomically
 from dino_simpool.learners import Learner, build_learner
 from dino_simpool.lock import Lock, locked
 from dino_simpool.logs import RunLog, progress, say
@@ -248,17 +248,22 @@ def _load(run: Run) -> dict[str, Any]:
 
 def _resume(run: Run, saved: dict[str, Any]) -> None:
     """Load a stored state, and say what has changed since. ConfigError if it is of another run."""
+    require_fields(saved, RESUMED, path=run.out / saved["file"], what="a training state", remedy="give another run.out")
     if saved["images"] != run.facts["images"]:
         raise ConfigError(
             f"{run.out} was trained on {saved['num_images']} images, now there are {len(run.images)}, not the same: "
             "give another run.out"
         )
     changes = check_same_run(to_dict(run.cfg), saved["config"], run.out)
-    run.learner.load(saved)
-    sums = saved["sums"]
-    run.means.sums[:, : sums.shape[1]].copy_(sums)  # version 0.1 did not count skipped steps
+    try:
+        run.learner.load(saved)
+        sums = saved["sums"]
+        run.means.sums[:, : sums.shape[1]].copy_(sums)  # version 0.1 did not count skipped steps
+        before, now = (facts["decoding"]["value_range"] for facts in (run.facts | saved, run.facts))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"{run.out}/{saved['file']} does not fit this run ({said}): give another run.out") from error
     run.epoch_open, run.best = saved["epoch_open"], saved["best"]
-    before, now = (facts["decoding"]["value_range"] for facts in (run.facts | saved, run.facts))
     if before != now:  # perhaps of other files with the same names
         changes.append(f"value range of the images: {before} -> {now}")
     if saved["world_size"] != run.facts["world_size"]:

@@ -129,7 +129,7 @@ def test_folder_without_images(here: Path, fails: Fails) -> None:
     (here / "empty" / "deep").mkdir(parents=True)
     (here / "empty" / "deep" / "notes.txt").write_text("no image\n")
     assert fails(arguments(here, "--data.root", f"{here}/empty", out="new")).startswith(
-        f"no images in {here}/empty: give a folder"
+        f"no images in {here}/empty (left out: 1 .txt): give a folder"
     )
 
 

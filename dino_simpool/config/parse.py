@@ -89,7 +89,7 @@ def _read(config: type[Config], program: str, read: Callable[[Any], Any]) -> Con
     try:
         values = parser.instantiate(read(parser))
         return config(**{f.name: values[f.name] for f in dataclasses.fields(config)})  # type: ignore[arg-type]
-    except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError, OSError) as error:
+    except (argparse.ArgumentError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError, OSError) as error:
         raise ConfigError(_explain(str(error), config)) from None
 
 
@@ -120,7 +120,7 @@ def _check_recipe(path: str, config: type) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
         node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: {error.problem}" if isinstance(error, yaml.MarkedYAMLError) and mark else str(error)
         raise ConfigError(f"{path} is not YAML, {line}") from None

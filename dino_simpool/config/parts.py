@@ -17,7 +17,7 @@ MAX_PIXELS = 178_956_970
 """Largest image decoded by default, in pixels: half a gigabyte as RGB, and Pillow's own limit."""
 
 
-MAX_SEED, MAX_SIZE, MAX_BATCH, MAX_WORKERS = 2**32 - 1, 4096, 2**20, 1024
+MAX_SEED, MAX_SIZE, MAX_BATCH, MAX_WORKERS = 2**63 - 1, 4096, 2**20, 1024
 """Upper ends of ranges: sides in pixels, images of one pass. What is beyond is a mistake."""
 
 

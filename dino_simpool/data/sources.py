@@ -209,8 +209,9 @@ def _source(root: str, exclude: Exclude, subset_per_class: int | None) -> tuple[
         raise ValueError(f"{root} is a text file, without classes for subset_per_class: list only the paths you want")
     base, index = _load(root, exclude)
     if not len(index):
+        left_out = f" (left out: {say_left_out(Counter(index.left_out))})" if index.left_out else ""
         raise ValueError(
-            f"no images in {root}: give a folder with files at any depth ending in {_ENDINGS}, "
+            f"no images in {root}{left_out}: give a folder with files at any depth ending in {_ENDINGS}, "
             "or a text file with one path per line"
         )
     return base, index if subset_per_class is None else _classes_only(root, index, subset_per_class)
@@ -223,7 +224,7 @@ def _load(root: str, exclude: Exclude) -> tuple[str, Index]:
         if not len(index):
             raise compressed_error(os.path.join(root, index.compressed[0]))
         say(f"{root}: {len(index.compressed)} compressed archive(s) skipped, such as {index.compressed[0]}; unpack to use them")
-    if index.left_out:
+    if index.left_out and len(index):
         say(f"{root}: {len(index):,} images; left out: {say_left_out(Counter(index.left_out))}")
     for pattern in exclude.patterns:
         if f"excluded by {pattern}" not in index.left_out and not is_list(root):

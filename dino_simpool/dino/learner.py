@@ -194,6 +194,12 @@ class DinoLearner:
             load_strict(getattr(self, name), state[name], source=f"the {name}")
         for name in ("optimizer", "monitor"):
             getattr(self, name).load_state_dict(state[name])
+        for parameter, stored in self.optimizer.state.items():  # torch does not compare them
+            for name, value in stored.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{name} of the optimizer is {tuple(value.shape)} for a parameter {tuple(parameter.shape)}"
+                    )
         if state["scaler"]:  # empty unless the precision was fp16
             self.scaler.load_state_dict(state["scaler"])
         self.steps = state["step"]

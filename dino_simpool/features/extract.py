@@ -52,7 +52,7 @@ from dino_simpool.data.lists import as_line
 from dino_simpool.features import chunks
 from dino_simpool.features.encode import Forward, decoding_of, device_of, encode, preprocessing, try_sizes
 from dino_simpool.features.rows import RowFile
-from dino_simpool.files import file_sha256, write_atomically, write_json
+from dino_simpool.files import Fields, digests_of, file_sha256, read_json, write_atomically, write_json
 from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.pooling.simpool import SimPool
@@ -106,6 +106,9 @@ def main(cfg: ExtractConfig) -> None:
         if cfg.index:
             index = build_index(features)
             write_atomically(folder / "index.faiss", lambda path: faiss.write_index(index, str(path)))
+        if cfg.index or cfg.labels:
+            beside = ("index.faiss", "labels.npy", "classes.txt")
+            add_digests(folder, [name for name in beside if (folder / name).is_file()])
         shape = " x ".join(map(str, features.shape))
         how = "already complete, with these settings and files, in" if done else "written to"
         print(f"extract: {cfg.level}, {shape}, {cfg.which} of {cfg.checkpoint}\n  {how} {folder / 'features.npy'}")
@@ -170,6 +173,9 @@ def extract(
         if distributed.is_main():
             rows.finish()
         distributed.barrier()
+    meta = read_meta(out)
+    if distributed.is_main() and meta is not None and not meta.get("files"):
+        add_digests(Path(out), ["features.npy", "ids.txt"])
     finished: np.ndarray = np.load(rows.path, mmap_mode="r")
     return finished
 
@@ -214,13 +220,25 @@ def read_meta(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / "meta.json"
     if not path.exists():
         return None
-    try:
-        meta: dict[str, Any] = json.loads(path.read_text())
-        if settings_hash(meta["settings"]) != meta["hash"]:
-            raise ValueError("its hash does not match its settings")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is broken or was written by another tool ({error}): give another folder") from error
+    what, remedy = "the meta.json of features", "give another folder, or remove this one and extract again"
+    meta = read_json(path, META, what=what, remedy=remedy)
+    if settings_hash(meta["settings"]) != meta["hash"]:
+        raise ValueError(f"{path} is not {what} (its hash does not match its settings): {remedy}")
     return meta
+
+
+def add_digests(folder: Path, names: Iterable[str]) -> None:
+    """Store the SHA-256 of finished files in the meta.json beside them."""
+    meta = read_meta(folder)
+    assert meta is not None, "written before the rows"
+    write_json(folder / "meta.json", meta | {"files": (meta.get("files") or {}) | digests_of(folder, names)})
+
+
+META: Fields = {
+    "settings": dict, "settings.images": dict, "settings.images.names": str, "settings.images.count": int,
+    "settings.preprocessing": dict, "settings.model": dict, "settings.batch_size": int, "settings.precision": str, "hash": str,
+    "shape": list, "sizes": str, "source": dict, "files?": dict,
+}  # fmt: skip
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
@@ -253,7 +271,8 @@ def _prepare(folder: Path, rows: RowFile, images: ImageSet, *, settings: dict[st
             _write_names(folder / "ids.txt", map(images.name, range(len(images))))
             rows.create()
         if meta is None or meta["sizes"] != sizes or (source and meta["source"] != source):
-            record = {"hash": settings_hash(settings), "shape": list(rows.shape), "settings": settings}
+            files = meta["files"] if meta is not None and meta.get("files") else {}
+            record = {"hash": settings_hash(settings), "shape": list(rows.shape), "settings": settings, "files": files}
             # Last: without it, the files above do not count.
             write_json(folder / "meta.json", record | {"sizes": sizes, "source": source})
         if rows.finished:

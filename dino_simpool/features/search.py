@@ -24,7 +24,8 @@ from dino_simpool.data import ImageSet, find_images
 from dino_simpool.features import chunks
 from dino_simpool.features.encode import Forward, extract_features
 from dino_simpool.features.extract import make_transform, read_meta
-from dino_simpool.files import file_sha256, write_atomically
+from dino_simpool.files import Fields, check_digest, file_sha256, require_fields, write_atomically
+from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.names import is_image
 from dino_simpool.pictures import Tile, contact_sheet
@@ -112,15 +113,29 @@ def open_index(folder: str) -> tuple[dict[str, Any], np.ndarray, faiss.Index]:
     assert meta is not None, "its file exists"
     if not meta["source"]:
         raise ValueError(f"{folder}/meta.json does not say which checkpoint made it: write it with `dino-simpool extract`")
-    features = np.load(Path(folder) / "features.npy", mmap_mode="r")
+    source: Fields = {"source.checkpoint": str, "source.sha256": str, "source.which": str, "source.data": list}
+    source |= {"source.max_pixels": int, "source.exclude?": list}
+    remedy = "write it again with `extract --index`"
+    require_fields(meta, source, path=f"{folder}/meta.json", what="that of an index", remedy=remedy)
+    names = ("features.npy", "ids.txt", path.name)
+    notes = [check_digest(Path(folder) / name, meta.get("files"), remedy=remedy) for name in names]
+    if notes[0]:
+        say(notes[0])
+    try:
+        features = np.load(Path(folder) / "features.npy", mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{folder}/features.npy is damaged or no array ({error}): {remedy}") from error
     try:
         index = faiss.read_index(str(path))
     except RuntimeError as error:
         raise ValueError(
             f"{path} cannot be read (truncated, or not an index): write it again with `extract --index`"
         ) from error
-    if features.shape != (index.ntotal, index.d):
-        raise ValueError(f"{path} holds {index.ntotal} x {index.d} numbers, features.npy {features.shape}: write it again")
+    if features.shape != (index.ntotal, index.d) or list(features.shape) != meta["shape"]:
+        raise ValueError(
+            f"{path} holds {index.ntotal} x {index.d} numbers, features.npy {features.shape}, meta.json says {meta['shape']}: "
+            f"they do not belong together, {remedy}"
+        )
     return meta, features, index
 
 

@@ -17,14 +17,13 @@ import torch
 import yaml
 
 from dino_simpool import distributed
-from dino_simpool.checkpoint import load_encoder, read_state
+from dino_simpool.checkpoint import REMEDY, RUN, load_encoder, read_state
 from dino_simpool.config import ReportConfig, TrainConfig, from_dict
-from dino_simpool.files import write_atomically
+from dino_simpool.files import Fields, read_json, require_fields, write_atomically
 from dino_simpool.logs import TIMING_FIELDS, read_log
 from dino_simpool.report import page
 from dino_simpool.report.chart import Point, line_chart, short
 from dino_simpool.report.panels import attention_cards, crop_cards
-from dino_simpool.report.table import read_json
 from dino_simpool.results import overlap_note, versions
 
 Record = dict[str, Any]
@@ -71,13 +70,23 @@ def build_report(out: Path, *, data: str, num_images: int, device: torch.device)
         raise ValueError(f"{out} holds no run (there is no config.yaml): give the run.out of a training run")
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}: give 1 or more")
-    options = (out / "config.yaml").read_text()
-    cfg = from_dict(TrainConfig, yaml.safe_load(options))
+    options = (out / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    try:
+        cfg = from_dict(TrainConfig, yaml.safe_load(options))
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{out}/config.yaml is not that of a run ({' '.join(str(error).split())[:300]})") from None
     records = read_log(out / "log.jsonl") if (out / "log.jsonl").is_file() else []
     steps, epochs = ([record for record in records if record["kind"] == kind] for kind in ("step", "epoch"))
-    results = {path.stem: read_json(path) for path in sorted((out / "results").glob("*.json"))}
+    fields: Fields = {f"{name}?": dict for name in ("metrics", "model", "versions", "overlap")}
+    what, remedy = "a result of an evaluator", "move it away, or evaluate again"
+    files = sorted((out / "results").glob("*.json"))
+    results = {path.stem: read_json(path, fields, what=what, remedy=remedy) for path in files}
     metrics = {name: record.get("metrics", {}) for name, record in results.items()}
-    state = read_state(out / "last.pth") if (out / "last.pth").is_file() else None
+    last = out / "last.pth"
+    state = read_state(last) if last.is_file() else None
+    if state is not None:
+        fields = RUN | {"num_images": int, "versions": dict}
+        require_fields(state, fields, path=last, what="a training state", remedy=REMEDY)
     name = out.resolve().name
     body = [
         f'<h1>{escape(name)}</h1><p class="soft">{escape(_lead(cfg, state))}</p>',

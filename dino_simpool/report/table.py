@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from textwrap import indent
 from typing import Any
 
 from dino_simpool.config import TableConfig
-from dino_simpool.files import write_atomically
+from dino_simpool.files import NUMBER, Fields, read_json, require_fields, write_atomically
 from dino_simpool.logs import text_table
 from dino_simpool.report import paper
 from dino_simpool.report.paper import Figure, Key
@@ -87,23 +86,19 @@ def find_results(places: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
-def read_json(path: Path) -> Any:
-    """What a results file holds. ValueError if it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): remove it, or evaluate again") from None
+RESULT: Fields = {
+    "evaluator": str, "metrics": dict, "config": dict, "model?": dict, "model?.arch": str, "model?.pool": str, "counts?": dict,
+    "versions?": dict, "overlap?": dict, "preprocessing?": dict, "decoding?": dict, "probe?": dict, "whitening?": dict,
+    "image_digests?": dict, "split?": str,
+}  # fmt: skip
 
 
 def read_result(path: Path) -> dict[str, Any]:
     """The record that an evaluator wrote. ValueError names a file that is something else."""
-    record = read_json(path)
-    kinds = {"evaluator": str, "metrics": dict, "config": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(name), kind)]
-    wrong += [] if wrong or not record.get("model") or {"arch", "pool"} <= set(record["model"]) else ["a model"]
-    if wrong or not all(isinstance(value, int | float) for value in record["metrics"].values()):
-        raise ValueError(f"{path} is not a result of an evaluator (it lacks {', '.join(wrong) or 'numbers'}): leave it out")
-    return record
+    what, remedy = "a result of an evaluator", "leave it out, or evaluate again"
+    record = read_json(path, RESULT, what=what, remedy=remedy)
+    return record | {"metrics": require_fields(record["metrics"], dict.fromkeys(record["metrics"], NUMBER), path=path,
+                                               what=what, remedy=remedy)}  # fmt: skip
 
 
 def rows_of(record: dict[str, Any], path: Path) -> list[Row]:

@@ -477,10 +477,10 @@ def test_folders_of_unknown_content_are_refused(tmp_path: Path, images: Path, ch
     main(config(checkpoint, images, out))
     meta = (out / "meta.json").read_text()
     (out / "meta.json").write_text(meta.replace('"batch_size": 4', '"batch_size": 5'))
-    with pytest.raises(ValueError, match=r"is broken or was written by another tool \(its hash does not match its settings"):
+    with pytest.raises(ValueError, match=r"is not the meta.json of features \(its hash does not match its settings"):
         main(config(checkpoint, images, out))
     (out / "meta.json").write_text(meta[:50])
-    with pytest.raises(ValueError, match=r"meta\.json is broken or was written by another tool"):
+    with pytest.raises(ValueError, match=r"meta\.json is not JSON"):
         main(config(checkpoint, images, out))
     (out / "meta.json").unlink()
     with pytest.raises(ValueError, match=r"has features\.npy, but no meta\.json says what they are: give another --out"):

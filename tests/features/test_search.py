@@ -213,10 +213,10 @@ def test_folders_that_are_no_index(extracted: Path, tmp_path: Path) -> None:
         main(options(extracted, tmp_path / "out", query, index=str(tmp_path / "nowhere")))
     shutil.copytree(extracted / "features", features)
     (features / "index.faiss").write_bytes((features / "index.faiss").read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"index\.faiss cannot be read \(truncated"):
+    with pytest.raises(ValueError, match=r"index\.faiss is damaged or was changed"):
         main(options(extracted, tmp_path / "out", query, index=str(features)))
     faiss.write_index(build_index(np.load(features / "features.npy")[:5]), str(features / "index.faiss"))
-    with pytest.raises(ValueError, match=r"index\.faiss holds 5 x 32 numbers, features\.npy \(13, 32\): write it again"):
+    with pytest.raises(ValueError, match=r"index\.faiss is damaged or was changed"):
         main(options(extracted, tmp_path / "out", query, index=str(features)))
     (features / "index.faiss").unlink()
     with pytest.raises(ValueError, match=r"features has no index\.faiss: write it with `extract --index`"):

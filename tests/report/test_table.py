@@ -298,10 +298,10 @@ def test_files_folders_and_runs(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("{", "is not JSON"),
-        ("[1]", "is not a result of an evaluator .it lacks evaluator, metrics, config.: leave it out"),
-        ('{"arch": "vit_small"}', "it lacks evaluator, metrics, config"),
-        ('{"evaluator": "knn", "metrics": {"top1": "high"}, "config": {}}', "it lacks numbers"),
-        ('{"evaluator": "knn", "metrics": {}, "config": {}, "model": {"arch": "vit_small"}}', "it lacks a model"),
+        ("[1]", "is not a result of an evaluator .it is a list, not an object with fields.: leave it out"),
+        ('{"arch": "vit_small"}', "it has no evaluator"),
+        ('{"evaluator": "knn", "metrics": {"top1": "high"}, "config": {}}', "its top1 is no int or float"),
+        ('{"evaluator": "knn", "metrics": {}, "config": {}, "model": {"arch": "vit_small"}}', "it has no model.pool"),
     ],
 )
 def test_foreign_files_are_named(tmp_path: Path, content: str, said: str) -> None:
