@@ -21,14 +21,19 @@ class ConfigError(ValueError):
     """A mistake in a recipe or on the command line, explained in one line."""
 
 
-def option_names(config: type, prefix: str = "") -> dict[str, str]:
-    """Dotted name -> annotation of all options of a configuration class, groups included."""
-    names = {}
+def _options(config: type, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """Dotted name -> field of all options of a configuration class, groups included."""
+    found = {}
     for f in dataclasses.fields(config):
-        names[prefix + f.name] = str(f.type)
+        found[prefix + f.name] = f
         if dataclasses.is_dataclass(f.default_factory):
-            names |= option_names(f.default_factory, f"{prefix}{f.name}.")
-    return names
+            found |= _options(f.default_factory, f"{prefix}{f.name}.")
+    return found
+
+
+def option_names(config: type) -> dict[str, str]:
+    """Dotted name -> annotation of all options of a configuration class, groups included."""
+    return {name: str(f.type) for name, f in _options(config).items()}
 
 
 def _allowed(annotation: str) -> str:
@@ -78,7 +83,10 @@ def _parser(config: type, program: str) -> Any:
         help="A recipe: a file, or a name such as vit_small_simpool. Give it first. Several recipes are merged.",
     )
     parser.add_class_arguments(config)
+    options = _options(config)
     for action in parser._actions:
+        if action.dest in options and (limits := options[action.dest].metadata.get("limits")):
+            action.help = f"{action.help} Allowed: {limits}."
         if getattr(action, "_typehint", None) in (bool, bool | None):  # `--index` alone says `--index true`
             action.nargs, action.const = "?", True
     return parser
@@ -161,7 +169,10 @@ def parse(config: type[Config], arguments: list[str], *, program: str = "dino-si
     `--help` and `--print_config` print and raise SystemExit(0). ConfigError says in one line what
     is wrong.
     """
-    return _read(config, program, lambda parser: parser.parse_args(_find_recipes(arguments, config)))
+    found = _find_recipes(arguments, config)
+    if (others := [word for word in found if word.partition("=")[0] != "--print_config"]) != found:
+        parse(config, others, program=program)  # only options that a run would take are printed
+    return _read(config, program, lambda parser: parser.parse_args(found))
 
 
 def from_dict(config: type[Config], values: dict[str, Any]) -> Config:

@@ -21,12 +21,31 @@ MAX_SEED, MAX_SIZE, MAX_BATCH, MAX_WORKERS = 2**63 - 1, 4096, 2**20, 1024
 """Upper ends of ranges: sides in pixels, images of one pass. What is beyond is a mistake."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The numbers that an option may have. nan is never among them."""
+
+    least: float
+    above: float
+    most: float
+    null: bool
+    """Whether null is the default, for the message: it is always allowed."""
+
+    def hold(self, value: Any) -> bool:
+        """Whether a number, or each number of a tuple, is within the limits."""
+        return all(self.least <= x <= self.most and x > self.above for x in (value if isinstance(value, tuple) else (value,)))
+
+    def __str__(self) -> str:
+        lowest = f"{self.least:,}" if self.least > self.above else f"above {self.above:,}"
+        return f"{lowest} to {self.most:,}{', or null' * self.null}"
+
+
 def option(default: Any, *, most: float, least: float = -math.inf, above: float = -math.inf) -> Any:
     """A default, with limits of the value, or of each number of a tuple. null is always allowed.
 
-    Every number has both ends; give one of `least` and `above`.
+    Every number has both ends, which --help shows; give one of `least` and `above`.
     """
-    return dataclasses.field(default=default, metadata={"limits": (least, above, most)})
+    return dataclasses.field(default=default, metadata={"limits": Limits(least, above, most, default is None)})
 
 
 def check_device(name: str, device: str) -> None:
@@ -50,12 +69,8 @@ class Options:
                 continue
             if value == () and field.default:
                 raise ValueError(f"{name} is empty: give one number or more")
-            least, above, most = field.metadata["limits"]
-            if all(least <= number <= most and number > above for number in (value if isinstance(value, tuple) else (value,))):
-                continue
-            lowest = f"{least:,}" if least > above else f"above {above:,}"
-            hint = ", or null" if field.default is None else ""
-            raise ValueError(f"{name} is {value}: allowed is {lowest} to {most:,}{hint}")
+            if not field.metadata["limits"].hold(value):
+                raise ValueError(f"{name} is {value}: allowed is {field.metadata['limits']}")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def _not_divisible(name: str, size: int, patch: int) -> str:
 
 def parse_duration(value: Duration) -> tuple[float, str]:
     """Number and unit (ep, it, img or %) of a duration. ValueError if it is something else."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*(ep|it|img|%)?", str(value).strip())
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*(ep|it|img|%)?", str(value).strip())
     if not match:
         raise ValueError(
             f"{value!r} is not a duration: give epochs (10 or 10ep), steps (5000it), images (1e6img) or a share (5%)"
@@ -59,7 +59,7 @@ class ModelConfig(Options):
     """vit_tiny|small|base, resnet18|50, convnext_tiny|small, or a ViT, ResNet, ConvNeXt of timm."""
     pool: Literal["simpool", "cls", "gap"] = "simpool"
     """simpool, or a baseline: cls (the class token, ViT only) or gap (global average pooling)."""
-    gamma: float | None = option(None, above=0, most=100)
+    gamma: float | None = option(None, least=0.01, most=100)
     """Exponent of SimPool's generalized mean; null (not `None`) is the plain average. Paper: 1.25
     for ViT, 2 for CNN."""
     num_heads: int = option(1, least=1, most=1024)
@@ -106,6 +106,12 @@ class ModelConfig(Options):
             )
         if self.pool == "cls" and not self.is_vit:
             raise ValueError(f"model.pool cls needs a ViT, and {self.arch} has no class token: use gap or simpool")
+        if isinstance(self.depth, tuple) and self.is_vit:
+            raise ValueError(f"model.depth is {self.depth}, but {self.arch} has no stages: give the number of its blocks")
+        if isinstance(self.depth, tuple) and not (1 <= len(self.depth) <= 4 and sum(self.depth) > 1):
+            raise ValueError(
+                f"model.depth is {self.depth}: give one to four numbers of blocks, each 1 or more, at least two blocks in all"
+            )
         if self.beta and (self.pool != "simpool" or self.gamma is None):
             raise ValueError("model.beta exists only with pool simpool and a gamma: set model.gamma, or model.beta false")
         if self.norm_order == "norm_then_pool" and not self.is_vit:

@@ -80,8 +80,6 @@ def _vit(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
         if width % heads:
             raise ValueError(f"model.width {width} does not divide into {heads} heads: set model.heads to a divisor")
         sizes |= {"embed_dim": width, "num_heads": heads}
-    if isinstance(cfg.depth, tuple):
-        raise ValueError(f"model.depth is {cfg.depth}, but {cfg.arch} has no stages: give the number of its blocks")
     if cfg.depth:
         sizes |= {"depth": cfg.depth}
     trunk: Any = timm.create_model(
@@ -108,10 +106,6 @@ def _stages(cfg: ModelConfig, argument: str) -> dict[str, Any]:
     if cfg.depth is None:
         return {}
     depth = cfg.depth if isinstance(cfg.depth, tuple) else (cfg.depth,) * 4
-    if not 1 <= len(depth) <= 4 or min(depth) < 1 or sum(depth) < 2:
-        raise ValueError(
-            f"model.depth is {cfg.depth}: give one to four numbers of blocks, each 1 or more, at least two blocks in all"
-        )
     return {argument: depth + (0,) * (4 - len(depth))}
 
 

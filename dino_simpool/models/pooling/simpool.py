@@ -69,9 +69,9 @@ class SimPool(nn.Module):
             raise ValueError(f"SimPool(gamma={gamma}): give a number above 0, or None for the plain average")
         # Normalized values lie within sqrt(dim) of 0, so their distance from the minimum is at most
         # twice that.
-        largest = math.log(torch.finfo(torch.float32).max) / math.log(2 * math.sqrt(dim) + 1)
+        largest = math.floor(10 * math.log(torch.finfo(torch.float32).max) / math.log(2 * math.sqrt(dim) + 1)) / 10
         if gamma is not None and gamma > largest:
-            raise ValueError(f"SimPool(gamma={gamma}): its power overflows float32 for width {dim}, give at most {largest:.1f}")
+            raise ValueError(f"SimPool(gamma={gamma}): its power overflows float32 for width {dim}, give at most {largest}")
         if beta and gamma is None:
             raise ValueError("SimPool(beta=True) needs a gamma: give one, or leave beta False")
         if min_over not in ("image", "batch"):
