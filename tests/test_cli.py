@@ -189,7 +189,18 @@ def test_wrong_key_in_a_recipe(here: Path, fails: Fails) -> None:
 
 
 def test_crop_size_not_divisible_by_the_patch(here: Path, fails: Fails) -> None:
-    command = ["--model.arch", "vit_tiny", "--model.stem", "standard", "--crops.local_size", "96", "--model.image_size", "224"]
+    command = [
+        "--model.arch",
+        "vit_tiny",
+        "--model.stem",
+        "standard",
+        "--model.depth",
+        "2",
+        "--crops.local_size",
+        "96",
+        "--model.image_size",
+        "224",
+    ]
     said = fails(arguments(here, *command, "--crops.global_size", "225", out="new"), 2)
     assert said == "crops.global_size 225 is not divisible by model.patch_size 16: use 224 or 240, or another patch_size"
 

@@ -11,6 +11,7 @@ appear at once.
     features.py  of extract and search                   bench.py     of benchmarks and resources
     tools.py     of check-data, synthetic, report, table, submit
     parse.py     recipes and command line <-> dataclass
+    words.py     what other tools call an option
 """
 
 from dino_simpool.config.bench import BenchDataConfig, BenchKnnConfig, ResourcesConfig

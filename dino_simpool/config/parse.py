@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
+from dino_simpool.config.words import explain_unknown
+
 Config = TypeVar("Config")
 
 
@@ -54,13 +56,11 @@ def _explain(message: str, config: type) -> str:
     """The library's message in one line, with the nearest option or the allowed values."""
     message = " ".join(message.split())
     names = option_names(config)
-    unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    unknown = unknown or re.search(r"(?:Option '|unrecognized arguments: (?:--)?)()([\w.]+)", message)
+    unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.-]+)'", message)
+    unknown = unknown or re.search(r"(?:Option '|unrecognized arguments: (?:--)?)()([\w.-]+)", message)
     if unknown:
         given = f"{unknown[1]}.{unknown[2]}" if unknown[1] else unknown[2]
-        same = [name for name in names if name.endswith(f".{given}")]  # `--lr` for `--optim.lr`
-        near = same or difflib.get_close_matches(given, names, 1, 0.5)
-        return f"unknown option {given}: " + (f"did you mean {near[0]}?" if near else "--help lists all options")
+        return f"unknown option {given}: {explain_unknown(given, list(names))}"
     if group := re.search(r'Parser key "(\w+)": Unable to load config', message):
         first = next(name for name in names if name.startswith(f"{group[1]}."))
         return f"{group[1]} is a group of options: give each by its own name, as in --{first} VALUE"

@@ -15,7 +15,8 @@ from dino_simpool.dino.plan import make_plan
 
 DURATIONS = {"run.epochs", "optim.warmup", "optim.freeze_last_layer", "teacher.warmup"}
 TEXTS = {
-    "arch", "checkpoint", "data", "distractors", "index", "knn_train", "knn_val", "out", "query", "recipe", "results", "root",
+    "arch", "checkpoint", "data", "distractors", "exclude", "index", "knn_train", "knn_val", "out", "query", "recipe", "results",
+    "root",
     "train", "val", "whitening_data",
 }  # fmt: skip
 """Options that take any text: names of files, and of architectures, which only timm knows."""
