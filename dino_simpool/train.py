@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dino_simpool import __version__, distributed
 from dino_simpool.checkpoint import RESUMED, check_same_run, export_encoder, keep_state, newest_state, save_state
-from dino_simpool.config import ConfigError, TrainConfig, dump, to_dict
+from dino_simpool.config import ConfigError, TrainConfig, dump, from_dict, to_dict
 from dino_simpool.data import (
     EvalTransform,
     ImageSet,
@@ -39,7 +39,8 @@ from dino_simpool.data import (
 )
 from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.feed import Feed, build_feed, colors_on_device
-from dino_simpool.data.value_range import narrow_range, used_range, with_range_of
+from dino_simpool.data.value_range import narrow_range, shorter_sides, used_range, with_range_of
+from dino_simpool.dino.plan import jump, make_plan, small_images
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.failures import MISSING_COMPILER, NonFiniteLoss, non_finite_names, write_failure
 from dino_simpool.features.encode import Forward, try_sizes
@@ -273,6 +274,10 @@ def _resume(run: Run, saved: dict[str, Any]) -> None:
         raise ConfigError(f"{run.out} has {steps} steps, but run.epochs {run.cfg.run.epochs} ends at {total}: give more")
     for change in changes:
         say(f"changed since this run was saved: {change}")
+    if changes and steps:
+        before = make_plan(from_dict(TrainConfig, saved["config"]), saved["num_images"])
+        if advice := jump(before, run.learner.plan, steps):
+            say(f"warning: {advice}")
 
 
 def _announce(run: Run) -> str:
@@ -282,6 +287,7 @@ def _announce(run: Run) -> str:
     advice = ""
     if distributed.is_main() and cfg.data.value_range == "full":
         advice = narrow_range(used_range(run.images, share=1, most=16), "data.value_range")
+    sides = shorter_sides(run.images, most=16) if distributed.is_main() else []
     place = "on the device" if colors_on_device(cfg, run.device) else "in the loaders"
     lines = [
         f"dino_simpool {__version__}: {run.learner.describe()}, {cfg.run.precision} on {run.device}",
@@ -291,7 +297,7 @@ def _announce(run: Run) -> str:
         plan.table(),
         *(f"warning: {text}" for text in plan.warnings),
         *(f"suggestion: {text}" for text in plan.suggestions),
-        *([f"warning: {advice}"] if advice else []),
+        *(f"warning: {text}" for text in (advice, small_images(sides, cfg)) if text),
     ]
     if run.learner.steps:
         lines.append(f"resuming after step {run.learner.steps} of {plan.total_steps}")

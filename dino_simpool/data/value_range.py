@@ -1,5 +1,6 @@
-"""The range of 16-bit samples that a set of images uses: what `value_range: data` means, and when
-to advise it. Cameras and scanners store 10, 12 or 14 bits in files of 16."""
+"""What the headers of a set of images say: their sides, and the range of 16-bit samples that they
+use: what `value_range: data` means, and when to advise it. Cameras and scanners store 10, 12 or 14
+bits in files of 16."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from dino_simpool.config import DecodingSettings
-from dino_simpool.data.decode import BrokenImage, has_more_than_8_bits, samples_in_16_bits
+from dino_simpool.data.decode import BrokenImage, has_more_than_8_bits, open_image, samples_in_16_bits
 from dino_simpool.data.samples import range_of
 from dino_simpool.data.sources import ImageSet, evenly
 
@@ -36,6 +37,16 @@ def used_range(images: ImageSet, *, share: float, most: int = LOOKED_AT) -> tupl
         with suppress(BrokenImage):
             ranges.append(range_of(samples_in_16_bits(_source(images, deep[place])), share))
     return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
+
+
+def shorter_sides(images: ImageSet, *, most: int) -> list[int]:
+    """The shorter sides in pixels of at most `most` images, evenly spread over the set, from their
+    headers; broken ones are skipped."""
+    sides = []
+    for number in evenly(len(images), most).tolist():
+        with suppress(BrokenImage, OSError, ValueError), open_image(_source(images, number)) as image:
+            sides.append(min(image.size))
+    return sides
 
 
 def _source(images: ImageSet, number: int) -> str | bytes:

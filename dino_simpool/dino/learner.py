@@ -159,7 +159,14 @@ class DinoLearner:
         }
         fields |= {name: value for name, value in means.items() if name not in (*fields, "entropy", "skipped_steps")}
         loss, entropy = means["loss"], means["entropy"]
-        warnings = self.monitor.update(loss=loss, entropy=entropy, out_dim=out_dim, spread=spread, step=self.steps)
+        warnings = self.monitor.update(
+            loss=loss,
+            entropy=entropy,
+            out_dim=out_dim,
+            spread=spread,
+            step=self.steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
+        )
         if self.scaler.is_enabled():
             fields["skipped_steps"] = skipped
             if skipped > max(10, 0.1 * elapsed):  # a few are normal while the scale finds its value

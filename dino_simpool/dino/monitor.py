@@ -28,6 +28,9 @@ SAME = 0.02
 CONSTANT, DIVERSE = 0.05, 0.5
 """One prototype for all: loss and entropy are below 0.05 ln K. Not if the features are diverse
 (spread above 0.5): a small data set that has been memorized has many certain answers, not one."""
+ABOVE = 1.02
+"""Worse than knowing nothing: the loss is above this share of ln K after the warm-up. A run that
+learns nothing stays within 0.005 of ln K."""
 FLAT, FLAT_STEPS = 5e-3, 1000
 """Not learning: the loss is this close to ln K for that many steps after the warm-up."""
 
@@ -40,6 +43,10 @@ MESSAGES = {
     "flat": (
         "not learning: the loss {loss:.4f} has stayed at ln(head.out_dim) = {log_k:.4f} for {steps} steps after the warm-up: "
         "lower head.out_dim (small data: a few hundred to a few thousand) or teacher.temperature, or change optim.lr"
+    ),
+    "above": (
+        "the loss {loss:.4f} is above ln(head.out_dim) = {log_k:.4f}, that of equal probabilities, after the warm-up of the "
+        "learning rate: the student contradicts the teacher; lower optim.lr, raise teacher.warmup_temperature or set optim.clip"
     ),
     "point": (
         "point collapse: all images get the same output (loss {loss:.4f}, teacher entropy {entropy:.4f}, feature spread "
@@ -84,11 +91,16 @@ class Monitor:
     uniform: int = 0
     point: int = 0
     flat: int = 0
+    above: int = -1
+    """The last epoch in which a loss above ln K was warned of."""
 
-    def update(self, *, loss: float, entropy: float, out_dim: int, spread: float, step: int) -> list[str]:
+    def update(
+        self, *, loss: float, entropy: float, out_dim: int, spread: float, step: int, steps_per_epoch: int = 1
+    ) -> list[str]:
         """Warnings that are due at this step.
 
-        Each is given once, and again if its sign went away and came back. step: steps done so far.
+        Each is given once, and again if its sign went away and came back; that of a loss above ln K
+        at most once per epoch, from the second after the warm-up on. step: steps done so far.
         loss, entropy: in nats, means over the steps since the last call. spread: `feature_spread`,
         NaN if it is not known.
         """
@@ -108,6 +120,10 @@ class Monitor:
             setattr(self, name, lasted)
             if before < patience <= lasted:
                 warnings.append(MESSAGES[name].format(loss=loss, entropy=entropy, log_k=log_k, spread=spread, steps=lasted))
+        epoch = (step - 1) // steps_per_epoch
+        if loss > ABOVE * log_k and not uniform and step > self.warmup_steps + steps_per_epoch and epoch > self.above:
+            self.above = epoch
+            warnings.append(MESSAGES["above"].format(loss=loss, log_k=log_k))
         return warnings
 
     def state_dict(self) -> dict[str, int]:
@@ -116,6 +132,7 @@ class Monitor:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Take over a state. ValueError if it is not one."""
+        state = {"above": -1} | state  # version 0.1 did not count it
         if state.keys() != asdict(self).keys():
             raise ValueError(f"the monitor's state has {sorted(state)}: expected {sorted(asdict(self))}")
         for name, value in state.items():

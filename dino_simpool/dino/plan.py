@@ -14,6 +14,8 @@ batch_size steps. This module does not import torch.
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +23,11 @@ from dino_simpool.config import TrainConfig, parse_duration
 
 REFERENCE_IMAGES, REFERENCE_BATCH, REFERENCE_MOMENTUM, REFERENCE_RATE = 1281167, 1024, 0.996, 5e-4
 """Published DINO: images of ImageNet, batch, teacher momentum, learning rate per 256 images."""
+USUAL_RATES = {"adamw": (1e-6, 1e-2, 5e-4), "lars": (1e-3, 20.0, 0.3), "sgd": (1e-5, 10.0, 0.03)}
+"""By optimizer: the lowest and the highest peak learning rate with which a run is likely to learn,
+and an optim.lr to begin with (that of DINO, of the published ResNet-50, and of DINO's help)."""
+SHARPEST = 0.01
+"""Below this temperature the teacher's target is one prototype; published are 0.04 to 0.07."""
 WARMUP_SHARES = {"optim.warmup": 0.1, "teacher.warmup": 0.3}
 """Published warm-ups as shares of the run: 10 and 30 of 100 epochs."""
 
@@ -186,6 +193,41 @@ def make_plan(cfg: TrainConfig, num_images: int) -> Plan:
     return replace(plan, warnings=(*warnings, *_warnings(plan)), suggestions=tuple(filter(None, advice)))
 
 
+def jump(before: Plan, now: Plan, step: int) -> str:
+    """The advice if the learning rate jumps where a run goes on with another plan, else empty.
+
+    step: steps that are done, 1 or more. Compared are the rates of the last step and of the next.
+    """
+    if step >= now.total_steps:
+        return ""
+    last, following = before.values(step - 1).lr, now.values(step).lr
+    if last == 0 or 0.8 <= following / last <= 1.25:
+        return ""
+    return (
+        f"the learning rate jumps from {last:.3g} to {following:.3g} at step {step}, since the schedule is another one "
+        f"({before.total_steps} steps before, {now.total_steps} now): this is no longer the training of either length. To "
+        "train longer from the start, give another run.out; stop early with run.stop_after_steps"
+    )
+
+
+def small_images(shorter_sides: Sequence[int], cfg: TrainConfig) -> str:
+    """The advice if most images are far smaller than the global crops, else empty.
+
+    shorter_sides: in pixels, of some of the images.
+    """
+    side = statistics.median(shorter_sides) if shorter_sides else math.inf
+    if 2 * side >= cfg.crops.global_size:
+        return ""
+    unit = cfg.model.patch_size if cfg.model.is_vit else 16
+    size = max(1, round(side / unit)) * unit
+    fitting = f"crops.global_size {size} and a local_size of about {max(1, round(0.43 * size / unit)) * unit}"
+    return (
+        f"half of the images looked at have a shorter side of at most {side:g} pixels, and crops.global_size is "
+        f"{cfg.crops.global_size}: the crops are enlarged more than twofold and cost the time of large images; try {fitting}"
+        + ("" if cfg.model.is_vit else ", and model.stem small for 32 to 64 pixels")
+    )
+
+
 def _warnings(plan: Plan) -> list[str]:
     """Settings that contradict each other."""
     found = []
@@ -195,6 +237,27 @@ def _warnings(plan: Plan) -> list[str]:
             f"optim.min_lr {optim.min_lr:g} is above the peak learning rate {plan.peak_lr:g} (optim.lr {optim.lr:g} * batch "
             f"{plan.batch_size} / 256), so the rate rises instead of falling: lower optim.min_lr or raise optim.lr"
         )
+    lowest, highest, usual = USUAL_RATES[optim.name]
+    if not lowest <= plan.peak_lr <= highest:
+        high = plan.peak_lr > highest
+        found.append(
+            f"optim.lr {optim.lr:g} * batch {plan.batch_size} / 256 gives a peak learning rate of {plan.peak_lr:.2g}, "
+            f"{'above' if high else 'below'} {highest if high else lowest:g}: with {optim.name} the run will hardly "
+            f"{'stay stable' if high else 'learn'}; try optim.lr {usual:g}"
+        )
+    student = plan.cfg.loss.student_temperature
+    for name in ("temperature", "warmup_temperature"):
+        value = getattr(plan.cfg.teacher, name)
+        if value >= student:
+            found.append(
+                f"teacher.{name} {value:g} is not below loss.student_temperature {student:g}, so the targets are no sharper "
+                "than the student's output and all outputs become equal: give 0.04 to 0.07 for a student's 0.1"
+            )
+        elif value < SHARPEST:
+            found.append(
+                f"teacher.{name} {value:g} makes every target a single prototype, whose choice is noise at first: give 0.04 to "
+                "0.07 for a student's 0.1"
+            )
     if plan.cfg.model.pos_interp == "dino_always" and plan.cfg.model.is_vit:
         found.append(
             "model.pos_interp dino_always resamples position embeddings at their own grid too, as the published code does on "

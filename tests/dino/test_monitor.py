@@ -173,3 +173,22 @@ def test_effective_rank() -> None:
     assert_close(effective_rank(features), math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))), 1e-5)
     assert effective_rank(torch.zeros(4, 3)).isnan()
     assert effective_rank(torch.tensor([[1.0, math.nan]])).isnan()
+
+
+def test_a_loss_above_ln_k_is_warned_of_once_per_epoch_after_the_warmup() -> None:
+    monitor, high = Monitor(warmup_steps=20), 1.1 * math.log(OUT_DIM)
+    steps = []
+    for step in range(5, 101, 5):  # ten steps an epoch
+        found = monitor.update(loss=high, entropy=1.0, out_dim=OUT_DIM, spread=1.0, step=step, steps_per_epoch=10)
+        steps += [step for text in found if "is above ln(head.out_dim)" in text]
+        restored = Monitor(warmup_steps=20)
+        restored.load_state_dict(monitor.state_dict())
+        monitor = restored
+    assert steps == [35, 45, 55, 65, 75, 85, 95]
+    assert monitor.update(loss=0.9 * high, entropy=1.0, out_dim=OUT_DIM, spread=1.0, step=105, steps_per_epoch=10) == []
+
+
+def test_a_state_of_version_0_1_has_no_epoch_of_that_warning() -> None:
+    monitor = Monitor()
+    monitor.load_state_dict({name: value for name, value in Monitor(warmup_steps=3).state_dict().items() if name != "above"})
+    assert monitor == Monitor(warmup_steps=3)

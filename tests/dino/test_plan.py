@@ -10,7 +10,15 @@ import pytest
 from golden.load import assert_close, cases, load, meta
 
 from dino_simpool.config import HeadConfig, ModelConfig, OptimConfig, RunConfig, TeacherConfig, TrainConfig
-from dino_simpool.dino.plan import cosine_schedule, duration_steps, make_plan, teacher_temperature
+from dino_simpool.dino.plan import (
+    USUAL_RATES,
+    cosine_schedule,
+    duration_steps,
+    jump,
+    make_plan,
+    small_images,
+    teacher_temperature,
+)
 
 IMAGENET = 1281167
 
@@ -298,3 +306,53 @@ def test_positions_of_newer_cpus_are_named() -> None:
                         (ModelConfig(arch="resnet18", pos_interp="dino_always"), 0)):  # fmt: skip
         plan = make_plan(replace(make_config(), model=model), 256)
         assert len([text for text in plan.warnings if "train with model.pos_interp dino" in text]) == said
+
+
+def warnings_of(images: int = 1000, **changes: object) -> str:
+    return "\n".join(make_plan(make_config(batch=100, epochs=30, **changes), images).warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "right", "high"), [("adamw", 1e-6, 5e-4, 0.1), ("lars", 1e-4, 0.3, 100), ("sgd", 1e-6, 0.03, 90)]
+)
+def test_a_learning_rate_far_from_what_learns_is_warned_of(name: str, low: float, right: float, high: float) -> None:
+    found = warnings_of(optim_name=name, optim_lr=low, optim_min_lr=0.0)
+    assert f"below {USUAL_RATES[name][0]:g}: with {name} the run will hardly learn" in found
+    assert f"above {USUAL_RATES[name][1]:g}: with {name} the run will hardly stay stable" in warnings_of(
+        optim_name=name, optim_lr=high
+    )
+    assert warnings_of(optim_name=name, optim_lr=right) == ""
+
+
+@pytest.mark.parametrize("option", ["temperature", "warmup_temperature"])
+def test_teacher_temperatures_are_below_the_students_and_not_near_zero(option: str) -> None:
+    for value, said in (
+        (0.1, "is not below loss.student_temperature 0.1"),
+        (0.5, "is not below"),
+        (0.005, "a single prototype"),
+    ):
+        found = warnings_of(**{f"teacher_{option}": value})
+        assert f"teacher.{option} {value:g} " in found and said in found and found.count("\n") == 0
+    assert warnings_of(**{f"teacher_{option}": 0.05}) == ""
+    assert "is not below loss.student_temperature 0.05" in warnings_of(loss_student_temperature=0.05)
+
+
+def test_a_jump_of_the_learning_rate_is_named() -> None:
+    """A finished run of ten epochs ends near the least rate; a run of thirty is still high there."""
+    short, long = (make_plan(make_config(batch=100, epochs=epochs, optim_warmup=2), 1000) for epochs in (10, 30))
+    said = jump(short, long, 100)
+    assert (
+        f"from {short.values(99).lr:.3g} to {long.values(100).lr:.3g} at step 100" in said
+        and "100 steps before, 300 now" in said
+    )
+    assert jump(short, short, 50) == jump(long, long, 300) == jump(short, long, 5) == ""
+
+
+@pytest.mark.parametrize(
+    ("sides", "said"),
+    [([32, 32, 32], "try crops.global_size 32 and a local_size of about 16"), ([100, 50, 500], "at most 100 pixels"), ([], ""),
+     ([112], ""), ([50, 400, 600], ""), ([5], "crops.global_size 16 and a local_size of about 16")],
+)  # fmt: skip
+def test_crops_far_larger_than_the_images(sides: list[int], said: str) -> None:
+    found = small_images(sides, make_config())
+    assert said in found and bool(found) == bool(said)
