@@ -69,8 +69,8 @@ def test_no_recipe_reads_another_file(tool: Tool, tmp_path: Path, text: str) -> 
 
 
 SMALL = ["--model.arch", "resnet18", "--model.stem", "small", "--model.width", "8", "--model.depth", "[1,1]",
-         "--model.image_size", "16", "--head.out_dim", "16", "--head.hidden_dim", "16", "--head.bottleneck_dim", "8", "--crops.num_local", "0",
-         "--data.workers", "0", "--run.device", "cpu"]  # fmt: skip
+         "--model.image_size", "16", "--head.out_dim", "16", "--head.hidden_dim", "16", "--head.bottleneck_dim", "8",
+         "--crops.num_local", "0", "--data.workers", "0", "--run.device", "cpu"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
