@@ -1,6 +1,8 @@
 # make quickstart   set up, then train on the embedded images, evaluate, and write runs/quickstart/report.html
 # make test         set up, then run the test suite
 # make test-oldest  set up with the lowest versions that setup.cfg allows, then run golden figures, resume and short trainings
+# make test-slurm   install a SLURM of one node (Debian, as root) and run jobs on it; `make test` does so where it is installed
+# make test-long    the tests that take minutes each
 # make check        format, lint, types, the tests (the import levels are one of them), and test-oldest
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +15,7 @@ OLDEST_TESTS ?= tests/models tests/dino tests/test_release_0_1.py \
 	tests/test_train.py::test_stopped_after_every_step_and_resumed \
 	tests/test_train.py::test_two_processes_stopped_and_resumed
 
-.PHONY: quickstart test install-oldest test-oldest check lint format clean
+.PHONY: quickstart test test-slurm test-long install-oldest test-oldest check lint format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +46,13 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-slurm: $(VENV)/installed
+	tests/slurm/one_node.sh install
+	$(BIN)/python -m pytest tests/slurm
+
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -m long
 
 install-oldest: $(OLDEST_VENV)/installed
 

@@ -74,7 +74,8 @@ def stop_after_the_step() -> Iterator[StopAfterStep]:
 def job_ends_soon(margin: float) -> bool:
     """Whether the SLURM job of this process ends within `margin` seconds.
 
-    For schedulers that send no signal before they kill. SLURM sets the variable since 22.05.
+    For schedulers that send no signal before they kill. SLURM sets the variable, but 22.05 does not
+    yet; `submit` does so too.
     """
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     return end.isdigit() and time.time() > int(end) - margin

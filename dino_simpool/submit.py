@@ -218,6 +218,8 @@ def _executor(cfg: SubmitConfig, name: str, folder: Path, tasks: int, num_jobs: 
         f"# `dino-simpool {name}`; its options are in the .pkl file that submit writes beside this script",
         "# What an interactive shell or torchrun left in the environment is not about this job.",
         "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT ${!SLURM_PTY_@}",
+        "# Newer SLURM says when the job ends; train looks at it, in case that no signal comes.",
+        f"export SLURM_JOB_END_TIME=${{SLURM_JOB_END_TIME:-$(($(date +%s) + {60 * minutes_of(cfg.time)}))}}",
     ]
     parameters = {
         "job_name": f"dino-simpool-{name.replace(' ', '-')}",

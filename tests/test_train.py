@@ -63,10 +63,8 @@ VIT = ModelConfig(arch="vit_tiny", gamma=1.25, patch_size=8, width=16, depth=2, 
 NUM_IMAGES = 34
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_images(root: Path) -> Path:
     """train/ and val/ of two classes, noise that is lighter in one of them, and flat/, the first images without classes."""
-    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", NUM_IMAGES), ("val", 8)):
         for number in range(count):
@@ -78,6 +76,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in sorted((root / "train").glob("a/*.png"))[:6]:
         (root / "flat" / path.name).write_bytes(path.read_bytes())
     return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def config(
