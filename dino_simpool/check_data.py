@@ -7,7 +7,6 @@ layout it instead reports what a public data set lacks, in a second and without 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from dino_simpool.data.decode import BrokenImage, Examined, examine
 from dino_simpool.data.value_range import narrow_range, with_range_of
 from dino_simpool.layouts import check_layout
 from dino_simpool.logs import progress
+from dino_simpool.names import shown
 
 SHOWN = 20
 """The number of broken images that are printed; a file lists all."""
@@ -111,7 +111,7 @@ def report_layout(layout: str, root: str) -> None:
     problems = check_layout(layout, root)
     if distributed.is_main():
         whole = [f"check-data: {layout} in {root} is complete; no image was decoded"]
-        print("\n".join([*(problems or whole), *(f"note: {line}" for line in problems.notes)]))
+        print("\n".join(shown(line) for line in [*(problems or whole), *(f"note: {line}" for line in problems.notes)]))
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ValueError(f"{layout} in {root} is not as published: {count}, see above")
@@ -155,8 +155,7 @@ def describe(summary: Summary, broken: list[tuple[str, str]], *, seconds: float)
             lines.append(f"  {side:<15} {min(sizes):,} to {max(sizes):,} pixels")
     lines += [f"  {kind:<15} {count:,}" for kind, count in summary.kinds.most_common()]
     lines.append(f"  {'broken':<15} {len(broken):,}")
-    encoding = sys.stdout.encoding or "utf-8"  # a name may have characters that this output cannot show
-    lines += [f"{name}\t{reason}".encode(encoding, "backslashreplace").decode(encoding) for name, reason in broken[:SHOWN]]
+    lines += [f"{shown(name)}\t{shown(reason)}" for name, reason in broken[:SHOWN]]
     if len(broken) > SHOWN:
         lines.append(f"and {len(broken) - SHOWN:,} more: --out FILE lists all")
     return "\n".join(lines)

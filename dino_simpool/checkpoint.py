@@ -202,7 +202,8 @@ def load_encoder(
     try:
         config = from_dict(ModelConfig, {**saved, **overrides})
     except ConfigError as error:
-        raise ConfigError(f"the model options in {path}: {error}") from None
+        file = path.parent / "model.json" if path.suffix == ".safetensors" else path
+        raise ConfigError(f"the model options in {file}: {error}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run["seed"])
         encoder = build_encoder(config)

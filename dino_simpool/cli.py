@@ -6,6 +6,7 @@ Torch is not imported before that, so help and error messages appear at once.
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 from typing import Any
 
 from dino_simpool import __version__, config
+from dino_simpool.names import shown
 from dino_simpool.signals import Stopped, stop_at_once
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
@@ -118,6 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     0, 1 for a failed run, 2 for wrong options, 128 + number if a signal stopped it.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):  # a name may have characters that a terminal's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: dino-simpool <command> [options]\n\nSelf-supervised image encoders with DINO and SimPool.\n\ncommands:")
         print(*(f"  {name:11} {text}" for name, (_, _, text) in COMMANDS.items()), "", EXAMPLES, sep="\n", end="")
@@ -163,5 +168,5 @@ def _fail(name: str, message: str, status: int) -> int:
     """Print one line on stderr; with several processes, it names the process."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     speaker = f"dino-simpool {name}".rstrip() + (f" [process {rank}]" if rank != "0" else "")
-    print(f"{speaker}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(shown(f"{speaker}: error: {' '.join(message.split())}"), file=sys.stderr)
     return status

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from dino_simpool import distributed
 from dino_simpool.files import NUMBER, Fields, full_disk_named, require_fields, write_atomically
+from dino_simpool.names import shown_lines
 
 STEP_TIMES = {"images_per_second", "data_wait_percent", "max_memory_mb", "seconds", "time"}
 TIMING_FIELDS = frozenset(STEP_TIMES | {"img_per_s", "data_time", "knn_time", "max_mem"})
@@ -96,7 +97,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 def say(text: str) -> None:
     """Print a line on stderr, on the main process only and without breaking a progress bar."""
     if distributed.is_main():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(shown_lines(text), file=sys.stderr)
 
 
 def text_table(rows: Sequence[Sequence[str]], *, rule: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""What the names of files and folders say: images, archives, and what is no data."""
+"""What the names of files and folders say: images, archives, no data; and how they are shown."""
 
 from __future__ import annotations
 
@@ -68,3 +68,16 @@ def annotations_among(names: Iterable[str]) -> set[str]:
 def say_left_out(left_out: Counter[str]) -> str:
     """The counts in words, the most frequent first: 12 .txt, 3 hidden; "" if there are none."""
     return ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
+
+
+def shown(text: str) -> str:
+    """A name or message in one line for terminals, lists and pages: what does not print (escape
+    sequences, newlines, marks that turn the direction, bytes that are not UTF-8) as \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown_lines(text: str) -> str:
+    """The same for a text of several lines."""
+    return "\n".join(map(shown, text.split("\n")))

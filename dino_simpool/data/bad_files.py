@@ -11,9 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dino_simpool import distributed
+from dino_simpool.data.lists import as_line
 from dino_simpool.data.sources import ImageSet
 from dino_simpool.files import write_atomically
 from dino_simpool.logs import say
+from dino_simpool.names import shown
 
 
 class BadFiles:
@@ -50,7 +52,7 @@ class BadFiles:
         if distributed.is_main():
             self._write()
         first = min(fresh)
-        example, broken, total = f"{self.images.name(first)} ({fresh[first]})", len(self.found), len(self.images)
+        example, broken, total = f"{shown(self.images.name(first))} ({fresh[first]})", len(self.found), len(self.images)
         if broken > self._max_share * total:
             raise ValueError(
                 f"{broken} of {total} images cannot be read, such as {example}, and data.max_bad_share is {self._max_share:g}: "
@@ -70,7 +72,6 @@ class BadFiles:
 
 
 def write_bad_files(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write (name, what is wrong), one per line with a tab between."""
-    # Names that are not UTF-8 are written as the bytes that they are.
-    text = "".join(f"{name}\t{reason}\n" for name, reason in rows).encode("utf-8", "surrogateescape")
-    write_atomically(path, lambda file: file.write_bytes(text))
+    """Write (name, what is wrong), one per line with a tab between; names as in a list of paths."""
+    text = "".join(f"{as_line(name)}\t{shown(reason)}\n" for name, reason in rows)
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))

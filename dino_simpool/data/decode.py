@@ -48,6 +48,7 @@ from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageEr
 from dino_simpool.config import DEFAULT_DECODING, MAX_PIXELS, DecodingSettings
 from dino_simpool.data.metadata import without_metadata
 from dino_simpool.data.samples import Tiff, check_samples, has_16_bits, has_undeclared_band, range_of, samples_of, to_8_bits
+from dino_simpool.names import shown
 
 # Warnings of damaged metadata, which no pixel depends on, would come for each image of a training.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -105,7 +106,9 @@ class BrokenImage(ValueError):
         self.name, self.reason = name, reason
 
     def __str__(self) -> str:
-        return f"{self.name} cannot be read as an image ({self.reason}): repair or remove it" if self.reason else self.name
+        return (
+            f"{shown(self.name)} cannot be read as an image ({self.reason}): repair or remove it" if self.reason else self.name
+        )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from dino_simpool.data.index import MEMBER, Index, Strings
 from dino_simpool.data.lists import TEXT_SUFFIXES, is_binary, read_list
 from dino_simpool.logs import progress
 from dino_simpool.names import PACKED_SUFFIXES, SYSTEM_FOLDERS, is_archive, is_compressed, is_image, kind_left_out
+from dino_simpool.names import shown as printable
 
 T = TypeVar("T")
 Stamp = tuple[int, int]
@@ -51,7 +52,7 @@ def scan(root: str, exclude: Exclude = NOTHING_EXCLUDED, *, limit: float = math.
     folder, ValueError for a broken or compressed archive or a file that is not a list.
     """
     try:
-        with _threads() as pool, progress(None, 0, f"listing {root}", shown=bar) as shown:
+        with _threads() as pool, progress(None, 0, f"listing {printable(root)}", shown=bar) as shown:
             if is_list(root):
                 return _scan_list(root, limit, shown)
             listing = _Listing(root, exclude, limit, pool, shown)

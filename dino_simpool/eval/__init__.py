@@ -26,6 +26,7 @@ from dino_simpool.config import ClassificationConfig, EvalConfig
 from dino_simpool.data import ImageSet, labeled_sets, same_source
 from dino_simpool.features.encode import decoding_of
 from dino_simpool.models.encoder import Encoder
+from dino_simpool.names import shown_lines
 from dino_simpool.results import describe, model_record, result_name, results_folder, write_record
 
 
@@ -67,7 +68,7 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
     path = folder / f"{result_name(record['evaluator'], cfg)}.json"
     record = write_record(path, record, cfg, tensors=tensors)
     if distributed.is_main():
-        print(describe(record if cfg.needs_encoder else record | {"model": None}, path))
+        print(shown_lines(describe(record if cfg.needs_encoder else record | {"model": None}, path)))
     distributed.barrier()
     return record
 

@@ -36,14 +36,16 @@ from PIL import Image
 from torch import Tensor
 
 from dino_simpool import distributed
-from dino_simpool.config import AttentionConfig
+from dino_simpool.config import AttentionConfig, to_dict
 from dino_simpool.data import LONGEST, ImageSet, evenly, find_images, find_split
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.eval import run
 from dino_simpool.features.encode import Forward, decoding_of
 from dino_simpool.features.maps import attention_maps, entropy, mass_mask, part_boxes, seen_size
+from dino_simpool.files import Fields, read_json, write_json
 from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.weights import weights_sha256
 from dino_simpool.pictures import Tile, contact_sheet, fitted, heat, mask_overlay, overlay, save_png, to_bytes, unnormalize
 from dino_simpool.results import result_name, results_folder
 
@@ -91,7 +93,9 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
     mean, std = encoder.config.mean, encoder.config.std
     least = next(side for side in itertools.count(1) if seen_size(encoder, side))
     folder = results_folder(cfg.out, cfg.checkpoint) / result_name("attention", cfg)
-    folder.mkdir(parents=True, exist_ok=True)
+    if distributed.is_main():
+        _take(folder, {"config": to_dict(cfg), "weights": weights_sha256(encoder), "images": images.digest()})
+    distributed.barrier()
     on_sheet = chosen[evenly(len(chosen), cfg.sheet_images)]
     transform = partial(resized, fit=cfg.fit, image_size=size, mean=mean, std=std, least=least)
     forward = Forward(transform, cfg.batch_size if cfg.fit == "square" else 1, cfg.workers, cfg.precision)
@@ -102,7 +106,8 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
             shown = unnormalize(pixels, mean, std)
             for picture, own, original, index in zip(shown, maps, sizes.tolist(), indices.tolist(), strict=True):
                 name = images.name(index)
-                stem = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(name))[0])[:80]  # safe for any file system
+                stem = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(name))[0])  # safe for any file system
+                stem = stem.encode()[:160].decode(errors="ignore")  # names have at most 255 bytes
                 path = folder / f"{index:0{len(str(len(images) - 1))}d}_{stem}"
                 seen = seen_size(encoder, picture.shape[1]), seen_size(encoder, picture.shape[2])
                 heads = own.reshape(-1, *own.shape[-2:]).numpy()
@@ -118,6 +123,22 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
         rows = [list(itertools.chain(*rows[i : i + together])) for i in range(0, len(rows), together)]
         contact_sheet(rows, size=TILE, lines=range(columns, together * columns, columns)).save(Path(f"{folder}.png"))
     return _result(encoder, cfg, list(records), size)
+
+
+def _take(folder: Path, made_by: dict[str, Any]) -> None:
+    """Make the folder for pictures. ValueError if it holds those of another run, which would stay
+    among the new ones; a run with the same options, weights and images writes the same files."""
+    unimportant = ("device", "workers", "batch_size", "checkpoint")
+    made_by = made_by | {"config": {name: value for name, value in made_by["config"].items() if name not in unimportant}}
+    settings = folder / "made_by.json"
+    if folder.is_dir() and any(folder.iterdir()):
+        fields: Fields = {"config": dict, "weights": str, "images": str}
+        remedy = f"remove {folder}, or give another --out"
+        before = read_json(settings, fields, what="of a run of attention", remedy=remedy) if settings.is_file() else None
+        if before != made_by:
+            raise ValueError(f"{folder} holds pictures of another run (other options, weights or images): {remedy}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(settings, made_by)
 
 
 def _result(encoder: Encoder, cfg: AttentionConfig, records: list[dict[str, Any]], image_size: int) -> dict[str, Any]:

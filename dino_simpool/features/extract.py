@@ -57,6 +57,7 @@ from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.pooling.simpool import SimPool
 from dino_simpool.models.weights import weights_sha256
+from dino_simpool.names import shown_lines
 from dino_simpool.results import versions
 
 
@@ -111,7 +112,7 @@ def main(cfg: ExtractConfig) -> None:
             add_digests(folder, [name for name in beside if (folder / name).is_file()])
         shape = " x ".join(map(str, features.shape))
         how = "already complete, with these settings and files, in" if done else "written to"
-        print(f"extract: {cfg.level}, {shape}, {cfg.which} of {cfg.checkpoint}\n  {how} {folder / 'features.npy'}")
+        print(shown_lines(f"extract: {cfg.level}, {shape}, {cfg.which} of {cfg.checkpoint}\n  {how} {folder / 'features.npy'}"))
     distributed.barrier()
 
 

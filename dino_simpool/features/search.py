@@ -27,7 +27,7 @@ from dino_simpool.features.extract import make_transform, read_meta
 from dino_simpool.files import Fields, check_digest, file_sha256, require_fields, write_atomically
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
-from dino_simpool.names import is_image
+from dino_simpool.names import is_image, shown
 from dino_simpool.pictures import Tile, contact_sheet
 from dino_simpool.results import write_record
 
@@ -219,8 +219,8 @@ def describe(found: list[dict[str, Any]], out: Path) -> str:
     """The text that is printed: for each query, the rank, similarity and name of its neighbors."""
     lines = []
     for result in found:
-        lines.append(result["query"])
+        lines.append(shown(result["query"]))
         for neighbor in result["neighbors"]:
             itself = "  (the query itself)" if neighbor["query_itself"] else ""
-            lines.append(f"  {neighbor['rank']:>3}  {neighbor['similarity']:.4f}  {neighbor['name']}{itself}")
+            lines.append(f"  {neighbor['rank']:>3}  {neighbor['similarity']:.4f}  {shown(neighbor['name'])}{itself}")
     return "\n".join([*lines, f"written to {out / 'results.json'} and {out / 'contact_sheet.png'}"])

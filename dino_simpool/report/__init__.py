@@ -9,7 +9,6 @@ from the images. Where something is missing, the page says so and how to provide
 from __future__ import annotations
 
 import math
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from dino_simpool.checkpoint import REMEDY, RUN, load_encoder, read_state
 from dino_simpool.config import ReportConfig, TrainConfig, from_dict
 from dino_simpool.files import Fields, read_json, require_fields, write_atomically
 from dino_simpool.logs import TIMING_FIELDS, read_log
+from dino_simpool.names import shown_lines
 from dino_simpool.report import page
 from dino_simpool.report.chart import Point, line_chart, short
 from dino_simpool.report.panels import attention_cards, crop_cards
@@ -56,7 +56,7 @@ NO_CURVES = TIMING_FIELDS | {"step", "epoch"} | {name for _, _, names in CURVES 
 def main(cfg: ReportConfig) -> Path:
     """The command `dino-simpool report`: write the page and print its path."""
     path = build_report(Path(cfg.out), data=cfg.data, num_images=cfg.num_images, device=distributed.setup(cfg.device))
-    print(f"report: {path}")
+    print(shown_lines(f"report: {path}"))
     return path
 
 
@@ -89,7 +89,7 @@ def build_report(out: Path, *, data: str, num_images: int, device: torch.device)
         require_fields(state, fields, path=last, what="a training state", remedy=REMEDY)
     name = out.resolve().name
     body = [
-        f'<h1>{escape(name)}</h1><p class="soft">{escape(_lead(cfg, state))}</p>',
+        f'<h1>{page.escape(name)}</h1><p class="soft">{page.escape(_lead(cfg, state))}</p>',
         f'<div class="tiles">{_tiles(cfg, steps, metrics)}</div>',
         page.section("Results", _results(out, data, results), "Frozen features of held-out images."),
         page.section("Curves", _curves(steps, epochs, metrics), _curves_note(steps)),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+
+from dino_simpool.report.page import escape
 
 Point = tuple[float, float]
 Place = Callable[[float, float], Point]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
-from html import escape
+
+from dino_simpool.names import shown_lines
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f3; --card: #fff; --ink: #16181d; --soft: #5d6470; --rule: #e2e2dd;
@@ -47,6 +49,11 @@ figcaption { color: var(--soft); font-size: .78rem; line-height: 1.3; margin-top
 .scale { display: inline-block; width: 110px; height: 10px; border-radius: 5px; vertical-align: middle; margin: 0 4px; }
 details summary { cursor: pointer; color: var(--soft); } pre { overflow-x: auto; font-size: .82rem; margin: 10px 0 0; }
 """
+
+
+def escape(text: str) -> str:
+    """Text of any kind, such as the name of a file, as HTML that shows it."""
+    return html.escape(shown_lines(text))
 
 
 def document(title: str, body: str) -> str:

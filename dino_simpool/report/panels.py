@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from dino_simpool.features.encode import Forward, preprocessing
 from dino_simpool.features.maps import Box, attention_maps, cell_coverage, mass_mask, seen_box, seen_size, shares
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.pictures import enlarge, paint, to_bytes, unnormalize
+from dino_simpool.report.page import escape
 
 RAMP = [(255, 221, 87, 0), (252, 141, 50, 150), (214, 40, 57, 215), (140, 12, 74, 240)]
 """Color and opacity (RGBA) from no attention to the top of the scale."""

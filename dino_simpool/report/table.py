@@ -24,6 +24,7 @@ from typing import Any
 from dino_simpool.config import TableConfig
 from dino_simpool.files import NUMBER, Fields, read_json, require_fields, write_atomically
 from dino_simpool.logs import text_table
+from dino_simpool.names import shown_lines
 from dino_simpool.report import paper
 from dino_simpool.report.paper import Figure, Key
 from dino_simpool.results import overlap_note
@@ -70,7 +71,7 @@ def main(cfg: TableConfig) -> None:
     if cfg.out:
         write_atomically(Path(cfg.out), lambda file: file.write_text(text))
     else:
-        print(text, end="")
+        print(shown_lines(text), end="")
 
 
 def find_results(places: Iterable[str]) -> list[Path]:

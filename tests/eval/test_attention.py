@@ -17,6 +17,7 @@ from test_distributed import group, run_processes, values
 
 from dino_simpool import checkpoint, cli, config, distributed
 from dino_simpool.config import AttentionConfig, ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
+from dino_simpool.eval import attention as attention_module
 from dino_simpool.eval.attention import evaluate, find_any_images, main, resized
 from dino_simpool.features.maps import connected_parts, mass_mask
 from dino_simpool.models.encoder import Encoder, build_encoder
@@ -280,7 +281,7 @@ def test_each_head_has_its_files(tmp_path: Path, pool: str) -> None:
     result, folder = run_here(encoder, options(tmp_path / "data", tmp_path, heads="each", fit="native"))
     endings = [f"_head{head}{end}" for head in (0, 1) for end in (".npy", "_heat.png", "_mask.png", "_overlay.png")]
     names = sorted(f"{stem}{end}" for stem in ("0_a0", "1_a1") for end in (*endings, ".json"))
-    assert sorted(path.name for path in folder.iterdir()) == names
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "made_by.json"])
     assert [len(record["maps"]) for record in result["images"]] == [2, 2] and result["counts"] == {"images": 2, "maps": 4}
     with Image.open(tmp_path / "attention.png") as drawn:
         assert drawn.size == sheet_size(2, 5, groups=1)
@@ -313,7 +314,7 @@ def test_two_processes_share_the_images(tmp_path: Path) -> None:
     assert first == second and [each["name"] for each in first["images"]] == ["a0.png", "a1.png", "a2.png"]
     assert first["entropy"] == pytest.approx(alone["entropy"], rel=1e-5) and first["counts"] == alone["counts"]
     one, two = (sorted(path.name for path in (tmp_path / name / "attention").iterdir()) for name in ("one", "two"))
-    assert one == two and len(one) == 3 * 5
+    assert one == two and len(one) == 3 * 5 + 1
     with Image.open(tmp_path / "one/attention.png") as a, Image.open(tmp_path / "two/attention.png") as b:
         assert a.size == b.size == sheet_size(1, 6, groups=2)
 
@@ -476,3 +477,18 @@ def test_the_mask_holds_the_mass_of_the_options(tmp_path: Path) -> None:
     result, folder = run_here(encoder_of(), options(tmp_path / "data", tmp_path, fit="native", mass=0.95))
     attention = np.load(folder / "0_a0.npy")
     assert result["mask_area"] == 100 * mass_mask(attention, 0.95).mean() > 100 * mass_mask(attention).mean()
+
+
+def test_a_used_folder_is_not_mixed_with_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same run writes the same files again; other options, or files of unknown origin, are refused."""
+    folder = tmp_path / "attention"
+    made_by = {"config": {"mass": 0.6, "workers": 1}, "weights": "a", "images": "b"}
+    attention_module._take(folder, made_by)
+    (folder / "0_a.json").write_text("{}")
+    attention_module._take(folder, made_by | {"config": {"mass": 0.6, "workers": 2}})
+    for other in ({"config": {"mass": 0.5, "workers": 1}}, {"weights": "x"}, {"images": "x"}):
+        with pytest.raises(ValueError, match=r"holds pictures of another run .* remove .*, or give another --out"):
+            attention_module._take(folder, made_by | other)
+    (folder / "made_by.json").unlink()
+    with pytest.raises(ValueError, match="holds pictures of another run"):
+        attention_module._take(folder, made_by)
