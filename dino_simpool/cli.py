@@ -17,6 +17,7 @@ from typing import Any
 
 from dino_simpool import __version__, config
 from dino_simpool.names import shown
+from dino_simpool.paths import check_paths
 from dino_simpool.signals import Stopped, stop_at_once
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
@@ -138,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(name, str(error), 2)
     try:
         with stop_at_once():
+            check_paths(cfg)
             call(name, cfg)
     except KeyboardInterrupt as stop:  # Stopped, or a second Ctrl-C
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT

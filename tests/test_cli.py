@@ -413,9 +413,9 @@ def test_a_message_of_several_lines_is_said_in_one(capsys: pytest.CaptureFixture
     def fail(cfg: object) -> None:
         raise OSError("one\n  and  two")
 
-    monkeypatch.setattr("dino_simpool.eval.knn.main", fail)
-    assert cli.main(["knn"]) == 1
-    assert capsys.readouterr().err == "dino-simpool knn: error: one and two\n"
+    monkeypatch.setattr("dino_simpool.bench.knn.main", fail)
+    assert cli.main(["bench", "knn"]) == 1
+    assert capsys.readouterr().err == "dino-simpool bench knn: error: one and two\n"
 
 
 def test_a_dead_loader_process_is_told_in_one_line(
@@ -441,9 +441,9 @@ def test_a_mistake_of_ours_is_not_made_a_line_of_theirs(monkeypatch: pytest.Monk
     def fail(cfg: object) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr("dino_simpool.eval.knn.main", fail)
+    monkeypatch.setattr("dino_simpool.bench.knn.main", fail)
     with pytest.raises(TypeError, match="a bug"):
-        cli.main(["knn"])
+        cli.main(["bench", "knn"])
 
 
 # -- the ways in

@@ -28,7 +28,7 @@ SOURCES = {
 
 LEVELS = (
     {"config", "distributed", "signals", "pictures", "files", "names", "failures"},
-    {"logs"},
+    {"logs", "paths"},
     {"data", "models", "synthetic", "lock"},
     {"checkpoint", "dino", "layouts", "results"},
     {"features"},

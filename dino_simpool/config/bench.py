@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dino_simpool.config.data import CropsConfig
-from dino_simpool.config.parts import MAX_BATCH, MAX_SEED, MAX_SIZE, Checkpoint, Device, Workers, option
+from dino_simpool.config.parts import MAX_BATCH, MAX_SEED, MAX_SIZE, Checkpoint, Device, Workers, option, path
 from dino_simpool.config.train import ModelConfig
 
 
@@ -13,7 +13,7 @@ from dino_simpool.config.train import ModelConfig
 class BenchKnnConfig(Device):
     """Time and memory of k-NN and Recall@k beside the published code and bare matrix products."""
 
-    out: str = "bench"
+    out: str = path("bench", "out")
     """Folder; knn.json is written there."""
     width: int = option(384, least=1, most=65536)
     """Dimensions of the features (384: ViT-S)."""
@@ -52,9 +52,13 @@ class BenchKnnConfig(Device):
 class BenchDataConfig(Workers, Device):
     """Time from image files to views: the published recipe, both paths here, and decoding alone."""
 
-    data: str | tuple[str, ...] = ""
+    data: str | tuple[str, ...] = path(
+        "",
+        "images",
+        needed="no images are given: set data.root to a folder of images, an archive, or a text file with one path per line",
+    )
     """Your images: anything that data.root of a training run takes."""
-    out: str = "bench"
+    out: str = path("bench", "out")
     """Folder; data.json is written there."""
     images: int = option(192, least=1, most=10**8)
     """Images to measure with, evenly spread over the data."""
@@ -84,5 +88,5 @@ class ResourcesConfig(Checkpoint):
     """Classes of the linear classifier that is counted (Table 8: 1000). 0: the encoder alone."""
     image_size: int | None = option(None, least=1, most=MAX_SIZE)
     """Side of the image in pixels. null: that of the model."""
-    out: str = ""
+    out: str = path("", "out")
     """Folder for resources.json. Empty: results/ beside the checkpoint, or no file without one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import MAX_SIZE, MAX_WORKERS, DecodingSettings, Excluding, Options, option
+from dino_simpool.config.parts import MAX_SIZE, MAX_WORKERS, DecodingSettings, Excluding, Options, option, path
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,11 @@ class CropsConfig(Options):
 class DataSource(Excluding):
     """Where the images come from, and which of them."""
 
-    root: str | tuple[str, ...] = ""
+    root: str | tuple[str, ...] = path(
+        "",
+        "images",
+        needed="no images are given: set data.root to a folder of images, an archive, or a text file with one path per line",
+    )
     """A folder (classes, nested, flat, or with .tar or .zip archives in it), such an archive, a
     text file of paths, or a list of these: --data.root '[DIR, SHARD.tar, LIST.txt]'. Archives are
     read as if unpacked; compressed tars are refused."""

@@ -20,6 +20,7 @@ from dino_simpool.config.parts import (
     Weights,
     Workers,
     option,
+    path,
 )
 
 
@@ -27,9 +28,9 @@ from dino_simpool.config.parts import (
 class EvalConfig(Compute, Weights):
     """What every evaluator takes, and what `eval.run` asks an evaluator's options for."""
 
-    data: str = ""
+    data: str = path("", "folder", needed="no data is given: give --data DIR, a folder with the class folders train/ and val/")
     """Folder with the class folders train/ and val/, or with archives of them (.tar, .zip)."""
-    out: str = ""
+    out: str = path("", "out")
     """Folder where <evaluator>.json is written. Empty: results/ beside the checkpoint."""
     seed: int = option(0, least=0, most=MAX_SEED)
     """Seed of the probe's initialization, shuffling and augmentation. Untrained weights come from
@@ -72,6 +73,10 @@ class KnnConfig(ClassificationConfig):
         """Raw pixels need none."""
         return self.features == "encoder"
 
+    def needs(self, option: str) -> bool:
+        """A checkpoint is needed for an encoder."""
+        return option != "checkpoint" or self.needs_encoder
+
 
 @dataclass(frozen=True)
 class LinearConfig(ClassificationConfig):
@@ -101,7 +106,7 @@ class LinearConfig(ClassificationConfig):
 class RetrievalConfig(Decoding, Workers, EvalConfig):
     """Landmark retrieval, image by image: ROxford, RParis, three protocols, mAP and mP@1, 5, 10."""
 
-    data: str = ""
+    data: str = path("", "folder", needed="no data is given: give --data DIR, the folder that holds roxford5k/ or rparis6k/")
     """Folder that holds roxford5k/ or rparis6k/, with jpg/ and gnd_<name>.pkl (or .json) in it."""
     dataset: Literal["roxford5k", "rparis6k"] = "roxford5k"
     """The data set."""
@@ -116,12 +121,12 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
     """Mean of the features at the scales 1, 0.71 and 0.5. null: the preset's."""
     query_crop: bool | None = None
     """Crop queries to the box of their landmark. null: the preset's."""
-    whitening_data: str = ""
+    whitening_data: str = path("", "images")
     """Folder, or text file of paths, of other images to learn a whitening of the features from; for
     ROxford usually rparis6k/jpg. Empty: no whitening, as in the paper."""
     whitening_dim: int | None = option(None, least=1, most=65536)
     """Dimensions that the whitening keeps. null: 256, or the features' width if that is less."""
-    distractors: str = ""
+    distractors: str = path("", "existing")
     """More images for the database, all of them negatives: a folder, an archive or a text file of
     paths; or their features (images, width), from this encoder and preset, as a .npy file."""
 
@@ -140,7 +145,11 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
 class RecallConfig(Decoding, Loading, Square, EvalConfig):
     """Fine-grained retrieval, Recall@k: each test image of a metric-learning set is a query."""
 
-    data: str = ""
+    data: str = path(
+        "",
+        "folder",
+        needed="no data is given: give --data DIR, the folder that holds the data set (layout folder: CLASS/IMAGE)",
+    )
     """Folder that holds the data set's own folder (CUB_200_2011, cars196, Stanford_Online_Products,
     Inshop_Clothes), or with layout folder the class folders."""
     layout: Literal["cub200", "cars196", "sop", "inshop", "folder"] = "folder"
@@ -180,9 +189,9 @@ class MasksConfig(PixelValues, Loading, Square, ValFolder, EvalConfig):
 class AttentionConfig(Decoding, Excluding, Loading, EvalConfig):
     """Where the encoder looks, on any images: maps, pictures, masks and boxes."""
 
-    data: str = ""
+    data: str = path("", "images", needed="no data is given: give --data IMAGE, or a folder of images")
     """One image, a folder with any nesting, or a text file with one path per line."""
-    val: str = ""
+    val: str = path("", "val")
     """Folder inside data to take the images from. Empty: data itself."""
     subset_per_class: int | None = option(None, least=1, most=10**9)
     """Take only the first N images of each class in sorted order. null: all."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import Compute, Decoding, Device, Excluding, Loading, Square, Weights, Workers, option
+from dino_simpool.config.parts import Compute, Decoding, Device, Excluding, Loading, Square, Weights, Workers, option, path
+
+_GIVE = "no {} is given: give --checkpoint RUN/last.pth --data IMAGES --out OUT"
+_GIVE_INDEX = "no {} is given: give --index DIR --query IMAGE --out OUT, DIR as `extract --index` wrote it"
 
 
 @dataclass(frozen=True)
 class ExtractConfig(Decoding, Excluding, Loading, Square, Compute, Weights):
     """The features of any images, in a memory-mapped file. Run the same command again to resume."""
 
-    data: str | tuple[str, ...] = ""
+    checkpoint: str = path("", "checkpoint", needed=_GIVE.format("checkpoint"))
+    """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors."""
+    data: str | tuple[str, ...] = path("", "images", needed=_GIVE.format("data"))
     """A folder (any nesting), text file of paths, or list of these: --data '[DIR, LIST.txt]'."""
-    out: str = ""
+    out: str = path("", "out", needed=_GIVE.format("out"))
     """Folder to write: features.npy, ids.txt (the image of each row), meta.json (every setting)."""
     level: Literal["global", "tokens", "keys", "attention"] = "global"
     """global: one feature per image (M, D). tokens: what is pooled (M, N, D). keys: SimPool's keys
@@ -42,11 +47,11 @@ class SearchConfig(Workers, Device):
     Queries are decoded, prepared and encoded with the settings of the index.
     """
 
-    index: str = ""
+    index: str = path("", "folder", needed=_GIVE_INDEX.format("index"))
     """Folder that `extract --index` wrote."""
-    query: str | tuple[str, ...] = ""
+    query: str | tuple[str, ...] = path("", "images", needed=_GIVE_INDEX.format("query"))
     """An image, a folder of images, a text file of paths, or a list: --query '[A.jpg, B.jpg]'."""
-    out: str = ""
+    out: str = path("", "out", needed=_GIVE_INDEX.format("out"))
     """Folder to write: results.json and contact_sheet.png."""
     k: int = option(10, least=1, most=10**6)
     """Neighbors to find for each query."""
@@ -56,7 +61,7 @@ class SearchConfig(Workers, Device):
     """Queries on the contact sheet, from the first on; results.json has all of them."""
     sheet_columns: int = option(10, least=1, most=1000)
     """Neighbors of each query on the contact sheet; results.json has all of them."""
-    checkpoint: str = ""
+    checkpoint: str = path("", "checkpoint")
     """The checkpoint of the index, if it was moved since. Its content must be the same."""
-    data: str | tuple[str, ...] = ""
+    data: str | tuple[str, ...] = path("", "images")
     """The images of the index, if they were moved since. Their names must be the same."""

@@ -48,6 +48,17 @@ def option(default: Any, *, most: float, least: float = -math.inf, above: float 
     return dataclasses.field(default=default, metadata={"limits": Limits(least, above, most, default is None)})
 
 
+PathKind = Literal["images", "train", "val", "checkpoint", "folder", "existing", "run", "out"]
+"""What an option names: a source of images; a part of `data`; weights; a folder; something that
+exists; the folder of a run; a folder to write to, which is made."""
+
+
+def path(default: Any, kind: PathKind, *, needed: str = "") -> Any:
+    """A default path, and what it must be when a command begins (paths.py). Empty is allowed, if
+    there is no message for it in `needed`."""
+    return dataclasses.field(default=default, metadata={"path": (kind, needed)})
+
+
 def check_device(name: str, device: str) -> None:
     """ValueError if this is not the name of a device. Whether it exists is known only later."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
@@ -65,19 +76,23 @@ class Options:
         """ValueError in one line if a value is beyond the limits that `option` gave it."""
         for field in dataclasses.fields(self):
             name, value = self.group + field.name, getattr(self, field.name)
-            if not field.metadata or value is None:
+            if "limits" not in field.metadata or value is None:
                 continue
             if value == () and field.default:
                 raise ValueError(f"{name} is empty: give one number or more")
             if not field.metadata["limits"].hold(value):
                 raise ValueError(f"{name} is {value}: allowed is {field.metadata['limits']}")
 
+    def needs(self, option: str) -> bool:
+        """Whether the path of this option is used as `path` declares it."""
+        return True
+
 
 @dataclass(frozen=True)
 class Checkpoint(Options):
     """A file of weights."""
 
-    checkpoint: str = ""
+    checkpoint: str = path("", "checkpoint")
     """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors."""
 
 
@@ -85,6 +100,10 @@ class Checkpoint(Options):
 class Weights(Checkpoint):
     """A frozen encoder: the file, which weights of it, and how it pools."""
 
+    checkpoint: str = path(
+        "", "checkpoint", needed="no checkpoint is given: give --checkpoint RUN/last.pth (or backbone.safetensors)"
+    )
+    """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors."""
     which: Literal["teacher", "student", "untrained"] = "teacher"
     """Weights to use. untrained: the same encoder at its initialization, for comparison."""
     min_over: Literal["image", "batch"] = "image"
@@ -153,7 +172,7 @@ class Excluding(Options):
 class ValFolder(Excluding):
     """Images to measure on."""
 
-    val: str = "val"
+    val: str = path("val", "val")
     """Class folder (DIR/CLASS/IMAGE) to measure on, or an archive of one, inside data."""
 
 
@@ -161,7 +180,7 @@ class ValFolder(Excluding):
 class ClassFolders(ValFolder):
     """Labeled images to learn from and to measure on."""
 
-    train: str = "train"
+    train: str = path("train", "train")
     """Class folder (DIR/CLASS/IMAGE) to learn from, or an archive of one, inside data."""
     subset_per_class: int | None = option(None, least=1, most=10**9)
     """Learn from the first N images of each class in sorted order. null: from all."""

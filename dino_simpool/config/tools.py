@@ -7,20 +7,24 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import MAX_SEED, DecodingSettings, Device, Excluding, Options, Workers, option
+from dino_simpool.config.parts import MAX_SEED, DecodingSettings, Device, Excluding, Options, Workers, option, path
 
 
 @dataclass(frozen=True)
 class CheckDataConfig(DecodingSettings, Excluding, Workers):
     """List the broken images of a data set, or check that a public data set is complete."""
 
-    data: str | tuple[str, ...] = ""
+    data: str | tuple[str, ...] = path("", "images")
     """A folder, a text file of paths, or a list of these: anything data.root of train takes."""
     layout: Literal["cub200", "cars196", "sop", "inshop", "roxford5k", "rparis6k", "imagenet", "folder"] | None = None
     """A public data set, or folder: CLASS/IMAGE. Files, folders and counts are checked then, and no
     image is decoded. null: decode every image."""
     out: str = ""
     """File for the broken images, one per line: name, tab, reason. Empty: only print them."""
+
+    def needs(self, option: str) -> bool:
+        """A layout says itself what is missing."""
+        return self.layout is None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,7 +36,7 @@ class CheckDataConfig(DecodingSettings, Excluding, Workers):
 class SyntheticConfig(Options):
     """The embedded data set: images made from a seed, with class, box and mask."""
 
-    out: str = ""
+    out: str = path("", "out")
     """Folder to write train/, val/ and masks/ into."""
     seed: int = option(0, least=0, most=MAX_SEED)
     """Seed that determines every image."""
@@ -45,10 +49,12 @@ class SyntheticConfig(Options):
 
 
 @dataclass(frozen=True)
-class TableConfig:
+class TableConfig(Options):
     """Results beside the numbers of the paper, table by table."""
 
-    results: tuple[str, ...] = ()
+    results: tuple[str, ...] = path(
+        (), "existing", needed="no results are given: give files or folders of results, as in dino-simpool table RUN1 RUN2"
+    )
     """Result files, or folders with them (training runs): the arguments before any option."""
     format: Literal["text", "markdown", "csv"] = "text"
     """text: aligned columns. csv: all tables in one, in full precision."""
@@ -60,9 +66,9 @@ class TableConfig:
 class ReportConfig(Device):
     """One self-contained HTML page about a run."""
 
-    out: str = ""
+    out: str = path("", "run", needed="no run is given: give the folder of a training run, as in dino-simpool report OUT")
     """Folder of the training run; report.html is written there."""
-    data: str = ""
+    data: str = path("", "existing")
     """Folder with held-out images in val/ or val.tar (and masks, if any, in masks/val/) to show."""
     num_images: int = option(12, least=1, most=1000)
     """Held-out images to show."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dino_simpool.config.data import CropsConfig, DataConfig
-from dino_simpool.config.parts import MAX_SEED, MAX_SIZE, Options, check_device, option
+from dino_simpool.config.parts import MAX_SEED, MAX_SIZE, Options, check_device, option, path
 
 Duration = int | float | str
 """Epochs (`10`, `0.5`, `10ep`), steps (`5000it`), images (`1e6img`), or share of the run (`5%`)."""
@@ -214,7 +214,7 @@ class RunConfig(Options):
     """Length, size, precision, and what is written where and how often."""
 
     group = "run."
-    out: str = ""
+    out: str = path("", "out", needed="run.out is empty: give the folder of this run")
     """Folder of this run. Run the same command again to resume."""
     epochs: Duration = 100
     """Length of the training (duration, not a share)."""
@@ -242,9 +242,9 @@ class RunConfig(Options):
     """Epochs between checkpoints that are kept (epoch_0020.pth). 0: none."""
     knn_every: int = option(5, least=0, most=10**6)
     """Epochs between k-NN evaluations of the teacher, if knn_train and knn_val are given."""
-    knn_train: str | None = None
+    knn_train: str | None = path(None, "train")
     """Class folder, or an archive of one, that serves as the k-NN bank."""
-    knn_val: str | None = None
+    knn_val: str | None = path(None, "val")
     """Class folder, or an archive of one, whose images are classified."""
     knn_subset_per_class: int | None = option(None, least=1, most=10**9)
     """The bank is the first N images of each class in sorted order. null: all. The release takes

@@ -8,7 +8,7 @@ to the device. What a loader yields depends only on the seed and the position, s
 stopped anywhere and resumed exactly, with any number of workers.
 """
 
-from dino_simpool.data.labeled import class_numbers, find_split, labeled_sets, same_source
+from dino_simpool.data.labeled import class_numbers, labeled_sets, same_source
 from dino_simpool.data.loaders import (
     LONGEST,
     AugmentedImages,
@@ -23,5 +23,6 @@ from dino_simpool.data.loaders import (
     start_worker,
     train_loader,
 )
-from dino_simpool.data.sources import ImageSet, class_folder, composed, evenly, find_images, folder_or_archive, same_names
+from dino_simpool.data.sources import ImageSet, class_folder, composed, evenly, find_images, same_names
 from dino_simpool.names import IMAGE_SUFFIXES
+from dino_simpool.paths import find_split, folder_or_archive

@@ -9,7 +9,6 @@ differ in how they store an accent.
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from itertools import product
 from pathlib import Path
@@ -18,15 +17,13 @@ import numpy as np
 
 from dino_simpool.config import Exclude
 from dino_simpool.data.scan import NOTHING_EXCLUDED
-from dino_simpool.data.sources import ImageSet, class_folder, composed, folder_or_archive
+from dino_simpool.data.sources import ImageSet, class_folder, composed
 from dino_simpool.logs import say
-from dino_simpool.names import ARCHIVE_SUFFIXES, is_archive, is_image, is_no_data
+from dino_simpool.names import ARCHIVE_SUFFIXES, is_image
+from dino_simpool.paths import find_split, option_value
 
-NAMES = {"train": ("train", "training", "trn"), "val": ("val", "valid", "validation", "dev", "test", "testing", "eval")}
-"""Words by which the folders of a data set are recognized, for advice only."""
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 _LISTS, _CHARACTERS = 20, 16_384  # that are looked at, of each
-_SHOWN = 6  # entries of a folder that are named
 
 
 def labeled_sets(
@@ -49,34 +46,6 @@ def labeled_sets(
     if same_source(learn.root, measure.root):
         say(f"warning: {options[0]} and {options[1]} are the same images, {learn.root}: each will find itself")
     return learn, measure
-
-
-def find_split(name: str, *, inside: str = "", option: str = "--val", role: str = "val") -> str:
-    """The path of a part of a data set, inside/name, or the archive of it.
-
-    FileNotFoundError if it is missing, with what is there instead. role: train or val.
-    """
-    root = folder_or_archive(os.path.join(inside, name))
-    if os.path.exists(root):
-        return root
-    folder = Path(os.path.dirname(root) or ".")
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{root} does not exist, {folder} is no folder: give the one that holds {os.path.basename(root)}"
-        )
-    visible = (path for path in sorted(folder.iterdir()) if not is_no_data(path.name))
-    entries = [path for path in visible if path.is_dir() or is_archive(path.name)]
-    if usable := [path for path in entries if set(_words(path)) & set(NAMES[role]) and _may_have_classes(path)]:
-        advice = " or ".join(f"{option} {_value(path, inside)}" for path in usable)
-        raise FileNotFoundError(
-            f"{root} does not exist, but there is {' and '.join(path.name for path in usable)}: give {advice}"
-        )
-    above = os.path.dirname(os.path.abspath(folder))
-    if inside and os.path.exists(folder_or_archive(os.path.join(above, name))):
-        raise FileNotFoundError(f"{root} does not exist, but {above} has {name}: give --data {shlex.quote(above)}")
-    held = ", ".join(path.name for path in entries[:_SHOWN]) + (", ..." if len(entries) > _SHOWN else "")
-    there = f"only {held}" if held else "nor any other folder"
-    raise FileNotFoundError(f"{root} does not exist, {there}: give {option} NAME, a folder of the form NAME/CLASS/IMAGE")
 
 
 def class_numbers(images: ImageSet, train: ImageSet) -> np.ndarray:
@@ -164,20 +133,4 @@ def _conversion(path: Path, root: Path, known: ImageSet | None, option: str, ins
     loop = f'mkdir -p {into}/"$label" && ln -s {source}/"$image" {into}/"$label"/'
     lines_of_images = f'tr -d "\\r" < {listed} | sed "/^[[:space:]]*$/d" | tail -n +{1 + header}'
     command = f'{lines_of_images} | while {mark}read -r {fields} || [ -n "$image" ]; do {loop}; done'
-    return f"{path} says the class of each. Run `{command}`, then give {option} {_value(target, inside)}"
-
-
-def _may_have_classes(path: Path) -> bool:
-    """Whether a folder has folders in it, as class folders must; an archive may."""
-    return not path.is_dir() or any(entry.is_dir() for entry in os.scandir(path))
-
-
-def _words(path: Path) -> list[str]:
-    stem = path.stem if is_archive(path.name) else path.name
-    return re.split(r"[^a-z]+", stem.lower())
-
-
-def _value(path: Path, inside: str) -> str:
-    """A path as an option's value; options of a command with --data are relative to that."""
-    path = path.with_suffix("") if is_archive(path.name) else path
-    return shlex.quote(os.path.relpath(path, inside) if inside else str(path))
+    return f"{path} says the class of each. Run `{command}`, then give {option} {option_value(target, inside)}"

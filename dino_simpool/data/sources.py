@@ -23,9 +23,8 @@ from dino_simpool.data.decode import BrokenImage, EncodedImage
 from dino_simpool.data.index import Index, join
 from dino_simpool.data.scan import NOTHING_EXCLUDED, below, is_list, stamps
 from dino_simpool.logs import say
-from dino_simpool.names import PACKED_SUFFIXES, is_compressed, say_left_out
-
-_ENDINGS = ".jpg .png .webp .tif or another ending of images"
+from dino_simpool.names import is_compressed, say_left_out
+from dino_simpool.paths import ENDINGS, IMAGES, folder_or_archive
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +168,7 @@ def class_folder(root: str, exclude: Exclude = NOTHING_EXCLUDED, *, subset_per_c
     empty = [name for name, count in index.images_per_group().items() if name and not count]
     if empty or not len(index):
         problem = f"class folder {empty[0]} has no images" if empty else "no class folders"
-        raise ValueError(f"{problem} in {root}: give a folder of the form DIR/CLASS/IMAGE, with files ending in {_ENDINGS}")
+        raise ValueError(f"{problem} in {root}: give a folder of the form DIR/CLASS/IMAGE, with files ending in {ENDINGS}")
     index = _classes_only(root, index, subset_per_class)
     if twins := same_names(index.groups):
         raise ValueError(f"{twins} in {root}: put their images into one folder")
@@ -197,12 +196,6 @@ def evenly(total: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
 
 
-def folder_or_archive(root: str) -> str:
-    """`root`, or root.tar or root.zip if only such an archive exists."""
-    archives = (root + suffix for suffix in PACKED_SUFFIXES)
-    return root if os.path.exists(root) else next(filter(os.path.isfile, archives), root)
-
-
 def _source(root: str, exclude: Exclude, subset_per_class: int | None) -> tuple[str, Index]:
     """The base folder of one source, and the index of its images."""
     if subset_per_class is not None and is_list(root):
@@ -210,10 +203,7 @@ def _source(root: str, exclude: Exclude, subset_per_class: int | None) -> tuple[
     base, index = _load(root, exclude)
     if not len(index):
         left_out = f" (left out: {say_left_out(Counter(index.left_out))})" if index.left_out else ""
-        raise ValueError(
-            f"no images in {root}{left_out}: give a folder with files at any depth ending in {_ENDINGS}, "
-            "or a text file with one path per line"
-        )
+        raise ValueError(f"no images in {root}{left_out}: give {IMAGES}")
     return base, index if subset_per_class is None else _classes_only(root, index, subset_per_class)
 
 

@@ -325,7 +325,7 @@ def test_command_with_other_options_and_as_a_script(checkpoint: str, tmp_path: P
 def test_mistakes_are_one_line(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     common = ["recall", "--checkpoint", checkpoint, "--device", "cpu", "--out", str(tmp_path / "out")]
     for options, message in [
-        (["--layout", "cub200"], "no data is given: give --data DIR, the folder that holds cub200"),
+        (["--layout", "cub200"], "no data is given: give --data DIR, the folder that holds the data set"),
         (["--layout", "cub200", "--data", str(tmp_path)], "images.txt is missing"),
         (["--layout", "cub200", "--data", str(tmp_path), "--k", "[0]"], "k is (0,): allowed is 1 to"),
     ]:

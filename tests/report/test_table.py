@@ -327,7 +327,7 @@ def test_command_in_each_format(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert lines[0] == ["table", *COLUMNS] and lines[1][:7] == ["3", "ViT-S", "SimPool", "100", "ImageNet-1k", "k-NN", "69.5"]
     assert lines[2][0] == "Other results" and lines[2][5:7] == ["ratio", "1.5"]
     assert cli.main(["table"]) == 1 and "no results are given" in capsys.readouterr().err
-    assert cli.main(["table", str(tmp_path / "missing")]) == 1 and "there are no results" in capsys.readouterr().err
+    assert cli.main(["table", str(tmp_path / "missing")]) == 1 and "missing does not exist" in capsys.readouterr().err
 
 
 def test_results_of_real_evaluators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
