@@ -9,6 +9,7 @@ from the images. Where something is missing, the page says so and how to provide
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dino_simpool.config import ReportConfig, TrainConfig, from_dict
 from dino_simpool.files import Fields, read_json, require_fields, write_atomically
 from dino_simpool.logs import TIMING_FIELDS, read_log
 from dino_simpool.names import shown_lines
+from dino_simpool.paths import folder_or_archive
 from dino_simpool.report import page
 from dino_simpool.report.chart import Point, line_chart, short
 from dino_simpool.report.panels import attention_cards, crop_cards
@@ -138,25 +140,35 @@ def _results(out: Path, data: str, results: dict[str, Record]) -> str:
     metrics = {name: record.get("metrics", {}) for name, record in results.items()}
     notes = ((name, overlap_note(record.get("overlap") or {})) for name, record in results.items())
     rows, absent = [], [f"{name}: {note}" for name, note in notes if note]
-    command = f"--checkpoint {out}/last.pth --data {data or 'DIR'}"
     for evaluator, name in EVALUATORS.items():
         if evaluator not in metrics:
             if evaluator != "linear_grid":  # the second protocol of the linear probe
-                absent.append(f"No {name} was run: dino-simpool {evaluator} {command}")
+                absent.append(f"No {name} was run: {_command(out, data, evaluator)}")
             continue
         columns = [metrics.get(evaluator + ending, {}) for ending in COLUMNS]
         first_k = next(iter(columns[0])).rpartition("_")[2]  # k-NN: of the k that is reported, k10
         keys = [key for key in columns[0] if key in METRICS or (evaluator == "knn" and key.endswith(f"_{first_k}"))]
         rows += [[_metric_name(evaluator, key), *(_metric(key, column.get(key)) for column in columns)] for key in keys]
         if evaluator in ("knn", "masks") and f"{evaluator}_untrained" not in metrics:
-            absent.append(f"No {name} of the untrained encoder was run: dino-simpool {evaluator} --which untrained {command}")
+            command = _command(out, data, evaluator, "--which", "untrained")
+            absent.append(f"No {name} of the untrained encoder was run: {command}")
     if "knn" in metrics and "knn_pixels" not in metrics:
-        absent.append(f"No k-NN of raw pixels was run: dino-simpool knn --features pixels {command}")
+        absent.append(f"No k-NN of raw pixels was run: {_command(out, data, 'knn', '--features', 'pixels')}")
     everything = [f"{stem:<24} {key:<20} {value:10.4f}" for stem, own in metrics.items() for key, value in own.items()]
     parts = [page.table(["", *COLUMNS.values()], rows, main=1)] if rows else []
     parts += [page.missing(text) for text in absent]
     parts += [page.folded("All metrics in results/*.json", page.lines("\n".join(everything)))] if everything else []
     return "".join(parts)
+
+
+def _command(out: Path, data: str, evaluator: str, *options: str) -> str:
+    """The command that adds a result, or what the data lacks for it."""
+    parts = ("val", "masks/val") if evaluator == "masks" else ("train", "val")
+    if lacking := [part for part in parts if data and not Path(folder_or_archive(str(Path(data, part)))).exists()]:
+        return f"it needs {' and '.join(lacking)} in {data}"
+    files = [out / name for name in ("last.pth", "backbone.safetensors")]
+    weights = next(filter(Path.is_file, files), files[0])
+    return shlex.join(["dino-simpool", evaluator, *options, "--checkpoint", str(weights), "--data", data or "DIR"])
 
 
 def _curves_note(steps: list[Record]) -> str:
@@ -204,7 +216,7 @@ def _attention(out: Path, data: str, num_images: int, device: torch.device) -> s
     if not (out / "last.pth").is_file():
         return page.missing(f"There is no {out}/last.pth.")
     if not data:
-        return page.missing(f"No images were given: dino-simpool report --out {out} --data DIR (with val/ in it)")
+        return page.missing(f"No images were given: dino-simpool report {shlex.quote(str(out))} --data DIR (with val/ in it)")
     before, after = (load_encoder(out / "last.pth", which=which).to(device) for which in ("untrained", "teacher"))
     try:  # with one black image, since not every pooling has attention
         before.attention(torch.zeros(1, 3, before.config.image_size, before.config.image_size, device=device))
