@@ -66,14 +66,39 @@ def _slurm_environment() -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + (job + 7919 * int(step)) % 12000))
 
 
+def _attempt(store: dist.Store, rank: int, size: int) -> str:
+    """A name of this start of the processes, the same in all of them and new after each restart.
+
+    torchrun (--max-restarts) keeps its store, and with it the addresses of the processes of before,
+    which Gloo would try to reach. Its count of restarts differs between nodes. So the first process
+    makes up a name, each other one answers with a mark of its own, and believes the name if its
+    mark was received.
+    """
+    mine = os.urandom(8).hex()
+    if rank == 0:
+        store.set("dino_simpool/attempt", mine)
+        store.set(f"{mine}/all", " ".join(store.get(f"{mine}/{other}").decode() for other in range(1, size)))
+        return mine
+    end = time.monotonic() + timeout().total_seconds()
+    while time.monotonic() < end:
+        name = store.get("dino_simpool/attempt").decode()  # perhaps still that of the start before
+        store.set(f"{name}/{rank}", mine)
+        if store.check([f"{name}/all"]) and mine in store.get(f"{name}/all").decode():
+            return name
+        time.sleep(0.05)
+    raise TimeoutError("gave up waiting for the first process, which torchrun has started beside this one")
+
+
 def _join(backend: str, device_id: torch.device | None) -> None:
     """Meet the other processes. TimeoutError, after a line that says how many are missing."""
-    # torchrun has a store, starts all processes and knows if one is missing.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        dist.init_process_group(backend, timeout=timeout(), device_id=device_id)
-        return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    # torchrun has a store, starts all processes and knows if one is missing.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(address, port, size, False, timeout())
+        fresh = dist.PrefixStore(_attempt(store, rank, size), store)
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=timeout(), device_id=device_id)
+        return
     store = dist.TCPStore(address, port, size, rank == 0, timeout(), wait_for_workers=False)
     started, said = time.monotonic(), False
     there = store.add("dino_simpool", 1)

@@ -12,14 +12,17 @@ import os
 import pickle
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from golden.load import assert_close
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -100,6 +103,20 @@ def slurm_group(size: int = 2) -> list[dict[str, str]]:
     common = {"SLURM_NTASKS": str(size), "SLURM_TASKS_PER_NODE": str(size), "SLURM_STEP_NODELIST": "localhost"}
     common |= {"SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0", "MASTER_PORT": free_port()}
     return [common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(size)]
+
+
+def test_processes_that_are_started_again_meet_under_a_new_name() -> None:
+    """In a store with all that earlier starts left there; the first process comes first, and then last."""
+    store, names = dist.HashStore(), set()
+    with ThreadPoolExecutor(4) as threads:
+        for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2)):
+            started = []
+            for rank in order:
+                started.append(threads.submit(distributed._attempt, store, rank, 4))
+                time.sleep(0.1)
+            (name,) = {each.result(10) for each in started}
+            names.add(name)
+    assert len(names) == 3 and distributed._attempt(store, 0, 1) not in names
 
 
 def free_port() -> str:
