@@ -12,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dino_simpool
-from dino_simpool import cli, config
+from dino_simpool import cli
+from dino_simpool.submit import jobs_of
 
 PACKAGE = Path(dino_simpool.__file__).parent
 ROOT = PACKAGE.parent
@@ -284,7 +286,7 @@ def test_readme_ci_and_makefile_name_the_same_commands() -> None:
 
 def our_commands() -> Iterator[tuple[str, list[str]]]:
     """(where, arguments of dino-simpool) of every command shown to a user or run by make."""
-    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/cluster.md")]
     lines = [(page.name, line) for page in pages for line in shown_commands(page)]
     lines += [("make quickstart", line) for line in recipe_lines("quickstart")]
     lines += [("--help", line) for line in cli.EXAMPLES.splitlines()]
@@ -301,10 +303,13 @@ def test_every_command_that_is_shown_is_understood() -> None:
         if options and f"{name} {options[0]}" in cli.COMMANDS:
             name, options = f"{name} {options[0]}", options[1:]
         seen.add((where, name))
-        config.parse(cli.COMMANDS[name][0], cli.with_named_arguments(name, options))  # ConfigError if anything in it is wrong
+        cfg: Any = cli.read(name, options)  # ConfigError if anything in it is wrong
+        if name == "submit":
+            jobs_of(cfg)
     for where, names in {
         "make quickstart": {"synthetic", "train", "knn", "masks", "report"},
         "README.md": {"train", "knn", "linear"},
+        "cluster.md": {"submit", "report", "check-data"},
     }.items():
         assert names <= {name for place, name in seen if place == where}
 
@@ -316,7 +321,7 @@ def test_quickstart_trains_and_evaluates_what_it_makes() -> None:
 
 
 def test_files_that_the_pages_name_exist() -> None:
-    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cluster.md"):
         text = (ROOT / page).read_text()
         named = set(re.findall(r"`((?:dino_simpool|tests|configs|eval|launch)/[\w/.]*)[` ]", text))
         missing = [name for name in sorted(named) if "NAME" not in name and not (ROOT / name).exists()]
