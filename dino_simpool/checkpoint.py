@@ -41,7 +41,10 @@ from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import load_strict
 
 FORMAT = 1
-RUN: Fields = {"config.model": dict, "config.run.batch_size": int, "config.run.seed": int, "config.data": dict, "step": int}
+RUN: Fields = {
+    "config.model": dict, "config.run.batch_size": int, "config.run.seed": int, "config.data": dict, "step": int,
+    "total_steps?": int,
+}  # fmt: skip
 """What every reader of a state needs."""
 RESUMED: Fields = RUN | {
     "images": str, "num_images": int, "world_size": int, "epoch_open": bool, "best": NUMBER, "sums": torch.Tensor,
@@ -157,16 +160,25 @@ def export_encoder(
     *,
     seed: int = 0,
     epochs: float | None = None,
+    total_epochs: float | None = None,
     num_images: int | None = None,
     images: str | None = None,
 ) -> None:
     """Write OUT/backbone.safetensors and OUT/model.json.
 
-    seed: the one that made the initial weights, for comparisons. epochs, num_images, images: of
-    training behind the weights, how many images it had, and their digest; None if unknown.
+    seed: the one that made the initial weights, for comparisons. epochs, total_epochs, num_images,
+    images: of training behind the weights and when the run is done, how many images it had, and
+    their digest; None if unknown.
     """
     # One entry: several would come in random order, and equal runs would write unequal files.
-    run = {"seed": seed, "epochs": epochs, "num_images": num_images, "images": images, "decoding": to_dict(encoder.decoding)}
+    run = {
+        "seed": seed,
+        "epochs": epochs,
+        "total_epochs": total_epochs,
+        "num_images": num_images,
+        "images": images,
+        "decoding": to_dict(encoder.decoding),
+    }
     about = {"run": json.dumps(run)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     write_atomically(out / "backbone.safetensors", lambda path: save_file(tensors, path, metadata=about))
@@ -187,11 +199,13 @@ def load_encoder(
     if path.suffix == ".safetensors":
         teacher, saved, run = _read_export(path)
         weights, data, epochs, decoding = {"teacher": teacher}, run, run["epochs"], run.get("decoding", {})
+        total = run.get("total_epochs")  # version 0.1 did not store it
     else:
         state = data = require_fields(read_state(path), RUN, path=path, what="a training state", remedy=REMEDY)
         saved, run = state["config"]["model"], state["config"]["run"]
         steps_per_epoch = state.get("num_images", 0) // max(1, run["batch_size"])
         epochs = state["step"] / steps_per_epoch if steps_per_epoch else None
+        total = state["total_steps"] / steps_per_epoch if steps_per_epoch and state.get("total_steps") else None
         options = option_names(DecodingSettings)  # those of training are complete but for a range `data`
         decoding = state.get("decoding") or {name: x for name, x in state["config"]["data"].items() if name in options}
         parts = ((name, state[name]) for name in ("teacher", "student") if name in state)
@@ -212,6 +226,7 @@ def load_encoder(
             raise ValueError(f"{path} has no {which} weights, only {', '.join(weights)}")
         load_strict(encoder, weights[which], source=str(path))
         encoder.epochs, encoder.num_images, encoder.images = epochs, data.get("num_images"), data.get("images")
+        encoder.total_epochs = total
     else:
         encoder.epochs = 0.0
     try:
@@ -238,7 +253,7 @@ def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], d
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be read (truncated, or not of this tool): {error}") from error
     fields: Fields = {
-        "seed": int, "epochs?": NUMBER, "num_images?": int, "images?": str, "decoding?": dict
+        "seed": int, "epochs?": NUMBER, "total_epochs?": NUMBER, "num_images?": int, "images?": str, "decoding?": dict
     }  # fmt: skip
     run = require_fields(run, fields, path=path, what="an export of this tool", remedy=REMEDY)
     return weights, saved, {"epochs": None, **run}

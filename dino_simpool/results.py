@@ -72,10 +72,10 @@ def versions() -> dict[str, str]:
 
 
 def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any]:
-    """The encoder in the record: options, checkpoint with SHA-256, which weights; epochs, number of
-    images and their digest of its training, None where the file does not say."""
+    """The encoder in the record: options, checkpoint with SHA-256, which weights; epochs so far and
+    in all, number of images and their digest of its training, None where the file does not say."""
     source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which}
-    training = {"epochs": encoder.epochs, "num_images": encoder.num_images, "images": encoder.images}
+    training = {name: getattr(encoder, name) for name in ("epochs", "total_epochs", "num_images", "images")}
     return dataclasses.asdict(encoder.config) | source | training | {"decoding": to_dict(encoder.decoding)}
 
 
@@ -86,6 +86,13 @@ def overlap_note(overlap: dict[str, Any]) -> str:
     return f"train and val are the same folder; {found}" if same else found
 
 
+def unfinished_note(model: dict[str, Any] | None) -> str:
+    """That weights are from the middle of their run, in words; "" if not, or if it is not known."""
+    done, total = ((model or {}).get(name) for name in ("epochs", "total_epochs"))
+    middle = isinstance(done, int | float) and isinstance(total, int | float) and 0 < done < total
+    return f"the weights are from the middle of their run, epoch {done:.4g} of {total:.4g}" if middle else ""
+
+
 def describe(record: dict[str, Any], path: Path) -> str:
     """The text that is printed: metrics to two decimals, data, and where the results are."""
     model = record["model"]
@@ -94,6 +101,6 @@ def describe(record: dict[str, Any], path: Path) -> str:
     split = f"/{record['split']}" if record["split"] else ""
     lines = [f"{path.stem}{source}", f"  {record['dataset']}{split} ({counts})"]
     lines += [f"  {name:<18} {value:8.2f}{'' if name == 'ratio' else ' %'}" for name, value in record["metrics"].items()]
-    if said := overlap_note(record.get("overlap", {})):
+    for said in filter(None, (overlap_note(record.get("overlap", {})), unfinished_note(model))):
         lines.append(f"  warning: {said}")
     return "\n".join([*lines, f"  written to {path}"])

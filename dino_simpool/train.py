@@ -90,8 +90,8 @@ class Run:
     learner: Learner
     out: Path
     facts: dict[str, Any]
-    """About data and processes, for the checkpoint: num_images, images (digest), decoding (with
-    numbers for a value range `data`), world_size."""
+    """About data, processes and length, for the checkpoint: num_images, images (digest), decoding
+    (with numbers for a value range `data`), world_size, total_steps."""
     means: Means
     epoch_open: bool = False
     """All steps of the last epoch are done, but it is not yet evaluated and logged."""
@@ -228,6 +228,7 @@ def _prepare(cfg: TrainConfig) -> Run:
         "images": images.digest(),
         "decoding": to_dict(decoding),
         "world_size": distributed.world_size(),
+        "total_steps": learner.plan.total_steps,
     }
     return Run(cfg, device, images, knn_sets, learner, out, facts, Means(learner.metrics, device))
 
@@ -362,7 +363,8 @@ def _end_epoch(run: Run) -> None:
                 keep_state(run.out, "best.pth")
     if distributed.is_main():
         data = {name: run.facts[name] for name in ("num_images", "images")}
-        export_encoder(run.out, encoder, seed=cfg.run.seed, epochs=learner.steps / plan.steps_per_epoch, **data)
+        epochs, total = (steps / plan.steps_per_epoch for steps in (learner.steps, plan.total_steps))
+        export_encoder(run.out, encoder, seed=cfg.run.seed, epochs=epochs, total_epochs=total, **data)
         if cfg.run.keep_every and (epoch + 1) % cfg.run.keep_every == 0:
             keep_state(run.out, f"epoch_{epoch + 1:04d}.pth")
     timings = run.feed.timings("epoch")

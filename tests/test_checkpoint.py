@@ -28,6 +28,7 @@ from dino_simpool.dino.model import DinoHead, DinoModel
 from dino_simpool.files import file_sha256, write_atomically
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import load_strict
+from dino_simpool.results import model_record, unfinished_note
 
 CONFIG = from_dict(
     Config,
@@ -414,3 +415,14 @@ def test_sha256(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     shutil.copyfile(tmp_path / "a", tmp_path / "b")
     assert file_sha256(tmp_path / "a") == file_sha256(str(tmp_path / "b"))
+
+
+def test_weights_from_the_middle_of_a_run_are_said(tmp_path: Path) -> None:
+    """By evaluators and tables; not of a finished run, nor where it is not known (version 0.1)."""
+    for done, total, note in ((2.0, 4.0, "epoch 2 of 4"), (4.0, 4.0, ""), (2.0, None, "")):
+        export_encoder(tmp_path, network(11).encoder, epochs=done, total_epochs=total)
+        encoder = load_encoder(tmp_path / "backbone.safetensors")
+        record = model_record(encoder, str(tmp_path / "backbone.safetensors"), "teacher")
+        assert (record["epochs"], record["total_epochs"]) == (done, total)
+        assert unfinished_note(record).endswith(note) and bool(unfinished_note(record)) == bool(note)
+    assert unfinished_note(None) == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -290,6 +291,8 @@ def keep_freed_memory() -> None:
 
 
 def _obey_parent() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    # Not os.getppid(), which is a server of processes where Python starts them by one.
+    parent = multiprocessing.parent_process()
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != (parent.pid if parent else os.getppid()):
         pass
     os._exit(0)

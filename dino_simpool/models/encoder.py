@@ -79,6 +79,8 @@ class Encoder(nn.Module):
     pool: Any  # see models.pooling
     epochs: float | None = None
     """Epochs of pre-training behind the weights, if a checkpoint says so (`load_encoder`)."""
+    total_epochs: float | None = None
+    """Epochs of the whole run, if it says so. More than `epochs`: they are from its middle."""
     num_images: int | None = None
     """The number of images that these epochs went over, if it says so."""
     images: str | None = None

@@ -26,7 +26,7 @@ from dino_simpool.paths import folder_or_archive
 from dino_simpool.report import page
 from dino_simpool.report.chart import Point, line_chart, short
 from dino_simpool.report.panels import attention_cards, crop_cards
-from dino_simpool.results import overlap_note, versions
+from dino_simpool.results import overlap_note, unfinished_note, versions
 
 Record = dict[str, Any]
 
@@ -110,6 +110,8 @@ def _lead(cfg: TrainConfig, state: Record | None) -> str:
     pool = f"SimPool{gamma}" if cfg.model.pool == "simpool" else cfg.model.pool
     images = f"{state['num_images']:,} images" if state else "images"
     settings = f"Batch {cfg.run.batch_size}, seed {cfg.run.seed}."
+    if state and state["step"] < (state.get("total_steps") or 0):  # version 0.1 did not store it
+        settings += f" The run is unfinished: step {state['step']:,} of {state['total_steps']:,}."
     return f"DINO pre-training of {cfg.model.arch} ({pool}) on {images} without labels. {settings}"
 
 
@@ -138,7 +140,9 @@ def _tiles(cfg: TrainConfig, steps: list[Record], metrics: dict[str, Record]) ->
 def _results(out: Path, data: str, results: dict[str, Record]) -> str:
     """A table of metrics (trained, untrained, raw pixels), what is missing, and a full list."""
     metrics = {name: record.get("metrics", {}) for name, record in results.items()}
-    notes = ((name, overlap_note(record.get("overlap") or {})) for name, record in results.items())
+    records = results.items()
+    notes = [(name, overlap_note(record.get("overlap") or {})) for name, record in records]
+    notes += [(name, unfinished_note(record.get("model"))) for name, record in records]
     rows, absent = [], [f"{name}: {note}" for name, note in notes if note]
     for evaluator, name in EVALUATORS.items():
         if evaluator not in metrics:

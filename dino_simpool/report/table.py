@@ -27,7 +27,7 @@ from dino_simpool.logs import text_table
 from dino_simpool.names import shown_lines
 from dino_simpool.report import paper
 from dino_simpool.report.paper import Figure, Key
-from dino_simpool.results import overlap_note
+from dino_simpool.results import overlap_note, unfinished_note
 
 TABLE_OF = {"knn": "3", "linear": "3", "linear_grid": "3", "retrieval": "C4", "recall": "C5", "resources": "8"}
 OTHERS = "Other results"
@@ -117,7 +117,7 @@ def rows_of(record: dict[str, Any], path: Path) -> list[Row]:
     refused = _no_comparison(record) if table else []
     other = other_images(record) if table and table != "8" and not refused else ""
     differences = refused or (_differences(record, key, epochs) if table else [])
-    differences += [said for said in (other, overlap_note(record.get("overlap") or {})) if said]
+    differences += [said for said in (other, overlap_note(record.get("overlap") or {}), unfinished_note(model)) if said]
     has_gamma = method == paper.SIMPOOL and model.get("gamma") is not None
     rows = []
     for name, value in record["metrics"].items():
