@@ -53,14 +53,15 @@ def kind_left_out(name: str) -> str:
 
 
 def annotations_among(names: Iterable[str]) -> set[str]:
-    """Images that belong to another one in WebDataset's form: 01.seg.png beside 01.jpg."""
+    """Images that belong to another one in WebDataset's form: 01.seg.png beside 01.jpg. A number in
+    place of a word, as in 01.2.png, counts images."""
     images = [name for name in names if is_image(name)]
     keys = {os.path.splitext(name)[0] for name in images}
     found = set()
     for name in images:
         folder, base = os.path.split(name)
         key, *endings = base.split(".")
-        if len(endings) == 2 and key and os.path.join(folder, key) in keys:
+        if len(endings) == 2 and key and not endings[0].isdigit() and os.path.join(folder, key) in keys:
             found.add(name)
     return found
 

@@ -11,6 +11,7 @@ have to be read from the start of the file.
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
 import resource
@@ -20,7 +21,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ MOST_OPEN = 256 if _FILES == resource.RLIM_INFINITY else max(1, min(256, _FILES 
 _PLAIN = -1
 """Method of tar members, whose bytes start at the offset. Zip has ZIP_STORED and ZIP_DEFLATED."""
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_LARGEST_HEADER, _LARGEST_DIRECTORY = 2**24, 2**30
+"""Bytes of one header of a tar, and of the directory of a zip archive: 10 million names."""
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of the name and the extra field before the data
 
 
@@ -73,10 +76,13 @@ def compressed_error(path: str) -> ValueError:
     return ValueError(f"{path} is compressed, so single images cannot be read: make an uncompressed .tar or a .zip of it")
 
 
-def list_archive(path: str, exclude: Exclude, *, limit: float) -> tuple[dict[str, Place], set[str], Counter[str]]:
+def list_archive(
+    path: str, exclude: Exclude, folder: str = "", *, limit: float
+) -> tuple[dict[str, Place], set[str], Counter[str]]:
     """The images of an archive by their path inside, the top-level folders that it creates, and how
     many files of which kind are left out.
 
+    folder: where the archive is in the source, which the paths of `exclude` begin with.
     TooMany if it has more members than `limit`. ValueError if it is compressed, truncated or
     broken, if it holds a link to a folder with images, or if an image in it is sparse, encrypted,
     packed by an unknown method, or a link to something outside the archive.
@@ -101,8 +107,13 @@ def list_archive(path: str, exclude: Exclude, *, limit: float) -> tuple[dict[str
     images = {}
     left_out: Counter[str] = Counter()
     annotations = annotations_among(files)
+    common = _common_folder([name for name in files if is_image(name) and not _no_data(name)]) if exclude.patterns else ""
+
+    def no_data(name: str) -> str:
+        return _no_data(name) or exclude.which(posixpath.join(folder, name.removeprefix(common)))
+
     for name in files:
-        if kind := _no_data(name) or exclude.which(name):
+        if kind := no_data(name):
             left_out[kind] += 1
             continue
         folders.add(posixpath.dirname(name))
@@ -126,13 +137,27 @@ def list_archive(path: str, exclude: Exclude, *, limit: float) -> tuple[dict[str
         raise ValueError(
             f"{path} holds archives such as {inner[0]} and no images: unpack it and give the folder that holds them"
         )
-    kept = {folder for folder in folders if folder and not _no_data(folder) and not exclude.which(folder)}
-    return *_without_common_folder(images, kept), left_out
+    prefix = _common_folder(images)
+    tops = {name.removeprefix(prefix).partition("/")[0] for name in folders if name.startswith(prefix) and not no_data(name)}
+    return {name.removeprefix(prefix): place for name, place in images.items()}, tops - {""}, left_out
+
+
+class _Headers(io.FileIO):
+    """An archive of which only headers are read, none larger than `largest`, whatever it says."""
+
+    def __init__(self, path: str, largest: int) -> None:
+        super().__init__(path)
+        self.largest = largest
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.largest:
+            raise EOFError(f"a header has {size:,} bytes")
+        return super().read(-1 if size is None else size) or b""
 
 
 def _tar_entries(path: str) -> Iterator[_Entry]:
     # Unbuffered, because only headers are read and the data between them is skipped.
-    with open(path, "rb", buffering=0) as file:
+    with _Headers(path, _LARGEST_HEADER) as file:
         total = os.fstat(file.fileno()).st_size
         if os.pread(file.fileno(), 8, 0).startswith(_COMPRESSED_MAGIC):
             raise compressed_error(path)
@@ -153,8 +178,8 @@ def _tar_entries(path: str) -> Iterator[_Entry]:
 
 
 def _zip_entries(path: str) -> Iterator[_Entry]:
-    with zipfile.ZipFile(path) as archive:
-        total = os.path.getsize(path)
+    with _Headers(path, _LARGEST_DIRECTORY) as file, zipfile.ZipFile(file) as archive:
+        total = os.fstat(file.fileno()).st_size
         for member in archive.infolist():
             refused = ""
             if member.flag_bits & 1:
@@ -163,7 +188,7 @@ def _zip_entries(path: str) -> Iterator[_Entry]:
                 refused = f"it is packed by method {member.compress_type}; stored and deflated are known"
             elif member.file_size > 1100 * member.compress_size + 1024:  # deflate shrinks by 1,032 at most
                 refused = f"it claims {member.file_size:,} bytes, more than its {member.compress_size:,} can hold"
-            if member.header_offset + member.compress_size > total:
+            if not 0 <= member.header_offset <= total - member.compress_size:
                 raise zipfile.BadZipFile(f"{member.filename} goes beyond the end of the file")
             link = ""
             if stat.S_ISLNK(member.external_attr >> 16) and member.file_size > 4096:
@@ -206,14 +231,10 @@ def _end_of_links(name: str, files: dict[str, _Entry]) -> str:
     return "" if name in seen else name
 
 
-def _without_common_folder(images: dict[str, Place], folders: set[str]) -> tuple[dict[str, Place], set[str]]:
-    """Drop the leading folder that all images share, if any. Keep only the top-level folders."""
-    leading = {name.partition("/")[0] for name in images}
-    if len(leading) == 1 and all(name.count("/") >= 2 for name in images):
-        prefix = leading.pop() + "/"
-        images = {name.removeprefix(prefix): place for name, place in images.items()}
-        folders = {folder.removeprefix(prefix) for folder in folders if folder.startswith(prefix)}
-    return images, {folder.partition("/")[0] for folder in folders}
+def _common_folder(images: Iterable[str]) -> str:
+    """The leading folder that all images share, with its "/", if each lies in a folder below it."""
+    leading = {name.partition("/")[0] if name.count("/") >= 2 else "" for name in images}
+    return f"{leading.pop()}/" if len(leading) == 1 and "" not in leading else ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,6 +83,10 @@ _UNREADABLE = {
     rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3": "a video; extract its frames",
     rb"P7\s": "a PAM file; convert it to PNG",
     rb"PF\s": "a PFM file of floating-point samples; convert it to PNG",
+    rb"PK\x03\x04": "a zip archive; if it holds images, give it a name that ends in .zip",
+    rb".{257}ustar": "a tar archive; give it a name that ends in .tar",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!": "compressed; unpack it",
+    rb"\x93NUMPY|PAR1|\x89HDF|SQLite format": "an array, a table or a database; save its images as PNG files",
     rb"version https://git-lfs": "a Git LFS pointer, not the image; run git lfs pull",
     rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype svg[^>]*>\s*)?<svg": "an SVG drawing; convert it to PNG",
     rb"\s*<(!doctype html|html|head)": "a web page, probably a failed download; download the image again",
@@ -192,6 +196,15 @@ def open_image(source: str | bytes | Path) -> ImageFile.ImageFile:
         raise
 
 
+def is_known_format(path: str) -> bool:
+    """Whether a file begins as an image does that can be read, whatever its name."""
+    try:
+        with open_image(path):
+            return True
+    except Exception:  # openers raise anything
+        return False
+
+
 def has_more_than_8_bits(source: str | bytes) -> bool:
     """Whether `samples_in_16_bits` has samples of a file to return, from its header alone."""
     try:
@@ -271,7 +284,7 @@ def _plugged_in(module: str) -> bool:
 
 def _start_of(source: str | bytes | Path) -> bytes:
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-        return file.read(256)
+        return file.read(512)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def read_list(file: str, exist: Callable[[Sequence[str]], Sequence[bool]]) -> li
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     paths, forms, header = [], Counter[str](), ""
     for number, (line, exists) in enumerate(zip(lines, exist(lines), strict=True), 1):
-        if exists and line:
+        if exists:
             paths.append(line)
             continue
         if not line.strip() or line.lstrip().startswith("#"):
@@ -69,10 +69,8 @@ def read_list(file: str, exist: Callable[[Sequence[str]], Sequence[bool]]) -> li
                 header = line
                 continue
             first = f" (nor does {header!r} in the first line)" if header else ""
-            raise FileNotFoundError(
-                f"{line[:200]!r}, line {number} of {file}, does not exist in {os.path.dirname(file) or '.'}{first}: correct or "
-                "remove the line"
-            )
+            wrong = _what_is(line.strip(), os.path.dirname(file) or ".", first)
+            raise FileNotFoundError(f"{line[:200]!r}, line {number} of {file}, {wrong}")
     if not paths:
         raise ValueError(f"{file} lists no images: {_FORM}")
     if header:
@@ -80,6 +78,20 @@ def read_list(file: str, exist: Callable[[Sequence[str]], Sequence[bool]]) -> li
     for form, count in forms.items():
         say(f"{file}: {count:,} line(s) read as {form}")
     return paths
+
+
+def _what_is(line: str, folder: str, first: str) -> str:
+    """What a line is that is not the path of a file, and what to do."""
+    path = os.path.join(folder, line)
+    if "\0" not in line and os.path.isdir(path):
+        return "is a folder: list the images in it, or give the folder itself"
+    if "\0" not in line and os.path.lexists(path):
+        what = "a pipe or a device" if os.path.exists(path) else "a broken link"
+        return f"is {what}, not a file: correct or remove the line"
+    archive = re.match(r"(.*\.(tar|zip))/", path, re.IGNORECASE | re.DOTALL)
+    if archive and os.path.isfile(archive[1]):
+        return f"is inside an archive: give {archive[1]} itself, or unpack it"
+    return f"does not exist in {folder}{first}: correct or remove the line; paths start at the folder of the list"
 
 
 def _other_forms(line: str) -> Iterator[tuple[str, str]]:

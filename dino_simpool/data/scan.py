@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from dino_simpool.config import Exclude
 from dino_simpool.data.archives import Place, TooMany, compressed_error, list_archive
+from dino_simpool.data.decode import is_known_format
 from dino_simpool.data.index import MEMBER, Index, Strings
 from dino_simpool.data.lists import TEXT_SUFFIXES, is_binary, read_list
 from dino_simpool.logs import progress
@@ -62,7 +63,7 @@ def scan(root: str, exclude: Exclude = NOTHING_EXCLUDED, *, limit: float = math.
     try:
         with _threads() as pool, progress(None, 0, f"listing {printable(root)}", shown=bar) as shown:
             if is_list(root):
-                return _scan_list(root, limit, shown)
+                return _scan_list(root, exclude, limit, shown)
             listing = _Listing(root, exclude, limit, pool, shown)
             if os.path.isdir(root):
                 listing.open_archives(listing.walk())
@@ -224,7 +225,7 @@ class _Listing:
             path = below(self.root, archive)
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"{path} is a broken link: remove it, or put the archive where it points")
-            return stamp(path), *list_archive(path, self.exclude, limit=self.limit)
+            return stamp(path), *list_archive(path, self.exclude, os.path.dirname(archive), limit=self.limit)
 
         seen = 0
         archives = sorted(archives)
@@ -271,17 +272,23 @@ class _Listing:
         )
 
 
-def _scan_list(file: str, limit: float, bar: tqdm[Any]) -> Index:
+def _scan_list(file: str, exclude: Exclude, limit: float, bar: tqdm[Any]) -> Index:
     """The paths in a text file, relative to its folder; or the file itself, if it is an image."""
     before, folder = stamp(file), os.path.dirname(file)
     if is_compressed(file):
         raise compressed_error(file)
-    if is_image(file) or (is_binary(file) and not file.lower().endswith(TEXT_SUFFIXES)):
+    if is_image(file) or (is_binary(file) and (not file.lower().endswith(TEXT_SUFFIXES) or is_known_format(file))):
         paths = [os.path.basename(file)]
     else:
         paths = read_list(file, lambda lines: _in_threads(lambda line: os.path.isfile(os.path.join(folder, line)), lines))
     if len(paths) > limit:
         raise TooMany
     bar.update(len(paths))
+    left_out: Counter[str] = Counter()
+    if exclude.patterns:
+        kinds = [exclude.which(os.path.relpath(os.path.join(folder, path), folder or ".")) for path in paths]
+        paths = [path for path, kind in zip(paths, kinds, strict=True) if not kind]
+        left_out.update(filter(None, kinds))
     names, watched = Strings.of(paths), Strings.of([os.path.basename(file)])
-    return Index(names, counts=np.array([len(names)], np.int64), watched=watched, stamps=np.array([before], np.int64))
+    counts, stamps = np.array([len(names)], np.int64), np.array([before], np.int64)
+    return Index(names, counts=counts, watched=watched, stamps=stamps, left_out=dict(left_out))

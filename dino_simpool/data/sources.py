@@ -75,20 +75,36 @@ class ImageSet:
         counts = self.index.counts
         return np.searchsorted(counts[counts > 0].cumsum(), indices, side="right")
 
+    @property
+    def max_bytes(self) -> int:
+        """Larger files are not read: four uncompressed channels of 16 bits, with room for headers
+        and color profiles."""
+        return 2**20 + 8 * self.decoding.max_pixels
+
     def read_bytes(self, index: int) -> bytes:
         """The content of one image file, in an archive or not. BrokenImage if it cannot be read."""
         try:
             member = self.index.member(index)
-            # Four uncompressed channels of 16 bits, with room for headers and color profiles.
-            most = 2**20 + 8 * self.decoding.max_pixels
             if member is None:
-                return _read_file(self.path(index), most)
+                return _read_file(self.path(index), self.max_bytes)
             archive, stamp, place = member
-            return self._archives.read(below(self.root, archive), stamp, place, most=most)
+            return self._archives.read(below(self.root, archive), stamp, place, most=self.max_bytes)
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # a fault of this process, not of the image
             raise BrokenImage(self.path(index), getattr(error, "strerror", None) or str(error)) from error
+
+    def header_source(self, index: int) -> str | bytes:
+        """Where `decode.open_image` reads a header: the path of a file, or the bytes of one in an
+        archive. BrokenImage as for `read_bytes`."""
+        if self.index.member(index) is not None:
+            return self.read_bytes(index)
+        path = self.path(index)
+        try:
+            _check_file(os.stat(path), self.max_bytes)
+        except (OSError, ValueError) as error:
+            raise BrokenImage(path, getattr(error, "strerror", None) or str(error)) from error
+        return path
 
     def encoded(self, index: int) -> EncodedImage:
         """One image as stored, ready to be decoded. BrokenImage as for `read_bytes`."""
@@ -217,7 +233,7 @@ def _load(root: str, exclude: Exclude) -> tuple[str, Index]:
     if index.left_out and len(index):
         say(f"{root}: {len(index):,} images; left out: {say_left_out(Counter(index.left_out))}")
     for pattern in exclude.patterns:
-        if f"excluded by {pattern}" not in index.left_out and not is_list(root):
+        if f"excluded by {pattern}" not in index.left_out:
             say(f"warning: {root}: nothing matches exclude {pattern}")
     return base, index
 
@@ -226,9 +242,10 @@ def _classes_only(root: str, index: Index, subset_per_class: int | None) -> Inde
     """The images, or the first of each class. ValueError if some are not in a class folder."""
     images = index.images_per_group()
     if loose := images.get("", 0):
-        what = "put each archive into a folder for its class" if index.member(0) else "move or remove them"
-        if ".cls" in index.left_out:
-            what = _sort_shards(root)
+        member = index.member(0)
+        what = "put each archive into a folder for its class" if member else "move or remove them"
+        if ".cls" in index.left_out and (member is None or below(root, member[0]).lower().endswith(".tar")):
+            what = _sort_by_cls(root, in_shards=member is not None)
         raise ValueError(f"{index[0]} and {loose - 1} other images in {root} are not in a class folder: {what}")
     if subset_per_class is None:
         return index
@@ -238,16 +255,23 @@ def _classes_only(root: str, index: Index, subset_per_class: int | None) -> Inde
     return index.first_of_each_group(subset_per_class)
 
 
-def _sort_shards(root: str) -> str:
-    """How to sort WebDataset shards, whose classes are in .cls members, into class folders."""
+def _sort_by_cls(root: str, *, in_shards: bool) -> str:
+    """How to sort WebDataset's samples, whose classes are in .cls files, into class folders. Two
+    shards may have samples of one name."""
     source = os.path.abspath(root)
-    target = f"{source.rstrip('/')}_classes"
-    shards = f"{shlex.quote(source)}/*.tar" if os.path.isdir(source) else shlex.quote(source)
-    command = (
-        f'mkdir {shlex.quote(target)} && cd {shlex.quote(target)} && for t in {shards}; do tar xf "$t" && for c in *.cls; do '
-        'mkdir -p "$(cat "$c")" && mv "${c%.cls}".* "$(cat "$c")"/; done; done'
-    )
-    return f"their classes are in .cls files. Run `{command}`, then give {shlex.quote(target)}"
+    target = f"{os.path.splitext(source)[0] if os.path.isfile(source) else source}_classes"
+    into, given = shlex.quote(target), shlex.quote(source)
+    shards = f"{given}/*.tar" if os.path.isdir(source) else given
+    each = 'find . -name "*.cls" | while read -r c; do d={into}/"$(cat "$c")"/{part}"$(dirname "$c")"; mkdir -p "$d"; '
+    if in_shards:
+        command = (
+            f'for t in {shards}; do s=$(basename "$t"); mkdir -p {into}/."$s" && cd {into}/."$s" && tar xf "$t" && '
+            + each.format(into=into, part='"$s"/')
+            + 'mv "${c%.cls}".* "$d"; done; done'
+        )
+    else:
+        command = f"cd {given} && " + each.format(into=into, part="") + 'cp "${c%.cls}".* "$d"; done'
+    return f"their classes are in .cls files. Run `{command}`, then give {into}"
 
 
 def _read_file(path: str, most: int) -> bytes:
@@ -255,8 +279,18 @@ def _read_file(path: str, most: int) -> bytes:
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a pipe would wait
     with open(file, "rb") as opened:
         found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is a pipe, a device or a folder, not a file")
-        if found.st_size > most:
-            raise ValueError(f"it has {found.st_size:,} bytes, more than an image of max_pixels; raise that if it is valid")
-        return opened.read()
+        _check_file(found, most)
+        content = opened.read(found.st_size + 1)
+    if len(content) > found.st_size:  # as files of /proc, which say that they are empty
+        raise ValueError(f"it has more than the {found.st_size:,} bytes that it says: it is still written, or no ordinary file")
+    return content
+
+
+def _check_file(found: os.stat_result, most: int) -> None:
+    """ValueError if a file may have no end or has more than `most` bytes."""
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is a pipe, a device or a folder, not a file")
+    if found.st_size > most:
+        raise ValueError(
+            f"it has {found.st_size:,} bytes, more than the {most:,} of an image of max_pixels; raise that if it is valid"
+        )

@@ -35,7 +35,7 @@ def used_range(images: ImageSet, *, share: float, most: int = LOOKED_AT) -> tupl
     ranges = []
     for place in evenly(len(deep), most).tolist() if deep else ():
         with suppress(BrokenImage):
-            ranges.append(range_of(samples_in_16_bits(_source(images, deep[place])), share))
+            ranges.append(range_of(samples_in_16_bits(images.header_source(deep[place])), share))
     return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
 
 
@@ -44,19 +44,14 @@ def shorter_sides(images: ImageSet, *, most: int) -> list[int]:
     headers; broken ones are skipped."""
     sides = []
     for number in evenly(len(images), most).tolist():
-        with suppress(BrokenImage, OSError, ValueError), open_image(_source(images, number)) as image:
+        with suppress(BrokenImage, OSError, ValueError), open_image(images.header_source(number)) as image:
             sides.append(min(image.size))
     return sides
 
 
-def _source(images: ImageSet, number: int) -> str | bytes:
-    """A path, of which the header can be read alone, or the bytes of a file in an archive."""
-    return images.path(number) if images.index.member(number) is None else images.read_bytes(number)
-
-
 def _has_16_bits(images: ImageSet, number: int) -> bool:
     try:
-        return has_more_than_8_bits(_source(images, number))
+        return has_more_than_8_bits(images.header_source(number))
     except BrokenImage:
         return False
 

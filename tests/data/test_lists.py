@@ -74,9 +74,17 @@ def test_addresses(folder: Path) -> None:
         (b"\xff\xfe\xfd\0", "is not UTF-8 text|lists no images|does not exist"),
         (b"caf\xe9.jpg", "is not UTF-8 text"),
         (b"\0\1\2", "is not UTF-8 text"),
+        ("000.jpg\nsub\n", "'sub', line 2 of .*list.txt, is a folder: list the images in it"),
+        ("a.tar/x/1.jpg", "is inside an archive: give .*a.tar itself"),
+        ("pipe", "is a pipe or a device, not a file"),
+        ("gone.jpg", "is a broken link, not a file"),
     ],
 )
 def test_a_list_that_cannot_be_read_is_named(folder: Path, text: str | bytes, said: str) -> None:
+    (folder / "sub").mkdir()
+    (folder / "a.tar").touch()
+    os.mkfifo(folder / "pipe")
+    (folder / "gone.jpg").symlink_to("nowhere")
     with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
         listed(folder, text)
     assert "\n" not in str(error.value)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_data import png, tiff, write_image
 
 from dino_simpool.config import DEFAULT_DECODING, DecodingSettings
 from dino_simpool.data import ImageSet, find_images
-from dino_simpool.data.value_range import narrow_range, used_range, with_range_of
+from dino_simpool.data.decode import BrokenImage
+from dino_simpool.data.value_range import narrow_range, shorter_sides, used_range, with_range_of
 
 
 def write_gray(path: Path, low: int, high: int) -> None:
@@ -56,3 +59,21 @@ def test_advice_below_an_eighth_only() -> None:
     assert "lie between 112 and 3882 of 0 to 65535, so 16 of 256 gray levels are used" in said
     assert "give data.value_range data, percentiles, or two numbers such as [0, 4095]" in said
     assert "so 4 of 256 gray levels" in narrow_range((28, 971), "x") and narrow_range((0, 8190), "x")
+
+
+def test_files_without_end_are_not_opened_for_their_headers(tmp_path: Path) -> None:
+    """Neither a pipe, for whose writer a reader waits, nor a device, nor a file beyond the limit."""
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "b.png").symlink_to(tmp_path / "pipe")
+    (tmp_path / "c.png").symlink_to("/dev/zero")
+    with open(tmp_path / "d.tif", "wb") as file:
+        file.write(b"II*\0")
+        file.truncate(2**40)
+    images = find_images(str(tmp_path))
+    assert len(images) == 4 and images.header_source(0) == str(tmp_path / "a.png")
+    for number, said in enumerate(("a pipe, a device", "a pipe, a device", "it has 1,099,511,627,776 bytes"), 1):
+        with pytest.raises(BrokenImage, match=said):
+            images.header_source(number)
+    assert shorter_sides(images, most=9) == [20]
+    assert used_range(images, share=0) is None

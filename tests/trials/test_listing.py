@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,19 @@ def test_every_format_of_pillow_is_listed(images: Path, tool: Tool, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["noext", "p.qoi", "p.jp2"])
-def test_an_image_may_be_given_alone(images: Path, tool: Tool, name: str) -> None:
+def test_an_image_may_be_given_alone(images: Path, tool: Tool, tmp_path: Path, name: str) -> None:
     """0.1 said that it is not text in UTF-8."""
     assert counted(tool, images / name) == 1
+    shutil.copy(images / name, tmp_path / "image.txt")  # also under the name of a list
+    assert counted(tool, tmp_path / "image.txt") == 1
+
+
+def test_a_file_that_is_no_image_is_named(folders: Path, tool: Tool, tmp_path: Path) -> None:
+    """0.1 said of all of them that they are not text in UTF-8."""
+    shutil.copy(folders / "shards" / "val" / "000000.tar", tmp_path / "shard")
+    (tmp_path / "array.npy").write_bytes(b"\x93NUMPY\1\0v\0")
+    for name, said in (("shard", "a tar archive; give it a name that ends in .tar"), ("array.npy", "an array")):
+        assert said in tool("check-data", "--data", tmp_path / name, "--workers", 0).text
 
 
 def test_what_is_left_out_is_said_by_ending(images: Path, tool: Tool, tmp_path: Path) -> None:
@@ -67,6 +78,20 @@ def test_exclude(folders: Path, tool: Tool) -> None:
     assert "nothing matches exclude nothing" in said
 
 
+def test_exclude_is_the_same_for_a_folder_an_archive_and_a_list(folders: Path, tool: Tool, tmp_path: Path) -> None:
+    """0.1 has no such option."""
+    shutil.copytree(folders / "test" / "train", tmp_path / "a" / "train")
+    paths = sorted((tmp_path / "a").rglob("*.jpg"))
+    (tmp_path / "a" / "list.txt").write_text("".join(f"{path.relative_to(tmp_path / 'a')}\n" for path in paths))
+    (tmp_path / "b" / "train").mkdir(parents=True)
+    classes = os.listdir(folders / "test" / "train")
+    subprocess.run(["tar", "cf", tmp_path / "b/train/s.tar", *classes], cwd=tmp_path / "a/train", check=True)
+    subprocess.run(["tar", "cf", tmp_path / "c.tar", "train"], cwd=tmp_path / "a", check=True)
+    for source in ("a", "b", "a/list.txt"):
+        assert counted(tool, tmp_path / source, "--exclude", "[train/hat, train/*/00?.jpg]") == 20, source
+    assert counted(tool, tmp_path / "c.tar", "--exclude", "[hat/*, boot/00?.jpg]") == 30  # its leading folder is dropped
+
+
 def test_members_of_shards_that_are_no_images(folders: Path, tool: Tool, model: Path, tmp_path: Path) -> None:
     """Annotations are counted; where labels are needed, a command sorts them. 0.1 advised folders that do not exist."""
     said = tool("check-data", "--data", folders / "shards" / "train", "--workers", 0).text
@@ -75,18 +100,40 @@ def test_members_of_shards_that_are_no_images(folders: Path, tool: Tool, model: 
     shutil.copytree(folders / "shards", copied)
     for split in ("train", "val"):
         ended = tool("knn", "--checkpoint", model, "--data", copied, "--workers", 0, "--out", tmp_path, "--train", split)
+        if split == "val":  # unpacked, and of samples in folders
+            (copied / "val" / "nested").mkdir()
+            subprocess.run(["tar", "xf", "000000.tar", "-C", "nested"], cwd=copied / "val", check=True)
+            subprocess.run(["tar", "cf", "000000.tar", "-C", "nested", "."], cwd=copied / "val", check=True)
+            shutil.rmtree(copied / "val" / "nested")
+        else:  # samples of two shards have the same names
+            shutil.copy(copied / "train" / "000000.tar", copied / "train" / "000001.tar")
         command = re.search(r"Run `(.*?)`", ended.err)
         assert ended.status == 1 and command, ended.text
         subprocess.run(["bash", "-c", command[1]], check=True)
     knn(tool, model, copied, tmp_path, "--train", "train_classes", "--val", "val_classes")
+    assert counted(tool, copied / "train_classes") == 120 and counted(tool, copied / "val_classes") == 18
+
+
+def test_unpacked_shards(folders: Path, tool: Tool, model: Path, tmp_path: Path) -> None:
+    """0.1 advised to remove the images."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        subprocess.run(["tar", "xf", folders / "shards" / split / "000000.tar"], cwd=tmp_path / split, check=True)
+    for split in ("train", "val"):
+        ended = tool("knn", "--checkpoint", model, "--data", tmp_path, "--workers", 0, "--out", tmp_path, "--train", split)
+        command = re.search(r"Run `(.*?)`", ended.err)
+        assert ended.status == 1 and command, ended.text
+        subprocess.run(["bash", "-c", command[1]], check=True)
+    assert counted(tool, tmp_path / "train_classes") == 60 and len(os.listdir(tmp_path / "val_classes")) == 3
 
 
 def test_masks_in_shards_are_no_images(images: Path, tool: Tool, tmp_path: Path) -> None:
     """0.1 counted them."""
-    for name in ("1.jpg", "1.seg.png", "2.png", "2.mask.png", "v1.2.png"):
+    names = ("1.jpg", "1.seg.png", "2.png", "2.mask.png", "2.1.png", "v1.2.png")  # 2.1 is a second image, not of a kind
+    for name in names:
         shutil.copy(images / "ref.png", tmp_path / name)
-    subprocess.run(["tar", "cf", "s.tar", "1.jpg", "1.seg.png", "2.png", "2.mask.png", "v1.2.png"], cwd=tmp_path, check=True)
-    assert counted(tool, tmp_path / "s.tar") == 3
+    subprocess.run(["tar", "cf", "s.tar", *names], cwd=tmp_path, check=True)
+    assert counted(tool, tmp_path / "s.tar") == 4
 
 
 @pytest.mark.parametrize("name", ["hash.txt", "labels.csv", "quoted.txt", "windows.txt", "uri.txt"])
@@ -109,7 +156,7 @@ def test_the_names_that_extract_writes_are_a_list_of_the_same_images(
     assert counted(tool, source / "ids.txt") == len(list(source.glob("*.jpg")))
 
 
-@pytest.mark.parametrize("kind", ["device", "sparse", "pipe"])
+@pytest.mark.parametrize("kind", ["device", "sparse", "pipe", "proc"])
 def test_a_file_without_end_is_not_read(images: Path, tool: Tool, tmp_path: Path, kind: str) -> None:
     """0.1 read a link to /dev/zero and a sparse file of 30 GB until memory ran out, and left out a pipe without a word."""
     shutil.copy(images / "ref.png", tmp_path)
@@ -119,8 +166,22 @@ def test_a_file_without_end_is_not_read(images: Path, tool: Tool, tmp_path: Path
     elif kind == "sparse":
         with open(path, "wb") as file:
             os.ftruncate(file.fileno(), 4 * 2**29)
+    elif kind == "proc":
+        path.symlink_to("/proc/cpuinfo")  # which says that it is empty
     else:
         os.mkfifo(path)
     ended = tool("check-data", "--data", tmp_path, "--workers", 0, "--max_pixels", 1_000_000)
-    said = {"device": "a device", "sparse": "2,147,483,648 bytes", "pipe": "1 that are no files"}[kind]
-    assert (said in ended.text and "1 images" in ended.text) or said in ended.text
+    said = {"device": "a device", "sparse": "2,147,483,648 bytes", "pipe": "1 that are no files", "proc": "no ordinary file"}
+    assert said[kind] in ended.text and ended.status == (0 if kind == "pipe" else 1)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L"])
+def test_a_header_in_an_archive_is_not_read_without_end(tool: Tool, tmp_path: Path, kind: bytes) -> None:
+    """0.1 read as much as a header of a tar claims: 1 GB here, for ever in larger files."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, 2**30
+    with open(tmp_path / "x.tar", "wb") as file:
+        file.write(header.tobuf())
+        file.truncate(2**30 + 10240)
+    ended = tool("check-data", "--data", tmp_path / "x.tar", "--workers", 0)
+    assert ended.status == 1 and "a header has 1,073,741,824 bytes" in ended.text
