@@ -58,8 +58,9 @@ def test_ways_take_turns(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("name", ["knn", "data"])
 def test_an_impossible_run_is_refused_at_once_and_leaves_the_last_result(name: str, tmp_path: Path, capsys, monkeypatch):
-    (tmp_path / "file").touch()
-    assert cli.main(["bench", name, "--out", str(tmp_path / "file")]) == 1
+    (tmp_path / "file.png").touch()
+    data = ["--data", str(tmp_path)] if name == "data" else []
+    assert cli.main(["bench", name, "--out", str(tmp_path / "file.png"), *data]) == 1
     assert re.search(r"error: cannot write to .*file.*give another --out", capsys.readouterr().err)
     (tmp_path / f"{name}.json").write_text("of the last run")
     monkeypatch.setattr(knn, "measure_recall", lambda *_: 1 / 0)
