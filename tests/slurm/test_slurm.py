@@ -67,7 +67,7 @@ class Running:
 
     def __init__(self, number: int, out: Path, logs: Path) -> None:
         """out: of the run.   logs: folder of the job's output, in files whose names begin with its number."""
-        self.number, self.out, self.folder = number, out, logs
+        self.number, self.out, self.folder, self.hurried = number, out, logs, "0"
 
     @property
     def log(self) -> str:
@@ -86,9 +86,11 @@ class Running:
         while not until():
             assert time.monotonic() < end, f"{self.asked()}\n{self.log}"
             asked = self.asked()
-            # SLURM holds back what it requeued for two minutes.
-            if asked["JobState"] == "PENDING" and asked["Restarts"] != "0":
-                ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+            # SLURM holds back what it requeued for two minutes. Three seconds will do, but not none: to the second, the
+            # credentials of before are revoked, and a job that starts within that second fails.
+            if asked["JobState"] == "PENDING" and asked["Restarts"] != self.hurried:
+                self.hurried = asked["Restarts"]
+                ask("scontrol", "update", f"JobId={self.number}", "StartTime=now+3")
             time.sleep(0.05)
 
     def starts(self, number: int) -> None:
