@@ -4,6 +4,7 @@ So the suite is as fast beside other work as alone, and sums come in one order: 
 """
 
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it
 
@@ -14,6 +15,11 @@ import torch
 from PIL import EpsImagePlugin
 
 torch.set_num_threads(1)
+# A shell that starts the tests in the background has these ignored, and so would every process that a test stops.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in ("SIGQUIT", "SIGHUP"):
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 @pytest.fixture
