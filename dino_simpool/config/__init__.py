@@ -18,7 +18,7 @@ from dino_simpool.config.bench import BenchDataConfig, BenchKnnConfig, Resources
 from dino_simpool.config.data import CropsConfig, DataConfig
 from dino_simpool.config.evaluate import AttentionConfig, ClassificationConfig, EvalConfig, KnnConfig, LinearConfig
 from dino_simpool.config.evaluate import MasksConfig, RecallConfig, RetrievalConfig
-from dino_simpool.config.features import ExtractConfig, SearchConfig
+from dino_simpool.config.features import ExtractConfig, SearchConfig, parse_shard
 from dino_simpool.config.parse import ConfigError, dump, from_dict, option_names, parse, to_dict
 from dino_simpool.config.parts import DEFAULT_DECODING, MAX_PIXELS, DecodingSettings, Exclude, PixelValues
 from dino_simpool.config.tools import CheckDataConfig, ReportConfig, SubmitConfig, SyntheticConfig, TableConfig, minutes_of

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from dino_simpool.config.parts import Compute, Decoding, Device, Excluding, Loading, Square, Weights, Workers, option, path
@@ -25,19 +26,56 @@ class ExtractConfig(Decoding, Excluding, Loading, Square, Compute, Weights):
     """global: one feature per image (M, D). tokens: what is pooled (M, N, D). keys: SimPool's keys
     of the tokens (M, N, D). attention: maps (M, h, w) that sum to 1."""
     index: bool = False
-    """Also write index.faiss for `search`: inner products of normalized features (level global)."""
+    """Also write index.faiss for `search` (level global)."""
+    index_kind: Literal["flat", "ivfpq"] = "flat"
+    """flat: exact, all features in memory. ivfpq: for millions of images, D/8 + 8 bytes of memory
+    each; its recall against exact search is measured and stored."""
     labels: bool = False
     """Also write labels.npy (class of each row) and classes.txt (names). data has class folders."""
+    shard: str = ""
+    """Only one of several parts, counted from 1: 3/16, in OUT/shard_3_of_16. Each can run on
+    another machine, as in a SLURM array of 1 to 16: --shard $SLURM_ARRAY_TASK_ID/16. Then merge
+    them."""
+    merge: str | tuple[str, ...] = path("", "folder")
+    """Put all shards together, in place of extracting: the OUT of the shards, or a list of folders.
+    Nothing else is given but the place, and index or parquet: --merge OUT --out OUT --index."""
+    parquet: bool = False
+    """Also write features.parquet (level global): id (line of ids.txt), row, feature. It needs
+    pyarrow: pip install 'dino-simpool[parquet]'."""
     view: Literal["crop", "whole"] = "crop"
     """crop: shorter side to resize, then the center, as published. whole: all of the image,
     squeezed into the square."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.index and self.level != "global":
-            raise ValueError(f"index is for level global, given level {self.level}: leave one of the two out")
+        for name in ("index", "parquet"):
+            if getattr(self, name) and self.level != "global":
+                raise ValueError(f"{name} is for level global, given level {self.level}: leave one of the two out")
+        if self.index_kind != "flat" and not self.index:
+            raise ValueError(f"index_kind {self.index_kind} needs index: give --index too")
+        if self.shard:
+            parse_shard(self.shard)
+        if self.shard and self.index:
+            raise ValueError("index is of all images, not of a shard: leave it out here and give it with --merge")
+        if self.merge:
+            allowed = ("merge", "out", "index", "index_kind", "parquet", "device")
+            given = [f.name for f in fields(self) if f.name not in allowed and getattr(self, f.name) != f.default]
+            if given:
+                raise ValueError(f"merge takes all settings from the shards: leave out {', '.join(given)}")
         if self.resize is not None and self.view == "whole":
             raise ValueError("resize is for view crop, view whole has no crop: leave one of the two out")
+
+    def needs(self, option: str) -> bool:
+        """Shards that are merged need neither weights nor images."""
+        return not self.merge or option not in ("checkpoint", "data")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Number and count from `3/16`. ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"shard is {text}: give the number of the part, from 1, and how many there are, as in 3/16")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import os
 import shlex
 import stat
@@ -132,13 +131,17 @@ class ImageSet:
         """SHA-256 of the names in order: the same after moving or packing a folder."""
         return self.index.digest()
 
-    def sizes_digest(self) -> str:
-        """SHA-256 of the file sizes in bytes. They usually change when files are replaced."""
+    def sizes(self, rows: slice = slice(None)) -> np.ndarray:
+        """(n,) int64: bytes of the files of all images, or some. They usually change when files are
+        replaced."""
+        numbers = np.arange(len(self))[rows]
         members = self.index.members
-        sizes = members[:, 1 + Place._fields.index("unpacked")].copy() if len(members) else np.full(len(self), -1, np.int64)
+        sizes = (
+            members[rows, 1 + Place._fields.index("unpacked")].copy() if len(members) else np.full(len(numbers), -1, np.int64)
+        )
         files = np.flatnonzero(sizes < 0)
-        sizes[files] = stamps([self.path(index) for index in files.tolist()])[:, 1]
-        return hashlib.sha256(sizes.tobytes()).hexdigest()
+        sizes[files] = stamps([self.path(index) for index in numbers[files].tolist()])[:, 1]
+        return sizes
 
 
 def find_images(

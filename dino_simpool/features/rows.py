@@ -123,3 +123,39 @@ class RowFile:
 
     def _records(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self.path.stem}.progress_*.json"))
+
+
+class StoredRows:
+    """Rows of a finished file, read from the disk when they are asked for.
+
+    A memory map would count as memory of the process, as far as it was read: all of the file after
+    one pass through it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r")
+        if mapped.dtype != np.float32 or not mapped.flags.c_contiguous:
+            raise ValueError(f"{path} holds {mapped.dtype} and not float32 rows: extract again")
+        self.path, self.shape, self._offset = path, mapped.shape, mapped.offset
+        self._row_bytes = 4 * math.prod(self.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """(n, ...) float32: a range of rows, or any numbers of rows, in their order."""
+        if not isinstance(rows, slice) and len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+            rows = slice(int(rows[0]), int(rows[0]) + len(rows))
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            assert step == 1, "a range"
+            count, offset = max(0, stop - start), self._offset + start * self._row_bytes
+            read = np.fromfile(self.path, np.float32, count * math.prod(self.shape[1:]), offset=offset)
+            return read.reshape(count, *self.shape[1:])
+        found = np.empty((len(rows), *self.shape[1:]), np.float32)
+        with open(self.path, "rb", buffering=0) as file:
+            for row, values in zip(rows.tolist(), found, strict=True):
+                file.seek(self._offset + row * self._row_bytes)
+                if file.readinto(values.data) != self._row_bytes:
+                    raise OSError(f"{self.path} ends before row {row}: extract again")
+        return found

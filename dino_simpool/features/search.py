@@ -1,9 +1,10 @@
 """Finds the images most similar to others, with the index of `extract --index`.
 
-The index finds candidates in float32. Their cosines are then computed in float64 and rounded to
-1e-6, the precision of float32 features; of equal ones, the lower row is nearer. If rounding could
-have hidden a neighbor (many near-ties), all rows are compared instead. The weights must be those of
-the index, and queries are prepared as its images were.
+The index finds candidates. Their cosines are then computed in float64 and rounded to 1e-6, the
+precision of float32 features; of equal ones, the lower row is nearer. With a flat index the result
+is exact: if rounding could have hidden a neighbor (many near-ties), all rows are compared instead.
+An ivfpq index may miss neighbors; its recall is in the results. The weights must be those of the
+index, and queries are prepared as its images were.
 
 M images of the index, Q queries, D width of a feature.
 """
@@ -21,9 +22,11 @@ from dino_simpool import distributed
 from dino_simpool.checkpoint import load_encoder
 from dino_simpool.config import DecodingSettings, Exclude, SearchConfig, from_dict, option_names
 from dino_simpool.data import ImageSet, find_images
-from dino_simpool.features import chunks
 from dino_simpool.features.encode import Forward, extract_features
-from dino_simpool.features.extract import make_transform, read_meta
+from dino_simpool.features.extract import make_transform
+from dino_simpool.features.folder import read_meta, sizes_hash
+from dino_simpool.features.index import nearest
+from dino_simpool.features.rows import StoredRows
 from dino_simpool.files import Fields, check_digest, file_sha256, require_fields, write_atomically
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
@@ -31,10 +34,6 @@ from dino_simpool.names import is_image, shown
 from dino_simpool.pictures import Tile, contact_sheet
 from dino_simpool.results import write_record
 
-SPARE = 32
-"""Candidates beyond k."""
-NEAR = 1e-5
-"""Two similarities of the index that differ by more than this are in the right order."""
 BLUE, GOLD = (31, 119, 180), (230, 159, 0)
 
 
@@ -60,6 +59,7 @@ def main(cfg: SearchConfig) -> None:
     for number, vector in enumerate(vectors.numpy()):
         ranked = nearest(features, index, vector, k=cfg.k + cfg.exclude_self)
         found.append({"query": queries.name(number), "neighbors": neighbors_of(cfg, queries.path(number), images, *ranked)})
+    about = meta.get("index") or {"kind": "flat"}  # version 0.1 had no other
     source = {name: meta["source"][name] for name in ("checkpoint", "sha256", "which")}
     record = {
         "evaluator": "search",
@@ -69,6 +69,7 @@ def main(cfg: SearchConfig) -> None:
         "preprocessing": settings["preprocessing"],
         "model": settings["model"] | source,
         "extraction": meta["hash"],
+        "index": about,
         "device": device.type,
         "processes": distributed.world_size(),
         "dtype": settings["precision"],
@@ -80,31 +81,12 @@ def main(cfg: SearchConfig) -> None:
     rows = [tiles(queries, i, images, result["neighbors"][: cfg.sheet_columns]) for i, result in shown]
     write_atomically(out / "contact_sheet.png", lambda path: contact_sheet(rows, lines=[1]).save(path, format="PNG"))
     print(describe(found, out))
+    if about["kind"] == "ivfpq":
+        recall = about["recall@10"][str(about["nprobe"])]
+        print(f"approximate: of ten true neighbors, this index finds {10 * recall:.2f} on average (see index in results.json)")
 
 
-def nearest(features: np.ndarray, index: faiss.Index, query: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows (all, if k is above M) with the highest cosine to a query (D,) of any length:
-    similarities float64 in steps of 1e-6, descending, and row numbers. Equal ones: lower row first.
-
-    features: (M, D), from which the index was built.
-    """
-    query = query.astype(np.float64)
-    unit = query / max(float(np.linalg.norm(query)), 1e-12)
-    k, count = min(k, len(features)), min(k + SPARE, len(features))
-    similarity, found = index.search(unit.astype(np.float32)[None], count)
-    rows = np.sort(found[0])
-    if count < len(features) and similarity[0, k - 1] - similarity[0, -1] < NEAR:
-        rows = np.arange(len(features))
-    cosines = np.empty(len(rows))
-    for part in chunks(len(rows), 16 * features.shape[1]):
-        block = features[rows[part]].astype(np.float64)
-        cosines[part] = block @ unit / np.maximum(np.linalg.norm(block, axis=1), 1e-12)
-    cosines = cosines.round(6)
-    best = np.argsort(-cosines, kind="stable")[:k]
-    return cosines[best], rows[best]
-
-
-def open_index(folder: str) -> tuple[dict[str, Any], np.ndarray, faiss.Index]:
+def open_index(folder: str) -> tuple[dict[str, Any], StoredRows, faiss.Index]:
     """meta.json, features (M, D), index of a folder. ValueError if missing or inconsistent."""
     for name in ("meta.json", "features.npy", "index.faiss"):
         if not Path(folder, name).is_file():
@@ -122,11 +104,11 @@ def open_index(folder: str) -> tuple[dict[str, Any], np.ndarray, faiss.Index]:
     if notes[0]:
         say(notes[0])
     try:
-        features = np.load(Path(folder) / "features.npy", mmap_mode="r")
+        features = StoredRows(Path(folder) / "features.npy")
     except (ValueError, EOFError) as error:
         raise ValueError(f"{folder}/features.npy is damaged or no array ({error}): {remedy}") from error
     try:
-        index = faiss.read_index(str(path))
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)  # lists of codes stay on the disk
     except RuntimeError as error:
         raise ValueError(
             f"{path} cannot be read (truncated, or not an index): write it again with `extract --index`"
@@ -167,7 +149,7 @@ def images_of(cfg: SearchConfig, meta: dict[str, Any]) -> ImageSet:
             f"{', '.join(sources)} has {len(images)} images, not the {count} of the index, or other names: extract again, "
             "or give their new place with --data"
         )
-    if images.sizes_digest() != meta["sizes"]:
+    if sizes_hash(images.sizes()) != meta["sizes"]:
         raise ValueError(f"{', '.join(sources)} has other files with the names in the index: extract again")
     return images
 

@@ -28,9 +28,12 @@ from dino_simpool.checkpoint import export_encoder
 from dino_simpool.config import MAX_PIXELS, ConfigError, ExtractConfig, parse
 from dino_simpool.data import EvalTransform, find_images
 from dino_simpool.data.decode import read_rgb
+from dino_simpool.features import chunks
 from dino_simpool.features import extract as module
 from dino_simpool.features import rows as rows_module
-from dino_simpool.features.extract import build_index, extract, level_of, main
+from dino_simpool.features.extract import extract, level_of, main
+from dino_simpool.features.folder import settings_hash
+from dino_simpool.features.index import build_flat
 from dino_simpool.features.rows import RowFile
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import weights_sha256
@@ -228,7 +231,7 @@ def test_what_is_beside_the_features(tmp_path: Path, images: Path, checkpoint: s
     assert (tmp_path / "out" / "classes.txt").read_text() == "a\nb\n"
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     settings, encoder = meta["settings"], module.load_encoder(checkpoint)
-    assert meta["hash"] == module.settings_hash(settings) and meta["shape"] == [13, 32]
+    assert meta["hash"] == settings_hash(settings) and meta["shape"] == [13, 32]
     assert meta["source"] == {
         "checkpoint": checkpoint, "sha256": module.file_sha256(checkpoint), "which": "teacher", "data": [str(images)],
         "exclude": [], "max_pixels": MAX_PIXELS,
@@ -260,8 +263,8 @@ def test_index_is_brute_force(tmp_path: Path, images: Path, checkpoint: str) -> 
 def test_index_of_many_parts_and_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     features = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
     features[2] = 0
-    monkeypatch.setattr("dino_simpool.features.extract.chunks", functools.partial(module.chunks, max_bytes=72))
-    index = build_index(features)
+    monkeypatch.setattr("dino_simpool.features.index.chunks", functools.partial(chunks, max_bytes=72))
+    index = build_flat(features)
     length = np.linalg.norm(features, axis=1, keepdims=True)
     np.testing.assert_allclose(index.reconstruct_n(0, 7), features / np.where(length, length, 1), atol=1e-7)
 

@@ -24,8 +24,9 @@ from dino_simpool.data import EvalTransform, find_images
 from dino_simpool.data.decode import read_rgb
 from dino_simpool.features import extract as extraction
 from dino_simpool.features import search as module
-from dino_simpool.features.extract import build_index, extract
-from dino_simpool.features.search import main, nearest
+from dino_simpool.features.extract import extract
+from dino_simpool.features.index import build_flat, nearest
+from dino_simpool.features.search import main
 from dino_simpool.pictures import GAP
 
 
@@ -71,7 +72,7 @@ def test_nearest_is_brute_force(k: int) -> None:
     features = (noise.normal(size=(300, 6)) * noise.uniform(0.1, 9, (300, 1))).astype(np.float32)
     features[200:220] = 3 * features[7]
     features[20] = 0
-    index = build_index(features)
+    index = build_flat(features)
     for query in (*noise.normal(size=(9, 6)).astype(np.float32), 2 * features[7], features[20]):
         similarity, rows = nearest(features, index, query, k=k)
         expected = brute_force(features, query)
@@ -83,9 +84,9 @@ def test_many_near_ties_hide_no_neighbor() -> None:
     """More of them than candidates: the lower rows are found all the same. And k above all rows is all of them."""
     angle = 9e-4 * (1 - np.arange(200) / 200)  # cosines of 1 - 4e-7 to 1, which all are 1.000000; the last rows are nearest
     features, query = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32), np.array([5, 0], np.float32)
-    similarity, rows = nearest(features, build_index(features), query, k=3)
+    similarity, rows = nearest(features, build_flat(features), query, k=3)
     assert rows.tolist() == [0, 1, 2] and similarity.tolist() == [1, 1, 1]
-    similarity, rows = nearest(features[:2], build_index(features[:2]), query, k=10)
+    similarity, rows = nearest(features[:2], build_flat(features[:2]), query, k=10)
     assert rows.tolist() == [0, 1]
 
 
@@ -153,7 +154,7 @@ def test_search_takes_the_view_and_the_model_of_the_index(extracted: Path, tmp_p
     view = {"view": "whole", "image_size": 40, "mean": encoder.config.mean, "std": encoder.config.std}
     meta = json.loads((extracted / "features" / "meta.json").read_text())
     features = extract(encoder, images, tmp_path / "features", view=view, batch_size=4, source=meta["source"])
-    faiss.write_index(build_index(features), str(tmp_path / "features" / "index.faiss"))
+    faiss.write_index(build_flat(features), str(tmp_path / "features" / "index.faiss"))
     query = str(extracted / "images" / "b" / "005.png")
     main(options(extracted, tmp_path / "out", query, index=str(tmp_path / "features")))
     first = results(tmp_path / "out")["queries"][0]["neighbors"][0]
@@ -215,7 +216,7 @@ def test_folders_that_are_no_index(extracted: Path, tmp_path: Path) -> None:
     (features / "index.faiss").write_bytes((features / "index.faiss").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"index\.faiss is damaged or was changed"):
         main(options(extracted, tmp_path / "out", query, index=str(features)))
-    faiss.write_index(build_index(np.load(features / "features.npy")[:5]), str(features / "index.faiss"))
+    faiss.write_index(build_flat(np.load(features / "features.npy")[:5]), str(features / "index.faiss"))
     with pytest.raises(ValueError, match=r"index\.faiss is damaged or was changed"):
         main(options(extracted, tmp_path / "out", query, index=str(features)))
     (features / "index.faiss").unlink()
@@ -223,7 +224,7 @@ def test_folders_that_are_no_index(extracted: Path, tmp_path: Path) -> None:
         main(options(extracted, tmp_path / "out", query, index=str(features)))
     images, encoder = find_images(query), load_encoder(str(extracted / "encoder" / "backbone.safetensors"))
     unnamed = extract(encoder, images, tmp_path / "unnamed", batch_size=4, workers=0)
-    faiss.write_index(build_index(unnamed), str(tmp_path / "unnamed" / "index.faiss"))
+    faiss.write_index(build_flat(unnamed), str(tmp_path / "unnamed" / "index.faiss"))
     with pytest.raises(ValueError, match="does not say which checkpoint made it"):
         main(options(extracted, tmp_path / "out", query, index=str(tmp_path / "unnamed")))
     assert not (tmp_path / "out").exists()
