@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,44 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder to the disk. Without it, a power cut may lose the new names of files in it."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Flush a folder to the disk. Without it, a power cut may lose the new names of files in it.
+
+    Windows opens no folder, and some network file systems flush none: there the files must do.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+_SEEKING = threading.Lock()
+"""Held while a file that threads share is moved to a place: Windows has no pread and no pwrite."""
+
+
+def read_at(file: int, size: int, place: int) -> bytes:
+    """`size` bytes of an open file from a place on; fewer at its end. Threads may share the file."""
+    if hasattr(os, "pread"):
+        return os.pread(file, size, place)
+    with _SEEKING:
+        os.lseek(file, place, os.SEEK_SET)
+        return os.read(file, size)
+
+
+def write_at(file: int, data: bytes | memoryview, place: int) -> int:
+    """Write to an open file from a place on; returns the number of bytes, perhaps not all of them.
+    Threads may share the file."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file, data, place)
+    with _SEEKING:
+        os.lseek(file, place, os.SEEK_SET)
+        return os.write(file, data)
 
 
 def write_json(path: Path, value: Any) -> None:
