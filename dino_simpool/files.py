@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it."""
+def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool = True) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it.
+
+    flush: False for one of many files that can be made again: a power cut may leave it empty.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with full_disk_named(path):
@@ -24,31 +27,48 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             mask = os.umask(0)
             os.umask(mask)
             os.chmod(temporary, 0o666 & ~mask)  # safetensors writes files that only their owner can read
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            if flush:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if flush:
+        sync_folder(path.parent)
 
 
 @contextlib.contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
     """OSError that names file and disk in place of what libraries raise when the disk is full.
 
-    torch raises a RuntimeError, safetensors an error of its own, and neither says which file.
+    torch and safetensors raise errors of their own, numpy an OSError without a number, and hardly
+    one says which file. So where no number says what is wrong, a probe tells whether it is the disk.
     """
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        if not full and not ("PytorchStreamWriter failed" in str(error) and free < 2**20):
+        number = getattr(error, "errno", None)
+        if number not in _FULL and (number is not None or not _is_full(path.parent)):
             raise
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise OSError(
             f"cannot write {path}: the disk is full ({free:,} bytes are free, or a quota is used up). What was there before "
             "is still valid; make room and run the same command again"
         ) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether a MiB cannot be written there for want of room."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**20))
+            probe.flush()
+    except OSError as error:
+        return error.errno in _FULL
+    return False
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows: there only the times of the file count
     fcntl = None  # type: ignore[assignment]
 
-from dino_simpool.files import read_at, write_at
+from dino_simpool.files import full_disk_named, read_at, write_at
 from dino_simpool.logs import say
 
 RENEW = 60.0
@@ -66,7 +66,8 @@ def locked(folder: Path) -> Iterator[Lock]:
             "run": os.urandom(8).hex(),
         }
         os.ftruncate(file, 0)
-        write_at(file, json.dumps(record).encode() + b"\n", 0)
+        with full_disk_named(path):
+            write_at(file, json.dumps(record).encode() + b"\n", 0)
         lock = Lock(path, file, record)
         threading.Thread(target=lock.renew_until, args=(end,), daemon=True).start()
         try:

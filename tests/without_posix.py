@@ -7,6 +7,7 @@ replaced, as on Windows. Libraries are imported first, because those of this sys
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import shutil
 import signal
@@ -17,14 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faiss
-import safetensors.torch
-import timm
-import torch
-import torch.utils.data
-import torch.utils.tensorboard
-import torchvision
-from scipy import io
+for library in ("torch.utils.tensorboard", "torchvision", "timm", "faiss", "safetensors.torch", "scipy.io", "jsonargparse"):
+    importlib.import_module(library)
 
 MODULES = ("resource", "fcntl", "pwd", "grp", "termios", "posix_ipc", "syslog")
 SIGNALS = ("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGKILL", "SIGSTOP")
@@ -43,7 +38,7 @@ def in_use(path: Any) -> bool:
     real = os.path.realpath(path)
     descriptors = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
     return real in {os.readlink(each) for each in descriptors if os.path.lexists(each)} or any(
-        line.rstrip("\n").endswith(f" {real}") for line in open("/proc/self/maps")  # noqa: SIM115
+        line.endswith(f" {real}") for line in Path("/proc/self/maps").read_text().splitlines()
     )
 
 

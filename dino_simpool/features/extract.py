@@ -106,7 +106,7 @@ def main(cfg: ExtractConfig) -> None:
             _write_names(folder / "classes.txt", images.classes)
         if cfg.index:
             index = build_index(features)
-            write_atomically(folder / "index.faiss", lambda path: faiss.write_index(index, str(path)))
+            write_atomically(folder / "index.faiss", partial(_write_index, index))
         if cfg.index or cfg.labels:
             beside = ("index.faiss", "labels.npy", "classes.txt")
             add_digests(folder, [name for name in beside if (folder / name).is_file()])
@@ -214,6 +214,12 @@ def build_index(features: np.ndarray) -> faiss.IndexFlatIP:
     for part in chunks(len(features), 12 * features.shape[1]):
         index.add(F.normalize(torch.from_numpy(np.array(features[part])).double(), dim=1).float().numpy())
     return index
+
+
+def _write_index(index: faiss.Index, path: Path) -> None:
+    """Write an index through Python: faiss itself does not raise if the last bytes find no room."""
+    with open(path, "wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
 
 
 def read_meta(folder: str | Path) -> dict[str, Any] | None:
