@@ -31,8 +31,13 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
             os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):  # which nobody knows
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has its name, or nothing can be changed here any more
+            temporary.unlink()
     if flush:
         sync_folder(path.parent)
 

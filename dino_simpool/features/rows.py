@@ -14,6 +14,7 @@ M rows in blocks of `block`, the last one smaller; one process writes a block as
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -119,7 +120,8 @@ class RowFile:
 
     def __exit__(self, *error: object) -> None:
         try:
-            self.save()  # after an error too: finished rows are kept
+            with contextlib.suppress(OSError) if error[0] else contextlib.nullcontext():  # the first error says more
+                self.save()  # after an error too: finished rows are kept
         finally:
             os.close(self._file)
 
