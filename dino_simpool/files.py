@@ -47,7 +47,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
     """OSError that names file and disk in place of what libraries raise when the disk is full.
 
     torch and safetensors raise errors of their own, numpy an OSError without a number, and hardly
-    one says which file. So where no number says what is wrong, a probe tells whether it is the disk.
+    one names the file. So where no number says what is wrong, a probe tells whether the disk is.
     """
     try:
         yield
@@ -99,7 +99,7 @@ _SEEKING = threading.Lock()
 
 
 def read_at(file: int, size: int, place: int) -> bytes:
-    """`size` bytes of an open file from a place on; fewer at its end. Threads may share the file."""
+    """`size` bytes of an open file from a place on, fewer at its end. Threads may share it."""
     if hasattr(os, "pread"):
         return os.pread(file, size, place)
     with _SEEKING:
@@ -108,8 +108,8 @@ def read_at(file: int, size: int, place: int) -> bytes:
 
 
 def write_at(file: int, data: bytes | memoryview, place: int) -> int:
-    """Write to an open file from a place on; returns the number of bytes, perhaps not all of them.
-    Threads may share the file."""
+    """Write to an open file from a place on; the number of bytes written, perhaps not all. Threads
+    may share it."""
     if hasattr(os, "pwrite"):
         return os.pwrite(file, data, place)
     with _SEEKING:
