@@ -23,6 +23,8 @@ options = ["--config", "recipe.yaml", "--data.root", "data/train", "--data.worke
 cfg = parse(TrainConfig, options)
 {guard}    print("ended", train(cfg))
 """
+METHODS = ["spawn", pytest.param("forkserver", marks=pytest.mark.long)]
+"""Those of Windows and macOS, and of Python 3.14 on Linux."""
 
 
 @pytest.fixture
@@ -61,6 +63,7 @@ def test_every_command_in_one_process_without_what_windows_lacks(here: Path) -> 
         f"extract {given} --data train.tar --out features --index --labels",
         "search --index features --query data/val/a/0.png --out found --workers 0 --device cpu",
         "bench data --data data/val --out bench --loader_seconds 0 --repetitions 1 --images 2 --workers 0 --device cpu",
+        "bench knn --out bench --images 64 --products 8 --bank 64 --queries 8 --classes 4 --width 8 --k [1] --repetitions 1",
         "report run --data data --device cpu",
         "table run --out table.txt",
         "check-data data/train --workers 0 --out bad.txt",
@@ -80,14 +83,14 @@ def test_several_processes_are_refused_on_windows(monkeypatch: pytest.MonkeyPatc
         distributed.setup("cpu")
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", METHODS)
 def test_training_with_loader_processes_that_are_not_forked(here: Path, method: str) -> None:
     (here / "guarded.py").write_text(SCRIPT.format(guard='if __name__ == "__main__":\n'))
     done = python(here, "guarded.py", method)
     assert done.stdout == "ended run\n", done.stderr
 
 
-@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.long)])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_script_without_a_guard_is_told_to_have_one(here: Path, method: str) -> None:
     """Its loader process imports it again. It trains nothing, takes no lock, and says what to do."""
     (here / "bare.py").write_text(SCRIPT.format(guard="if True:\n").replace("(sys.argv[1])", "(sys.argv[1], force=True)"))
