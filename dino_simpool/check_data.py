@@ -20,6 +20,7 @@ from dino_simpool.data import ImageSet, default_workers, find_images, start_work
 from dino_simpool.data.bad_files import write_bad_files
 from dino_simpool.data.decode import BrokenImage, Examined, examine
 from dino_simpool.data.value_range import narrow_range, with_range_of
+from dino_simpool.files import make_writable
 from dino_simpool.layouts import check_layout
 from dino_simpool.logs import progress
 from dino_simpool.names import shown
@@ -89,6 +90,8 @@ def main(cfg: CheckDataConfig) -> None:
     images = images.with_decoding(with_range_of(images, cfg.decoding))
     if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
         raise ValueError(f"{cfg.out} cannot be written because its folder does not exist: give another --out")
+    if cfg.out and distributed.is_main():
+        make_writable(Path(cfg.out).absolute().parent, "--out")
     started = time.monotonic()
     summary = check(images, workers=default_workers() if cfg.workers is None else cfg.workers)
     rows = [(images.name(index), reason) for index, reason in sorted(summary.broken.items())]

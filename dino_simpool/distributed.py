@@ -7,6 +7,7 @@ ask. Under torchrun (RANK, WORLD_SIZE, ...) and inside a SLURM job step (SLURM_P
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import sys
@@ -119,8 +120,14 @@ def setup(device: str = "auto") -> torch.device:
     """Join the process group if there is one, and return this process's device.
 
     device: auto, cpu, mps, cuda or cuda:N. ValueError if it is not there: no other device takes its
-    place. TimeoutError if the other processes do not come.
+    place. TimeoutError if the other processes do not come. RuntimeError in a loader process: where
+    Python does not fork them, they import the script that started them, and would start it again.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself looks
+        raise RuntimeError(
+            "a loader process imports your script, which starts its work again: put the call below `if __name__ == "
+            '"__main__":`, or give workers 0 (in training: data.workers)'
+        )
     _slurm_environment()
     local = local_rank()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -131,6 +138,8 @@ def setup(device: str = "auto") -> torch.device:
             f"device {device} is not available here: use {', '.join(k for k, there in available.items() if there)} or auto"
         )
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and sys.platform == "win32":  # torch is built there without the store by which processes meet
+        raise ValueError("several processes need Linux or macOS: start a single one, without torchrun")
     if several and (number or kind == "mps"):
         raise ValueError(
             f"several processes cannot share {name}: use device {'cpu' if kind == 'mps' else 'cuda'}, or one process"

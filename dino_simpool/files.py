@@ -9,13 +9,17 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it."""
+def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool = True) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it.
+
+    flush: False for one of many files that can be made again: a power cut may leave it empty.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with full_disk_named(path):
@@ -23,40 +27,94 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             mask = os.umask(0)
             os.umask(mask)
             os.chmod(temporary, 0o666 & ~mask)  # safetensors writes files that only their owner can read
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            if flush:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):  # which nobody knows
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # it has its name, or nothing can be changed here any more
+            temporary.unlink()
+    if flush:
+        sync_folder(path.parent)
 
 
 @contextlib.contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
     """OSError that names file and disk in place of what libraries raise when the disk is full.
 
-    torch raises a RuntimeError, safetensors an error of its own, and neither says which file.
+    torch and safetensors raise errors of their own, numpy an OSError without a number, and hardly
+    one names the file. So where no number says what is wrong, a probe tells whether the disk is.
     """
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        if not full and not ("PytorchStreamWriter failed" in str(error) and free < 2**20):
+        number = getattr(error, "errno", None)
+        if number not in _FULL and (number is not None or not _is_full(path.parent)):
             raise
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise OSError(
             f"cannot write {path}: the disk is full ({free:,} bytes are free, or a quota is used up). What was there before "
             "is still valid; make room and run the same command again"
         ) from error
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether a MiB cannot be written there for want of room."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**20))
+            probe.flush()
+    except OSError as error:
+        return error.errno in _FULL
+    return False
+
+
 def sync_folder(folder: Path) -> None:
-    """Flush a folder to the disk. Without it, a power cut may lose the new names of files in it."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Flush a folder to the disk. Without it, a power cut may lose the new names of files in it.
+
+    Windows opens no folder, and some network file systems flush none: there the files must do.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+_SEEKING = threading.Lock()
+"""Held while a file that threads share is moved to a place: Windows has no pread and no pwrite."""
+
+
+def read_at(file: int, size: int, place: int) -> bytes:
+    """`size` bytes of an open file from a place on, fewer at its end. Threads may share it."""
+    if hasattr(os, "pread"):
+        return os.pread(file, size, place)
+    with _SEEKING:
+        os.lseek(file, place, os.SEEK_SET)
+        return os.read(file, size)
+
+
+def write_at(file: int, data: bytes | memoryview, place: int) -> int:
+    """Write to an open file from a place on; the number of bytes written, perhaps not all. Threads
+    may share it."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file, data, place)
+    with _SEEKING:
+        os.lseek(file, place, os.SEEK_SET)
+        return os.write(file, data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,6 +22,7 @@ try:
 except ImportError:  # Windows: there only the times of the file count
     fcntl = None  # type: ignore[assignment]
 
+from dino_simpool.files import full_disk_named, read_at, write_at
 from dino_simpool.logs import say
 
 RENEW = 60.0
@@ -51,7 +52,7 @@ class Lock:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Lock]:
     """Hold a folder. BlockingIOError, which names the other run, if one works there."""
-    path, end = folder / "run.lock", threading.Event()
+    path, end, ours = folder / "run.lock", threading.Event(), False
     file, free = _open(path)
     try:
         other = _read(file)
@@ -65,17 +66,21 @@ def locked(folder: Path) -> Iterator[Lock]:
             "run": os.urandom(8).hex(),
         }
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(record).encode() + b"\n", 0)
+        with full_disk_named(path):
+            write_at(file, json.dumps(record).encode() + b"\n", 0)
         lock = Lock(path, file, record)
         threading.Thread(target=lock.renew_until, args=(end,), daemon=True).start()
         try:
             yield lock
         finally:
-            if not lost_to_another(lock):
+            ours = not lost_to_another(lock)
+            if ours and fcntl is not None:
                 path.unlink()
     finally:
         end.set()
         os.close(file)
+        if ours and fcntl is None:  # Windows removes no file that is open
+            path.unlink()
 
 
 def lost_to_another(lock: Lock) -> bool:
@@ -116,7 +121,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 def _read(file: int) -> dict[str, Any] | None:
     try:
-        record = json.loads(os.pread(file, 4096, 0))
+        record = json.loads(read_at(file, 4096, 0))
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

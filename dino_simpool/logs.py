@@ -47,6 +47,7 @@ class RunLog:
         if not enabled:
             return
         path = Path(out) / "log.jsonl"
+        self._events = path.parent / "tensorboard"
         path.parent.mkdir(parents=True, exist_ok=True)
         _truncate(path, step=resume_step, epoch=resume_epoch)
         self._file = open(path, "ab")  # noqa: SIM115 (open until close())
@@ -54,7 +55,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and most processes do not need it
 
             purge = resume_step + 1 if resume_step else 0  # hides what an interrupted run wrote after its checkpoint
-            self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge)
+            with full_disk_named(self._events):
+                self._tensorboard = SummaryWriter(str(self._events), purge_step=purge)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line, and send its numbers to TensorBoard as kind/name.
@@ -68,19 +70,23 @@ class RunLog:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())  # a checkpoint on disk must never be ahead of the log
-            if self._tensorboard is not None:
+        if self._tensorboard is not None:
+            with full_disk_named(self._events):  # an error of its thread is raised at the next event
                 for name, value in _numbers(record):
                     self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def image(self, tag: str, image: Any, step: int) -> None:
         """Send an image to TensorBoard: (3, H, W) array or tensor, uint8, or float in 0..1."""
         if self._tensorboard is not None:
-            self._tensorboard.add_image(tag, image, step)
+            with full_disk_named(self._events):
+                self._tensorboard.add_image(tag, image, step)
 
     def close(self) -> None:
         """Close both files. A new RunLog may open them again."""
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with full_disk_named(self._events):
+                self._tensorboard.flush()  # raises what its thread could not write
+                self._tensorboard.close()
         if self._file is not None:
             self._file.close()
         self._file = self._tensorboard = None

@@ -10,9 +10,9 @@ the rest stays as it is.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -98,9 +98,11 @@ def to_bytes(image: Tensor) -> np.ndarray:
     return (image * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 
 
-def save_png(path: str | Path, image: Tensor) -> None:
-    """Write a picture (3, H, W) in 0..1 as an 8-bit PNG."""
-    Image.fromarray(to_bytes(image)).save(path, "PNG")
+def png_bytes(image: Tensor) -> bytes:
+    """A picture (3, H, W) in 0..1 as an 8-bit PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(to_bytes(image)).save(file, "PNG")
+    return file.getvalue()
 
 
 @dataclass(frozen=True)

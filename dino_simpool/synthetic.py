@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dino_simpool.config import SyntheticConfig
+from dino_simpool.files import full_disk_named
 
 Field = np.ndarray
 Region = Callable[[Field, Field, Field, Field], Field]
@@ -208,11 +209,12 @@ def write_dataset(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
         tree = Path(unfinished) / "set"
         images = []
-        for split, first, count in (("train", 0, train_per_class), ("val", FIRST_VAL_NUMBER, val_per_class)):
-            for class_id in range(classes):
-                images += _write_class(tree, split, class_id, range(first, first + count), seed=seed, size=size)
-        record = {"settings": settings, "classes": list(SHAPES)[:classes], "images": images}
-        (tree / "annotations.json").write_text(json.dumps(record, indent=1))
+        with full_disk_named(folder):
+            for split, first, count in (("train", 0, train_per_class), ("val", FIRST_VAL_NUMBER, val_per_class)):
+                for class_id in range(classes):
+                    images += _write_class(tree, split, class_id, range(first, first + count), seed=seed, size=size)
+            record = {"settings": settings, "classes": list(SHAPES)[:classes], "images": images}
+            (tree / "annotations.json").write_text(json.dumps(record, indent=1))
         os.replace(tree, folder)
 
 

@@ -57,12 +57,12 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the times depend on. `load` is the one-minute average, in processes."""
+    """What the times depend on. `load` is the one-minute average, in processes, None on Windows."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "environment": {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MKL_", "OPENBLAS_"))},
         "versions": versions(),
     }

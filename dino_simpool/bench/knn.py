@@ -16,12 +16,16 @@ N images of Recall@k, M of the bank, T test images, D width, C classes.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 import torch
 from torch import Tensor
@@ -135,9 +139,11 @@ def measure_knn(cfg: BenchKnnConfig, device: torch.device) -> dict[str, Any]:
     return {"seconds": seconds, "medians": middle, "comparisons": comparisons, "accuracy": accuracy}
 
 
-def peak_memory(cfg: BenchKnnConfig) -> float:
+def peak_memory(cfg: BenchKnnConfig) -> float | None:
     """Largest resident memory, in GB of 10**9 bytes, of a new process that makes the features and
-    computes Recall@k once."""
+    computes Recall@k once. None where the system does not say it (Windows)."""
+    if resource is None:
+        return None
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     process = context.Process(target=_recall_alone, args=(cfg, queue))
@@ -164,7 +170,8 @@ def describe(record: dict[str, Any]) -> str:
     rows = [["method", "seconds", "times the products"]]
     rows += [[name, f"{value:.2f}", f"{recall['times_the_products'][name]:.2f}"] for name, value in recall["medians"].items()]
     lines = [f"Recall@k, {config['images']} x {config['width']}, {config['products']} classes", text_table(rows, rule=True)]
-    lines += [f"peak memory of Recall@k: {recall['peak_gb']:.2f} GB", ""]
+    peak = recall["peak_gb"]
+    lines += [f"peak memory of Recall@k: {'not measured here' if peak is None else f'{peak:.2f} GB'}", ""]
     lines += [f"k-NN, {config['queries']} queries in {config['bank']} x {config['width']}, {config['classes']} classes"]
     rows = [["method", "seconds"], *([name, f"{value:.2f}"] for name, value in knn["medians"].items())]
     lines += [text_table(rows, rule=True), ""]
@@ -175,6 +182,6 @@ def describe(record: dict[str, Any]) -> str:
     machine = record["machine"]
     lines += [
         text_table(rows, rule=True),
-        f"{machine['device']}, {machine['threads']} threads, load before {machine['load']:.1f}",
+        f"{machine['device']}, {machine['threads']} threads, load before {machine['load'] or 0:.1f}",
     ]
     return "\n".join(lines)

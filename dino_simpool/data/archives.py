@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import os
 import posixpath
-import resource
 import stat
 import struct
 import tarfile
@@ -25,11 +24,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+try:
+    import resource
+except ImportError:  # Windows, where a process may open thousands
+    resource = None  # type: ignore[assignment]
+
 from dino_simpool.config import Exclude
+from dino_simpool.files import read_at
 from dino_simpool.names import SYSTEM_FOLDERS, annotations_among, is_archive, is_image, is_no_data, kind_left_out
 
-_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-MOST_OPEN = 256 if _FILES == resource.RLIM_INFINITY else max(1, min(256, _FILES // 4))
+_FILES = -1 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: no limit
+MOST_OPEN = 256 if _FILES < 0 else max(1, min(256, _FILES // 4))
 """Archives that a process keeps open: a quarter of the files it may open. Loaders need some too."""
 _PLAIN = -1
 """Method of tar members, whose bytes start at the offset. Zip has ZIP_STORED and ZIP_DEFLATED."""
@@ -159,8 +164,9 @@ def _tar_entries(path: str) -> Iterator[_Entry]:
     # Unbuffered, because only headers are read and the data between them is skipped.
     with _Headers(path, _LARGEST_HEADER) as file:
         total = os.fstat(file.fileno()).st_size
-        if os.pread(file.fileno(), 8, 0).startswith(_COMPRESSED_MAGIC):
+        if file.read(8).startswith(_COMPRESSED_MAGIC):
             raise compressed_error(path)
+        file.seek(0)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # otherwise it would keep them all
@@ -173,7 +179,8 @@ def _tar_entries(path: str) -> Iterator[_Entry]:
                 refused = "it is sparse" if member.issparse() else "" if member.isreg() or link else "it is a device"
                 yield _Entry(member.name, place, member.isdir(), link, member.islnk(), refused)
             # tarfile accepts a file that ends early or continues with something else.
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no end mark after {archive.offset} bytes")
 
 
@@ -273,12 +280,12 @@ class ArchiveReader:
         archive = self._file(path, stamp)  # held until the end, because it closes when it is no longer used
         file, offset = archive.number, place.offset
         if place.method != _PLAIN:
-            header = os.pread(file, _LOCAL_HEADER.size, offset)
+            header = read_at(file, _LOCAL_HEADER.size, offset)
             if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
                 raise ValueError("no file starts where the zip archive says")
             _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
             offset += _LOCAL_HEADER.size + name_length + extra_length
-        data = os.pread(file, place.size, offset)
+        data = read_at(file, place.size, offset)
         if len(data) != place.size:
             raise ValueError(f"the archive ends {place.size - len(data)} bytes too early")
         if place.method == zipfile.ZIP_DEFLATED:
@@ -293,7 +300,7 @@ class ArchiveReader:
     def _file(self, path: str, stamp: tuple[int, int]) -> _Descriptor:
         file = self._open.get(path)
         if file is None:
-            file = _Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            file = _Descriptor(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
             now = os.fstat(file.number)
             if (now.st_mtime_ns, now.st_size) != stamp:
                 raise ValueError("the archive has changed since its files were listed; start again")

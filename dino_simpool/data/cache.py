@@ -9,11 +9,15 @@ one file per source, in $DINO_SIMPOOL_CACHE or ~/.cache/dino_simpool, and can be
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: each process lists the source itself
+    fcntl = None  # type: ignore[assignment]
 
 import numpy as np
 from safetensors import SafetensorError
@@ -78,7 +82,8 @@ def _shared(file: Path, root: str, base: str, exclude: Exclude) -> tuple[Index, 
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = open(file.with_suffix(".lock"), "ab")  # noqa: SIM115 (held below)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"index of {root}: another process is listing the files, waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)

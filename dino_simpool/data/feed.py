@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import resource
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+
+try:
+    import resource
+except ImportError:  # Windows: the memory in use is not measured
+    resource = None  # type: ignore[assignment]
 
 import torch
 from torch import Tensor
@@ -131,6 +136,7 @@ class Feed:
         """Speed, waiting and peak memory since the last call for this row, "window" or "epoch".
 
         On CUDA the waiting time is an upper bound: the device is still busy when the wait begins.
+        The memory is NaN where the system does not say it (Windows).
         """
         started, count, waited = self._since[row]
         now = time.monotonic()
@@ -138,8 +144,10 @@ class Feed:
         seconds = max(now - started, 1e-9)
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        else:
+        elif resource is not None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        else:
+            peak = math.nan
         return {
             "images_per_second": (self._count - count) / seconds,
             "data_wait_percent": 100 * (self._waited - waited) / seconds,

@@ -77,7 +77,8 @@ class Strings:
         if not folder or not len(self):
             return self
         lines = b"\n" + self.data.tobytes()
-        if lines.count(b"\n") > len(self) + 1 or b"\n/" in lines or b"\n\n" in lines:
+        plain = lines.count(b"\n") == len(self) + 1 and b"\n/" not in lines and b"\n\n" not in lines
+        if not plain or os.sep != "/":  # absolute paths of Windows begin in many ways
             return Strings.of(os.path.join(folder, path) if path else folder for path in self)
         prefix = os.path.join(folder, "").encode("utf-8", "surrogateescape")  # all at once is ten times as fast for millions
         lines = lines[:-1].replace(b"\n", b"\n" + prefix)[1:]

@@ -240,6 +240,15 @@ def _loader(
     dataset: Dataset[Any], batches: Iterable[list[Any]], *, workers: int | None, device: torch.device, prefetch: int = 2
 ) -> DataLoader:
     workers = default_workers() if workers is None else workers
+    if (
+        workers
+        and multiprocessing.get_start_method() != "fork"
+        and getattr(sys.modules["__main__"], "__file__", "") == "<stdin>"
+    ):
+        raise ValueError(
+            f"Python starts loader processes here by {multiprocessing.get_start_method()}, which imports the script again, and "
+            "one that is read from stdin cannot be: write it to a file, or give workers 0 (in training: data.workers)"
+        )
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import posixpath
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -134,7 +135,8 @@ def _in_threads(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
 
 @dataclass
 class _Listing:
-    """What was found. Paths are relative to the root; "" is the root itself."""
+    """What was found. Paths are relative to the root, with "/" on every system: the names of images
+    and their order are the same everywhere. "" is the root itself."""
 
     root: str
     exclude: Exclude
@@ -192,10 +194,10 @@ class _Listing:
                 if entry.name.startswith("."):
                     left_out["hidden"] += 1
                     continue
-                if excluded and (kind := excluded(os.path.join(path, entry.name))):
+                if excluded and (kind := excluded(posixpath.join(path, entry.name))):
                     left_out[kind] += 1
                     continue
-                inside, link = os.path.join(path, entry.name), entry.is_symlink()
+                inside, link = posixpath.join(path, entry.name), entry.is_symlink()
                 if os.path.isdir(entry.path) if link else entry.is_dir():
                     if entry.name.lower() in SYSTEM_FOLDERS:
                         left_out[f"folder(s) {entry.name}"] += 1
@@ -225,7 +227,7 @@ class _Listing:
             path = below(self.root, archive)
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"{path} is a broken link: remove it, or put the archive where it points")
-            return stamp(path), *list_archive(path, self.exclude, os.path.dirname(archive), limit=self.limit)
+            return stamp(path), *list_archive(path, self.exclude, posixpath.dirname(archive), limit=self.limit)
 
         seen = 0
         archives = sorted(archives)
@@ -235,12 +237,12 @@ class _Listing:
             seen += len(images)
             if seen > self.limit:
                 raise TooMany
-            here = os.path.dirname(archive)
-            self.top |= {here.split(os.sep)[0]} if here else folders
+            here = posixpath.dirname(archive)
+            self.top |= {here.split("/")[0]} if here else folders
             for name, place in images.items():
                 folder, _, file = name.rpartition("/")
-                member = (file, os.path.join(archive, name), row, place)
-                self.members.setdefault(os.path.join(here, folder) if folder else here, []).append(member)
+                member = (file, posixpath.join(archive, name), row, place)
+                self.members.setdefault(posixpath.join(here, folder) if folder else here, []).append(member)
             self.bar.update(len(images))
 
     def index(self) -> Index:
@@ -248,16 +250,16 @@ class _Listing:
         counts = dict.fromkeys(self.top, 0)
         names: list[bytes] = []
         members: list[tuple[int, ...]] = []
-        for folder in sorted({*self.images, *self.members}, key=lambda path: (path.split(os.sep)[0], path)):
+        for folder in sorted({*self.images, *self.members}, key=lambda path: (path.split("/")[0], path)):
             rows = list(self.members.get(folder, []))
             if folder in self.images:
-                prefix, files = os.path.join(folder, ""), self.images[folder].decode("utf-8", "surrogateescape").split("/")
+                prefix, files = posixpath.join(folder, ""), self.images[folder].decode("utf-8", "surrogateescape").split("/")
                 rows += [(file, prefix + file, -1, _IN_NO_ARCHIVE) for file in files]
             rows.sort()
             names += [path.encode("utf-8", "surrogateescape") for _, path, _, _ in rows]
             if self.archives:
                 members += [(row, *place) for _, _, row, place in rows]
-            top = folder.split(os.sep)[0]
+            top = folder.split("/")[0]
             counts[top] = counts.get(top, 0) + len(rows)
         groups, watched = sorted(counts), self.archives | self.folders
         return Index(
@@ -286,7 +288,9 @@ def _scan_list(file: str, exclude: Exclude, limit: float, bar: tqdm[Any]) -> Ind
     bar.update(len(paths))
     left_out: Counter[str] = Counter()
     if exclude.patterns:
-        kinds = [exclude.which(os.path.relpath(os.path.join(folder, path), folder or ".")) for path in paths]
+        kinds = [
+            exclude.which(os.path.relpath(os.path.join(folder, path), folder or ".").replace(os.sep, "/")) for path in paths
+        ]
         paths = [path for path, kind in zip(paths, kinds, strict=True) if not kind]
         left_out.update(filter(None, kinds))
     names, watched = Strings.of(paths), Strings.of([os.path.basename(file)])

@@ -21,6 +21,7 @@ h, w: cells of a map, N = h * w; H, W: pixels of an image.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -42,11 +43,11 @@ from dino_simpool.data.augment import to_tensor
 from dino_simpool.eval import run
 from dino_simpool.features.encode import Forward, decoding_of
 from dino_simpool.features.maps import attention_maps, entropy, mass_mask, part_boxes, seen_size
-from dino_simpool.files import Fields, read_json, write_json
+from dino_simpool.files import Fields, read_json, write_atomically, write_json
 from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.weights import weights_sha256
-from dino_simpool.pictures import Tile, contact_sheet, fitted, heat, mask_overlay, overlay, save_png, to_bytes, unnormalize
+from dino_simpool.pictures import Tile, contact_sheet, fitted, heat, mask_overlay, overlay, png_bytes, to_bytes, unnormalize
 from dino_simpool.results import result_name, results_folder
 
 TILE = 160
@@ -121,7 +122,8 @@ def evaluate(encoder: Encoder, cfg: AttentionConfig) -> dict[str, Any]:
         columns = len(rows[0])  # of one image
         together = max(1, COLUMNS // columns)
         rows = [list(itertools.chain(*rows[i : i + together])) for i in range(0, len(rows), together)]
-        contact_sheet(rows, size=TILE, lines=range(columns, together * columns, columns)).save(Path(f"{folder}.png"))
+        picture = contact_sheet(rows, size=TILE, lines=range(columns, together * columns, columns))
+        write_atomically(Path(f"{folder}.png"), lambda file: picture.save(file, "PNG"))
     return _result(encoder, cfg, list(records), size)
 
 
@@ -188,10 +190,11 @@ def write_image(
         mask = mass_mask(attention, cfg.mass)
         cells, kept = torch.from_numpy(attention), torch.from_numpy(mask)
         over, masked = overlay(picture, cells, seen=seen, smooth=cfg.smooth), mask_overlay(picture, kept, seen=seen)
-        np.save(f"{file}.npy", attention)
-        save_png(f"{file}_heat.png", heat(cells, seen, smooth=cfg.smooth))
-        save_png(f"{file}_overlay.png", over)
-        save_png(f"{file}_mask.png", masked)
+        stored = io.BytesIO()
+        np.save(stored, attention)
+        _write(f"{file}.npy", stored.getvalue())
+        for ending, drawn in (("heat", heat(cells, seen, smooth=cfg.smooth)), ("overlay", over), ("mask", masked)):
+            _write(f"{file}_{ending}.png", png_bytes(drawn))
         said.append(
             {"entropy": entropy(attention), "mask_area": 100 * float(mask.mean()), "boxes": part_boxes(attention, mask, box)}
         )
@@ -203,8 +206,13 @@ def write_image(
         "grid": list(maps.shape[1:]),
         "maps": said,
     }
-    Path(f"{path}.json").write_text(json.dumps(record, indent=2) + "\n")
+    _write(f"{path}.json", json.dumps(record, indent=2).encode() + b"\n")
     return record, tiles
+
+
+def _write(path: str, content: bytes) -> None:
+    """One file of an image, whole or not at all; there may be many thousands."""
+    write_atomically(Path(path), lambda file: file.write_bytes(content), flush=False)
 
 
 def _tile(picture: Tensor, caption: str) -> Tile:

@@ -104,8 +104,14 @@ def _write_index(folder: Path, kind: str) -> None:
         index, about = build_ivfpq(rows)
         recall, lists = about["recall@10"][str(about["nprobe"])], f"{about['nprobe']} of {about['lists']:,} lists"
         say(f"index: recall@10 is {recall:.3f} (1 is exact search), with {lists} read for a query")
-    write_atomically(folder / "index.faiss", lambda path: faiss.write_index(index, str(path)))
+    write_atomically(folder / "index.faiss", partial(_save_index, index))
     add_to_meta(folder, ["index.faiss"], index=about)
+
+
+def _save_index(index: faiss.Index, path: Path) -> None:
+    """Write an index through Python: faiss itself does not raise if the last bytes find no room."""
+    with open(path, "wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
 
 
 def _extract(cfg: ExtractConfig, folder: Path, shard: Shard | None, device: torch.device) -> np.ndarray:

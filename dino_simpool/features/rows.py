@@ -14,6 +14,7 @@ M rows in blocks of `block`, the last one smaller; one process writes a block as
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_simpool.files import sync_folder, write_atomically
+from dino_simpool.files import full_disk_named, sync_folder, write_at, write_atomically
 
 SAVE_SECONDS = 10.0
 """Seconds of work of a process that a kill can cost."""
@@ -47,7 +48,8 @@ class RowFile:
 
     def missing_bytes(self) -> int:
         """Bytes of disk space that are still needed to finish the file."""
-        there = self.partial.stat().st_blocks * 512 if self.partial.exists() else 0
+        held = self.partial.stat() if self.partial.exists() else None
+        there = 0 if held is None else held.st_blocks * 512 if hasattr(held, "st_blocks") else held.st_size  # Windows
         return 0 if self.finished else max(0, self.shape[0] * self.row_bytes - there)
 
     def create(self) -> None:
@@ -74,9 +76,10 @@ class RowFile:
         assert rows.shape == (len(self.rows_of(np.array([block]))), *self.shape[1:]), f"rows {rows.shape} of {self.shape}"
         data = memoryview(rows.astype(np.float32).tobytes())
         place = self._offset + block * self.block * self.row_bytes
-        while data:
-            count = os.pwrite(self._file, data, place)
-            data, place = data[count:], place + count
+        with full_disk_named(self.partial):
+            while data:
+                count = write_at(self._file, data, place)
+                data, place = data[count:], place + count
         if self._written and self._written[-1][1] == block:
             self._written[-1][1] += 1
         else:
@@ -112,12 +115,13 @@ class RowFile:
             raise ValueError(f"{self.partial} holds {array.shape} and not {self.shape}: remove {self.path.parent}")
         self._offset, self._saved = array.offset, time.monotonic()
         self._written = json.loads(self._record.read_text()) if self._record.exists() else []
-        self._file = os.open(self.partial, os.O_RDWR)
+        self._file = os.open(self.partial, os.O_RDWR | getattr(os, "O_BINARY", 0))
         return self
 
     def __exit__(self, *error: object) -> None:
         try:
-            self.save()  # after an error too: finished rows are kept
+            with contextlib.suppress(OSError) if error[0] else contextlib.nullcontext():  # the first error says more
+                self.save()  # after an error too: finished rows are kept
         finally:
             os.close(self._file)
 

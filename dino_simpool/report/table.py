@@ -69,7 +69,7 @@ def main(cfg: TableConfig) -> None:
         raise ValueError("no results are given: give files or folders of results, as in dino-simpool table RUN1 RUN2")
     text = render([row for path in find_results(cfg.results) for row in rows_of(read_result(path), path)], cfg.format)
     if cfg.out:
-        write_atomically(Path(cfg.out), lambda file: file.write_text(text))
+        write_atomically(Path(cfg.out), lambda file: file.write_text(text, encoding="utf-8"))
     else:
         print(shown_lines(text), end="")
 
