@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "time from your image files to views, beside the published recipe",
     ),
     "bench knn": (config.BenchKnnConfig, "bench.knn:main", "time and memory of k-NN and Recall@k, beside the published code"),
+    "bench step": (config.BenchStepConfig, "bench.step:main", "time and memory of a training step, beside a plain one"),
     "synthetic": (config.SyntheticConfig, "synthetic:main", "write the embedded data set as folders of images"),
     "submit": (config.SubmitConfig, "submit:main", "run any of these as a SLURM job: submit OPTIONS -- COMMAND OPTIONS"),
 }

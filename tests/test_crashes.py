@@ -147,7 +147,7 @@ ATTENTION = ("attention", *LOADED, "--data", "{disk}/data/val", "--out", "{disk}
     [
         (("knn", *LOADED, "--data", "{disk}/data", "--k", "[1]"), "results.write_json", "run/results/knn.json"),
         (("linear", *LOADED, "--data", "{disk}/data", "--epochs", "1"), "results.write_json", "run/results/linear.json"),
-        (FEATURES, "features.extract._write_names", "out/ids.txt"),
+        (FEATURES, "features.folder.write_lines", "out/ids.txt"),
         (FEATURES, "features.rows.RowFile.create", "out/features.partial.npy"),
         (FEATURES, "features.extract.build_flat", "out/index.faiss"),
         (ATTENTION, "eval.attention._take", "out/attention/made_by.json"),

@@ -42,10 +42,10 @@ def interleave(
     results = {}
     for number in range(repetitions):
         for name, way in ways.items():
-            _synchronize(device)
+            synchronize(device)
             started = time.perf_counter()
             results[name] = way()
-            _synchronize(device)
+            synchronize(device)
             seconds[name].append(time.perf_counter() - started)
             say(f"round {number + 1} of {repetitions}: {name} {seconds[name][-1]:.2f} s")
     return seconds, results
@@ -68,7 +68,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that is queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -14,7 +14,7 @@ appear at once.
     words.py     what other tools call an option
 """
 
-from dino_simpool.config.bench import BenchDataConfig, BenchKnnConfig, ResourcesConfig
+from dino_simpool.config.bench import BenchDataConfig, BenchKnnConfig, BenchStepConfig, ResourcesConfig
 from dino_simpool.config.data import CropsConfig, DataConfig
 from dino_simpool.config.evaluate import AttentionConfig, ClassificationConfig, EvalConfig, KnnConfig, LinearConfig
 from dino_simpool.config.evaluate import MasksConfig, RecallConfig, RetrievalConfig

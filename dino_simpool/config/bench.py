@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dino_simpool.config.data import CropsConfig
 from dino_simpool.config.parts import MAX_BATCH, MAX_SEED, MAX_SIZE, Checkpoint, Device, Workers, option, path
-from dino_simpool.config.train import ModelConfig
+from dino_simpool.config.train import HeadConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,31 @@ class BenchDataConfig(Workers, Device):
     """Measure the device's part compiled by torch.compile."""
     seed: int = option(0, least=0, most=MAX_SEED)
     """Seed of the crops."""
+    crops: CropsConfig = field(default_factory=CropsConfig)
+
+
+@dataclass(frozen=True)
+class BenchStepConfig(Device):
+    """One training step beside a plain one: the published way, without anything that makes it fast."""
+
+    out: str = path("bench", "out")
+    """Folder; step.json is written there."""
+    preset: Literal["", "h100"] = ""
+    """h100: batch 128 and bf16 on any device, as on an H100 or H200."""
+    batch_size: int | None = option(None, least=1, most=MAX_BATCH)
+    """Images of a step. null: 128 on a GPU, 8 on a CPU."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of our step. null: bf16 on a GPU, fp32 on a CPU."""
+    plain_precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the plain step. null: that of ours, but fp16 beside bf16 on a GPU, as published."""
+    compile: bool = False
+    """Also measure our step with its blocks compiled by torch.compile."""
+    repetitions: int = option(7, least=1, most=1000)
+    """Rounds; each runs every way once. Medians are compared."""
+    seed: int = option(0, least=0, most=MAX_SEED)
+    """Seed of the views, which are random numbers."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
 
 
