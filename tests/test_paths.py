@@ -42,6 +42,7 @@ MISTAKES = {
     "report notes": "notes holds no run",
     "bench data none": "none does not exist: give a folder of images",
     "bench knn --out weights.pth": "cannot write to weights.pth (Not a directory): give another --out",
+    "bench step --out weights.pth": "cannot write to weights.pth (Not a directory): give another --out",
     "synthetic weights.pth": "cannot write to weights.pth (Not a directory): give another --out",
 }
 """Of every command: its arguments, and how the line begins that it ends with."""

@@ -80,11 +80,11 @@ class BenchDataConfig(Workers, Device):
 
 @dataclass(frozen=True)
 class BenchStepConfig(Device):
-    """One training step beside a plain one: the published way, without anything that makes it fast."""
+    """One training step beside a plain one, which computes the same in the published way."""
 
     out: str = path("bench", "out")
     """Folder; step.json is written there."""
-    preset: Literal["", "h100"] = ""
+    preset: Literal["h100"] | None = None
     """h100: batch 128 and bf16 on any device, as on an H100 or H200."""
     batch_size: int | None = option(None, least=1, most=MAX_BATCH)
     """Images of a step. null: 128 on a GPU, 8 on a CPU."""

@@ -88,8 +88,9 @@ class _Bank:
         # Query by query, so that gathered rows stay in the processor's cache. Results are written
         # in place: many small tensors between the large temporary ones would fragment the memory.
         found = torch.empty(index.shape, dtype=torch.float64)
-        for row, query, out in zip(index, queries, found, strict=True):
-            torch.mv(self.rows.index_select(0, row).double(), query, out=out)
+        with one_thread():
+            for row, query, out in zip(index, queries, found, strict=True):
+                torch.mv(self.rows.index_select(0, row).double(), query, out=out)
         return keys_of(found / self.lengths[index], index).topk(k).values
 
     def search_all(self, queries: Tensor, k: int) -> Tensor:
@@ -115,6 +116,18 @@ def _search_faiss(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Te
 def _search_blocked(queries: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
     with full_precision():
         return (queries @ unit.T).topk(count)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Many small operations on a CPU with one thread. With more, each operation waits for the
+    slowest one: beside a single busy process on two cores, `settle` took 15 times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

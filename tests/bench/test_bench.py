@@ -14,7 +14,7 @@ import torch
 from test_knn import plain_rank
 
 from dino_simpool import bench, cli
-from dino_simpool.bench import knn
+from dino_simpool.bench import knn, step
 from dino_simpool.config import BenchKnnConfig, to_dict
 from dino_simpool.eval.recall import recall_at_k
 
@@ -126,3 +126,88 @@ def test_peak_memory_is_in_gigabytes_of_ten_to_the_nine(monkeypatch: pytest.Monk
         monkeypatch.setattr(knn.resource, "getrusage", lambda who, usage=usage: usage)
         knn._recall_alone(TINY, SimpleNamespace(put=found.append))
     assert found == pytest.approx([3, 3])
+
+
+# -- a training step
+
+SMALL = [
+    "--model.width", "24", "--model.heads", "2", "--model.depth", "2", "--model.image_size", "32", "--crops.global_size", "32",
+    "--crops.local_size", "16", "--crops.num_local", "2", "--head.out_dim", "96", "--head.hidden_dim", "32",
+    "--head.bottleneck_dim", "16", "--batch_size", "2", "--repetitions", "2", "--device", "cpu",
+]  # fmt: skip
+
+
+def stepped(tmp_path: Path, *options: str) -> dict:
+    assert cli.main(["bench", "step", *SMALL, "--out", str(tmp_path), *options]) == 0
+    return json.loads((tmp_path / "step.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("vit_tiny", "--model.gamma", "1.25"),
+        ("vit_tiny", "--model.pool", "cls"),
+        ("resnet18", "--model.gamma", "2", "--model.depth", "[1, 1]", "--model.heads", "null"),
+        ("convnext_atto", "--model.gamma", "2", "--model.depth", "[1, 1]", "--model.heads", "null", "--crops.local_size", "32"),
+    ],
+    ids=lambda model: "_".join(model[:3]),
+)
+def test_the_plain_step_computes_the_same(model: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Loss and gradients to 1e-5; every figure of the record follows from its times."""
+    record, printed = stepped(tmp_path, "--model.arch", *model), capsys.readouterr().out
+    assert record["loss_difference"] < 1e-5 and record["gradient_difference"] < 1e-5
+    assert (record["precision"], record["plain_precision"], record["batch_size"]) == ("fp32", "fp32", 2)
+    assert (
+        record["views"]
+        == [[2, 3, 32, 32]] * 2
+        + [[2, 3, record["config"]["crops"]["local_size"]] * 1 + [record["config"]["crops"]["local_size"]]] * 2
+    )
+    for name in ("plain", "ours"):
+        found, times = record[name], record["seconds"][name]
+        assert found["seconds"] == sum(times) / 2 and len(times) == 2 and found["peak_gib"] is None
+        assert found["images_per_second"] == 2 / found["seconds"]
+        assert found["tflops_per_second"] == pytest.approx(found["flops"] / found["seconds"] / 1e12)
+        share = found["tflops_per_second"] / record["matrix_product_tflops"]
+        assert found["share_of_matrix_product"] == pytest.approx(share) and f"{100 * share:.0f} %" in printed
+        assert list(record["parts"][name]) == [
+            "teacher",
+            "student",
+            "loss",
+            "backward",
+            "clipping and optimizer",
+            "moving average",
+        ]
+    ratios = [a / b for a, b in zip(record["seconds"]["plain"], record["seconds"]["ours"], strict=True)]
+    assert record["ours"]["times_plain"] == pytest.approx(sum(ratios) / 2) and record["plain"]["times_plain"] == 1
+
+
+def test_operations_of_a_step_are_those_that_are_counted_by_hand(tmp_path: Path):
+    """A ViT without SimPool: its products, three times each for the student, once for the teacher."""
+    record = stepped(tmp_path, "--model.arch", "vit_tiny", "--model.pool", "gap")
+    width, batch, prototypes = 24, 2, 96
+
+    def forward(size: int, views: int) -> tuple[int, int]:
+        """Products of the trunk for all views of a size, those with images as their input apart."""
+        tokens = (size // 16) ** 2
+        layers = 2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width
+        return views * batch * 2 * layers, views * batch * 2 * tokens * 3 * 16**2 * width
+
+    def head(views: int) -> int:
+        return views * batch * 2 * (width * 32 + 32 * 32 + 32 * 16)
+
+    (global_trunk, global_patches), (local_trunk, local_patches) = forward(32, 2), forward(16, 2)
+    logits = 2 * batch * 16 * prototypes  # of one view
+    teacher = global_trunk + global_patches + head(2) + 2 * logits
+    student = 3 * (global_trunk + local_trunk + head(4)) + 2 * (global_patches + local_patches) + 3 * 4 * logits
+    # position embeddings of the local views are resampled by a product, without a gradient of the matrix
+    resampled = 2 * 2 * 1 * 4 * width
+    assert record["plain"]["flops"] == teacher + student + resampled
+
+
+def test_a_preset_and_a_difference_that_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    record = stepped(tmp_path, "--preset", "h100", "--model.arch", "vit_tiny", "--compile")
+    assert (record["precision"], record["plain_precision"]) == ("bf16", "bf16") and record["ours, compiled"]["seconds"] > 0
+    assert 1e-6 < record["gradient_difference"] < 0.05
+    monkeypatch.setattr(step.PlainLearner, "loss", lambda self, student, teacher, temperature: student.square().mean())
+    record = stepped(tmp_path, "--model.arch", "vit_tiny")
+    assert record["loss_difference"] > 0.1 and record["gradient_difference"] > 0.1

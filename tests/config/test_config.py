@@ -148,7 +148,7 @@ def test_recipe_that_is_not_text(tmp_path: Path) -> None:
         (("stray",), "stray"),
         (("--config",), "a file or a name"),
         (("--config", "vit_small_simpol"), "did you mean vit_small_simpool?"),
-        (("--config", "zzzzz"), "recipes: cifar_gap, "),
+        (("--config", "zzzzz"), "recipes: cifar10_resnet18_gap, "),
         (("--model.mean", "[0.5, 0.5]"), "[number, number, number]"),
     ],
 )
@@ -400,7 +400,10 @@ def test_durations_from_the_command_line(tmp_path: Path, given: str) -> None:
 # -- recipes
 
 
-BASELINES = [("vit_small", "cls"), ("resnet50", "gap"), ("convnext_small", "gap"), ("cifar", "gap")]
+BASELINES = [
+    ("vit_small", "cls"), ("resnet50", "gap"), ("convnext_small", "gap"), ("cifar", "gap"), ("cifar10_resnet18", "gap"),
+    ("cifar10_vit_tiny", "cls"),
+]  # fmt: skip
 
 
 def test_there_are_recipes() -> None:
