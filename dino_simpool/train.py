@@ -58,7 +58,7 @@ from dino_simpool.results import overlap_note
 from dino_simpool.signals import KINDS, Stopped, job_ends_soon, stop_after_the_step
 
 KEPT = "before_nan.pth"
-"""The last checkpoint from before steps that were left out, kept while they go on and in the end."""
+"""The last checkpoint from before bad steps, kept while they go on, and if they end the run."""
 WINDOW, EPOCH = 0, 1
 """The spans over which metrics are averaged: since the last log line, and since the epoch began."""
 
@@ -143,9 +143,9 @@ def train(cfg: TrainConfig) -> Path:
 
     Under torchrun or in a SLURM job each process calls this. ValueError and OSError say in one line
     what is wrong with the options, the data or the folder, before anything is written.
-    NonFiniteLoss, UnequalGradients: see OUT/error.txt. Stopped if a signal stopped it, or the end of its SLURM job
-    was near; the state is saved. A stop that was asked for (run.stop_after_steps, run.max_minutes)
-    returns.
+    NonFiniteLoss, UnequalGradients: see OUT/error.txt. Stopped if a signal stopped it, or the end
+    of its SLURM job was near; the state is saved. A stop that was asked for (run.stop_after_steps,
+    run.max_minutes) returns.
     """
     started = time.monotonic()
     run = _prepare(cfg)
@@ -572,8 +572,8 @@ def _require_folder(run: Run) -> None:
 def _failures_written(run: Run) -> Iterator[None]:
     """Append to OUT/error.txt what ends the run: where, when, and the traceback.
 
-    For NonFiniteLoss the main process writes: step, schedules, images, and what is not finite, which
-    for bad steps is the content of nan_report.json. Any other error is written by each process that
+    For NonFiniteLoss the main process writes: step, schedules, images, and what is not finite; for
+    bad steps it is the content of nan_report.json. Any other error is written by each process that
     it ends, so the first line is of the first.
     """
     try:

@@ -762,7 +762,7 @@ def test_many_bad_steps_go_back_once_and_stop_with_a_report(
     [error] = [line for line in said.splitlines() if "error:" in line]
     assert f"3 step(s) in a row from 4 on are not finite, also after going back to step {good}: {out}/nan_report.json" in error
     log = [(line["kind"], line["step"]) for line in log_of(out) if line["kind"] != "step"]
-    assert log == [("restored", good), ("skipped", 4), ("skipped", 5), ("skipped", 6)][good == 0 :]
+    assert log == [("restored", good), ("skipped", 4), ("skipped", 5), ("skipped", 6)]
     report = json.loads((out / "nan_report.json").read_text())
     assert json.loads((out / "error.txt").read_text()).items() >= report.items()
     assert (report["step"], report["bad_steps"], report["checkpoint_step"]) == (4, [4, 5, 6], good)
