@@ -30,7 +30,7 @@ class Learner(Protocol):
     steps: int
     """Optimizer steps done."""
     norms: tuple[list[str], Tensor]
-    """Of the last step: names of parameters, and (n,) L2 norms of their gradients before clipping."""
+    """Of the last step: names of parameters, (n,) L2 norms of their gradients before clipping."""
     plan: Plan
     """Length and schedules of the run; the fields of `plan.values(step)` are logged."""
 

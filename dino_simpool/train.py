@@ -215,6 +215,8 @@ def _train(run: Run, saved: dict[str, Any], started: float) -> Path:
                 _end_epoch(run)
         if not stop:
             _save(run)  # now with the last epoch evaluated
+            if distributed.is_main():
+                (run.out / KEPT).unlink(missing_ok=True)
         run.log.close()
         run.feed.bad_files.say_total()
         distributed.barrier()
