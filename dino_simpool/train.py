@@ -202,7 +202,8 @@ def _train(run: Run, saved: dict[str, Any], started: float) -> Path:
             saves = run.epoch_open or stop or due or late
             if logs or saves:
                 _count(run, *distributed.largest_of_all(run.unread.bad()))
-            if len(run.bad_steps) >= cfg.run.max_bad_steps:
+            hopeless = saves and run.bad_steps and not _weights_are_finite(run)  # no later step would be better
+            if len(run.bad_steps) >= cfg.run.max_bad_steps or hopeless:
                 _go_back(run)
                 bar.update(learner.steps - done)
                 continue
@@ -445,7 +446,7 @@ def _go_back(run: Run) -> None:
     if saved and distributed.is_main():
         kept.replace(last)
     run.log.write({"kind": "restored", "step": run.back_to, "bad_steps": bad})
-    say(f"warning: steps {bad[0]} to {bad[-1]} were left out: the run goes back to its checkpoint of step {run.back_to}")
+    say(f"warning: after {len(bad)} bad step(s) in a row, {bad[0]} to {bad[-1]}, the run goes back to step {run.back_to}")
     if not saved:
         _save(run)
     if run.epoch_open:
@@ -541,8 +542,7 @@ def _save(run: Run) -> None:
     """Write last.pth, unless a trained weight is not finite: then the last good file stays."""
     run.feed.bad_files.gather()
     sums = distributed.all_mean(run.means.sums)  # each process resumes from the mean, and the next mean is the same
-    weights: list[Tensor] = list(run.learner.network.parameters())
-    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():  # equal in all processes
+    if not _weights_are_finite(run):
         raise NonFiniteLoss(f"a weight is not finite after step {run.learner.steps}; {run.out}/last.pth is from before")
     if not distributed.is_main():
         return
@@ -562,6 +562,12 @@ def _save(run: Run) -> None:
     if run.bad_steps and (run.out / "last.pth").exists() and not (run.out / KEPT).exists():
         keep_state(run.out, KEPT)  # the one from before the bad steps
     save_state(run.out, state)
+
+
+def _weights_are_finite(run: Run) -> bool:
+    """Whether all trained weights are; the answer is the same in all processes."""
+    weights: list[Tensor] = list(run.learner.network.parameters())
+    return bool(torch.stack(torch._foreach_norm(weights)).isfinite().all())
 
 
 def _require_folder(run: Run) -> None:
@@ -594,7 +600,7 @@ def _failures_written(run: Run) -> Iterator[None]:
                     zip(("steps", *run.means.names), run.means.sums[WINDOW].tolist(), strict=True)
                 ),
             }
-            if len(run.bad_steps) >= run.cfg.run.max_bad_steps:
+            if run.bad_steps:
                 record = _report(run)
             write_failure(run.out / "error.txt", {"error": str(error), **record})
         raise

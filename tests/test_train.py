@@ -758,7 +758,7 @@ def test_many_bad_steps_go_back_once_and_stop_with_a_report(
     assert cli.main(["train", "--config", str(tmp_path / "run.yaml")]) == 1
     said = capsys.readouterr().err
     assert said.count("was left out") == 6
-    assert said.count(f"warning: steps 4 to 6 were left out: the run goes back to its checkpoint of step {good}\n") == 1
+    assert said.count(f"warning: after 3 bad step(s) in a row, 4 to 6, the run goes back to step {good}\n") == 1
     [error] = [line for line in said.splitlines() if "error:" in line]
     assert f"3 step(s) in a row from 4 on are not finite, also after going back to step {good}: {out}/nan_report.json" in error
     log = [(line["kind"], line["step"]) for line in log_of(out) if line["kind"] != "step"]
@@ -794,7 +794,7 @@ def test_a_fault_that_passes_is_repaired_by_going_back(
 ) -> None:
     """Weights that turn into NaN in memory, twice and a checkpoint apart: in the end the run is that without a fault."""
     options = {"epochs": 1, "batch_size": 3, "accumulate": 1, "max_bad_steps": 2, "knn_train": None, "knn_val": None}
-    cfg = config(images, tmp_path / "run", save_every_steps=3, **options)
+    cfg = config(images, tmp_path / "run", save_every_steps=3, workers=1, **options)
     faults = [4, 8]
 
     def faulty_step(learner: DinoLearner, batches: Iterator[Batch], values: StepValues) -> dict[str, Tensor]:
@@ -806,7 +806,7 @@ def test_a_fault_that_passes_is_repaired_by_going_back(
     monkeypatch.setattr(DinoLearner, "step", faulty_step)
     train(cfg)
     said = capsys.readouterr().err
-    assert [f"goes back to its checkpoint of step {step}" in said for step in (3, 6)] == [True, True] and not faults
+    assert [f"the run goes back to step {step}\n" in said for step in (3, 6)] == [True, True] and not faults
     train(changed(cfg, out=tmp_path / "reference"))
     states = [read_state(tmp_path / name / "last.pth") for name in ("run", "reference")]
     for part in ("student", "teacher", "loss", "optimizer", "monitor", "sums", "step"):
@@ -835,24 +835,21 @@ def test_a_flipped_bit_ends_the_run(whole: TrainConfig, tmp_path: Path, monkeypa
     assert "UnequalGradients" in json.loads((tmp_path / "run" / "error.txt").read_text())["error"]
 
 
-def test_a_checkpoint_with_a_non_finite_weight_stops_at_the_next_save(whole: TrainConfig, tmp_path: Path) -> None:
-    """Its steps are left out, error.txt says where it is, and nothing is saved over."""
+def test_a_checkpoint_with_a_non_finite_weight_keeps_and_names_it(whole: TrainConfig, tmp_path: Path) -> None:
+    """The run ends where the next save is due, after one bad step and its repetition, and nothing is saved over."""
     cfg = changed(whole, out=tmp_path)
     train(changed(cfg, stop_after_steps=2))
     state = read_state(tmp_path / "last.pth")
     state["student"]["head.fc2.bias"][0] = torch.nan
     torch.save(state, tmp_path / "last.pth")
     before = contents(tmp_path)
-    with pytest.raises(NonFiniteLoss, match="a weight is not finite after step 3"):
+    with pytest.raises(NonFiniteLoss, match=r"1 step\(s\) in a row from 3 on are not finite, also after going back to step 2"):
         train(cfg)
     after = contents(tmp_path)
-    assert {name for name in after if name.endswith(".pth")} == {"last.pth"} and after["last.pth"] == before["last.pth"]
+    assert {name for name in after if name.endswith(".pth")} == {"last.pth", "before_nan.pth"}
+    assert after["last.pth"] == after["before_nan.pth"] == before["last.pth"]
     record = json.loads(after["error.txt"])
-    assert record["not_finite"]["parameters"] == ["head.fc2.bias"]
-    (paths,) = record["images_of_each_process"]
-    assert len(paths) == 10 and all(Path(path).is_file() for path in paths)
-    with pytest.raises(NonFiniteLoss, match=r"1 step\(s\) in a row from 3 on are not finite, also after going back to step 2"):
-        train(changed(cfg, max_bad_steps=1))  # before it is saved
+    assert record["step"] == 3 and record["not_finite"] == ["head.fc2.bias"] and "gradient_norms" in record
 
 
 @pytest.fixture(scope="module")
