@@ -13,6 +13,8 @@
         report.html            written by `dino-simpool report OUT`
         bad_files.txt          only if images cannot be read: name, tab, reason
         error.txt              only after a failure
+        before_nan.pth         the last state from before steps whose loss is not finite, and
+        nan_report.json        what is known of them, if the run has stopped because of them
 
 A state holds the `config`, the learner's state (DINO: `step`, `student`, `teacher`, `optimizer`,
 `scaler`, `loss` with the center, `monitor`), running sums of the log, facts about the data, and
@@ -48,7 +50,7 @@ RUN: Fields = {
 """What every reader of a state needs."""
 RESUMED: Fields = RUN | {
     "images": str, "num_images": int, "world_size": int, "epoch_open": bool, "best": NUMBER, "sums": torch.Tensor,
-    "bad_files?": dict, "versions?": dict, "decoding?": dict,
+    "bad_files?": dict, "versions?": dict, "decoding?": dict, "bad_steps?": list,
 }  # fmt: skip
 """What a run needs to go on."""
 REMEDY = "give last.pth, best.pth or backbone.safetensors of a run"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ MISSING_COMPILER = "run.compile needs a C++ compiler, and none is found: install
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss (before the optimizer's step) or a weight (when saving) is not finite.
+    """Too many steps in a row had a loss or gradients that are not finite, or a weight is not.
 
     All processes raise it at once.
     """
+
+
+class UnequalGradients(FloatingPointError):
+    """Two computations of the same gradients differ (run.verify_every). All processes raise it."""
 
 
 def in_a_line(error: BaseException) -> str | None:
@@ -62,20 +67,39 @@ def non_finite_names(model: nn.Module) -> dict[str, list[str]]:
     }
 
 
+def norms_by_module(names: Sequence[str], norms: Sequence[float]) -> dict[str, float]:
+    """The L2 norm of the gradient of each module, from the names and norms of its parameters."""
+    squares: dict[str, float] = {}
+    for name, norm in zip(names, norms, strict=True):
+        module = name.rpartition(".")[0]
+        squares[module] = squares.get(module, 0.0) + norm * norm
+    return {module: math.sqrt(square) for module, square in squares.items()}
+
+
+def first_difference(ours: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
+    """The first name whose two tensors differ in a bit, None if there is none."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as whole numbers NaN equals itself, and -0 is not 0
+    for name, tensor in ours.items():
+        kind = kinds[tensor.element_size()]
+        if not torch.equal(tensor.view(kind), other[name].view(kind)):
+            return name
+    return None
+
+
 def write_failure(path: str | Path, record: dict[str, Any]) -> None:
     """Append a record as one JSON line. Numbers that JSON lacks become "nan", "inf" and "-inf"."""
     with Path(path).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        file.write(json.dumps(plain(record), allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
-    """Tensors and tuples as lists, non-finite numbers as text."""
+def plain(value: Any) -> Any:
+    """Tensors and tuples as lists, non-finite numbers as text, for JSON."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return value

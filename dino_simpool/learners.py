@@ -24,11 +24,13 @@ class Learner(Protocol):
     """What the loop asks for. `dino.learner.DinoLearner` is one."""
 
     metrics: ClassVar[tuple[str, ...]]
-    """Names of what `step` returns, in this order."""
+    """Names of what `step` returns, in this order. "bad_step" is among them."""
     shown: ClassVar[str]
     """The field of a log line that the progress bar shows."""
     steps: int
     """Optimizer steps done."""
+    norms: tuple[list[str], Tensor]
+    """Of the last step: names of parameters, (n,) L2 norms of their gradients before clipping."""
     plan: Plan
     """Length and schedules of the run; the fields of `plan.values(step)` are logged."""
 
@@ -47,7 +49,9 @@ class Learner(Protocol):
         """One optimizer step on the batches of run.accumulate passes.
 
         values: `plan.values(steps)`. Returns the metrics of this process, scalars without gradient.
-        NonFiniteLoss leaves the weights as they were.
+        A step whose loss or gradients are not finite in any process counts, and changes nothing
+        else: its "bad_step" is 1 in a process that has found it, otherwise 0. The device is not
+        waited for.
         """
 
     def watch(self, means: dict[str, float]) -> tuple[dict[str, float], list[str]]:

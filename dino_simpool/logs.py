@@ -4,7 +4,8 @@ log.jsonl holds one JSON object per line. Each has a "kind" and the "step" (numb
 steps) at which it was written. Lines of kind "epoch" also have the zero-based "epoch" that ended,
 and use the field names of the published SimPool training, which existing tools read: train_loss,
 train_entropy, train_KL_div, train_lr, train_wd, "k-NN": {"10": {"top1": ..., "top5": ...}}
-(and here "balanced", the mean over the classes).
+(and here "balanced", the mean over the classes). Kind "skipped" is a step that was left out, with
+the "files" of its images; "restored" says that the run went back to this step after "bad_steps".
 
 A resumed run starts at the step of its checkpoint, so later lines are dropped first. The lines of a
 step are written before the checkpoint of that step, so the file equals that of an uninterrupted run

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -25,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dino_simpool import __version__, distributed
-from dino_simpool.checkpoint import RESUMED, check_same_run, export_encoder, keep_state, newest_state, save_state
+from dino_simpool.checkpoint import RESUMED, check_same_run, export_encoder, keep_state, newest_state, read_state, save_state
 from dino_simpool.config import ConfigError, TrainConfig, dump, from_dict, to_dict
 from dino_simpool.data import (
     EvalTransform,
@@ -39,21 +40,25 @@ from dino_simpool.data import (
 )
 from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.feed import Feed, build_feed, colors_on_device
+from dino_simpool.data.loaders import epoch_order
 from dino_simpool.data.value_range import narrow_range, shorter_sides, used_range, with_range_of
 from dino_simpool.dino.plan import jump, make_plan, small_images
 from dino_simpool.eval.knn import knn_accuracy
-from dino_simpool.failures import MISSING_COMPILER, NonFiniteLoss, non_finite_names, write_failure
+from dino_simpool.failures import MISSING_COMPILER, NonFiniteLoss, non_finite_names, norms_by_module, plain, write_failure
 from dino_simpool.features.encode import Forward, try_sizes
 from dino_simpool.features.maps import attention_of
-from dino_simpool.files import make_writable, require_fields, write_atomically
+from dino_simpool.files import make_writable, require_fields, write_atomically, write_json
 from dino_simpool.learners import Learner, build_learner
 from dino_simpool.lock import Lock, locked
 from dino_simpool.logs import RunLog, progress, say
 from dino_simpool.models.weights import weights_sha256
+from dino_simpool.names import shown
 from dino_simpool.pictures import overlay, strip, unnormalize
 from dino_simpool.results import overlap_note
 from dino_simpool.signals import KINDS, Stopped, job_ends_soon, stop_after_the_step
 
+KEPT = "before_nan.pth"
+"""The last checkpoint from before bad steps, kept while they go on, and if they end the run."""
 WINDOW, EPOCH = 0, 1
 """The spans over which metrics are averaged: since the last log line, and since the epoch began."""
 
@@ -78,6 +83,23 @@ class Means:
         return int(steps), {name: value / steps for name, value in zip(self.names, sums, strict=True)}
 
 
+class StepResult:
+    """Whether a step was bad, on its way from the device, and the norms of its gradients."""
+
+    def __init__(self, step: int, bad: Tensor, norms: tuple[list[str], Tensor]) -> None:
+        self.step, self.norms = step, norms
+        self._bad = bad.to("cpu", non_blocking=True)
+        self._arrived = None if bad.device.type == "cpu" else torch.Event(bad.device)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def bad(self) -> bool:
+        """The answer. It is waited for until the step has ended, but not what was queued since."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._bad)
+
+
 @dataclasses.dataclass
 class Run:
     """A run in progress: its options, what it trains, and where it writes."""
@@ -97,6 +119,14 @@ class Run:
     """All steps of the last epoch are done, but it is not yet evaluated and logged."""
     best: float = -1.0
     """Highest k-NN accuracy so far, in %."""
+    unread: StepResult | None = None
+    """Of the last step, read after the next one is queued, or before anything is written."""
+    bad_steps: list[int] = dataclasses.field(default_factory=list)
+    """Numbers of the last steps in a row that were bad, up to the last one read."""
+    first_bad: StepResult | None = None
+    """Of the first of them, since this start."""
+    back_to: int | None = None
+    """The step of the checkpoint that the run went back to because of bad steps."""
     lock: Lock | None = None
     """That of the folder, in the main process."""
     log: RunLog = dataclasses.field(init=False)
@@ -113,9 +143,9 @@ def train(cfg: TrainConfig) -> Path:
 
     Under torchrun or in a SLURM job each process calls this. ValueError and OSError say in one line
     what is wrong with the options, the data or the folder, before anything is written.
-    NonFiniteLoss: see OUT/error.txt. Stopped if a signal stopped it, or the end of its SLURM job
-    was near; the state is saved. A stop that was asked for (run.stop_after_steps, run.max_minutes)
-    returns.
+    NonFiniteLoss, UnequalGradients: see OUT/error.txt. Stopped if a signal stopped it, or the end
+    of its SLURM job was near; the state is saved. A stop that was asked for (run.stop_after_steps,
+    run.max_minutes) returns.
     """
     started = time.monotonic()
     run = _prepare(cfg)
@@ -134,18 +164,10 @@ def _train(run: Run, saved: dict[str, Any], started: float) -> Path:
     if distributed.is_main():
         if saved.get("file") == "prev.pth":  # what is copied or kept from now on must be the state in use
             (run.out / "prev.pth").replace(run.out / "last.pth")
-        (run.out / "error.txt").unlink(missing_ok=True)
+        for name in ("error.txt", "nan_report.json"):
+            (run.out / name).unlink(missing_ok=True)
         write_atomically(run.out / "config.yaml", lambda path: path.write_text(dump(cfg)))
-    logged = (plan.epochs if run.done else first // plan.steps_per_epoch) - run.epoch_open  # epochs with a line
-    run.log = RunLog(run.out, resume_step=first, resume_epoch=logged, enabled=distributed.is_main())
-    run.feed = build_feed(
-        cfg,
-        BadFiles(run.images, run.out, max_share=cfg.data.max_bad_share, found=saved.get("bad_files", {})),
-        batch_size=_images_of_one_pass(cfg),
-        start_step=first,
-        total_steps=plan.total_steps,
-        device=run.device,
-    )
+    _open(run, saved)
     now = saved_at = time.monotonic()
     stop, number = False, 0
     bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
@@ -162,25 +184,40 @@ def _train(run: Run, saved: dict[str, Any], started: float) -> Path:
             )
             # Stochastic depth depends on the step alone: resuming needs no stored random state.
             torch.manual_seed(((cfg.run.seed * 1_000_003 + learner.steps) * 65_537 + distributed.rank()) % 2**63)
-            run.means.add(learner.step(run.feed.batches(cfg.run.accumulate), plan.values(learner.steps)))
+            metrics = learner.step(run.feed.batches(cfg.run.accumulate), plan.values(learner.steps))
+            run.means.add(metrics)
             bar.update()
-            number, late, ended = distributed.largest_of_all(*asked)
+            bad_before = run.unread is not None and run.unread.bad()
+            number, late, ended, bad = distributed.largest_of_all(*asked, bad_before)
+            _count(run, bad)
             done = learner.steps
+            run.unread = StepResult(done, metrics["bad_step"], learner.norms)
             if done == first + 1:
                 views = [unnormalize(view[0], cfg.model.mean, cfg.model.std) for view in run.feed.views]
                 run.log.image("crops", strip(views), done)
-            if done == 1 or done % cfg.run.log_every == 0 or run.done:
-                _log_step(run, bar)
+            logs = done == 1 or done % cfg.run.log_every == 0 or run.done
             run.epoch_open = done % plan.steps_per_epoch == 0 or run.done
             stop = bool(number or ended or done == cfg.run.stop_after_steps) and not run.done
             due = cfg.run.save_every_steps and done % cfg.run.save_every_steps == 0
-            if run.epoch_open or stop or due or late:
+            saves = run.epoch_open or stop or due or late
+            if logs or saves:
+                _count(run, *distributed.largest_of_all(run.unread.bad()))
+            hopeless = saves and run.bad_steps and not _weights_are_finite(run)  # no later step would be better
+            if len(run.bad_steps) >= cfg.run.max_bad_steps or hopeless:
+                _go_back(run)
+                bar.update(learner.steps - done)
+                continue
+            if logs:
+                _log_step(run, bar)
+            if saves:
                 _save(run)
                 saved_at = time.monotonic()
             if run.epoch_open and not stop:
                 _end_epoch(run)
         if not stop:
             _save(run)  # now with the last epoch evaluated
+            if distributed.is_main():
+                (run.out / KEPT).unlink(missing_ok=True)
         run.log.close()
         run.feed.bad_files.say_total()
         distributed.barrier()
@@ -190,6 +227,21 @@ def _train(run: Run, saved: dict[str, Any], started: float) -> Path:
     if stop:
         say(f"the run is unfinished, after step {learner.steps} of {plan.total_steps}: run the same command again to resume")
     return run.out
+
+
+def _open(run: Run, saved: dict[str, Any]) -> None:
+    """The log and the images, from the learner's step on. saved: the state it is in, or empty."""
+    cfg, plan, first = run.cfg, run.learner.plan, run.learner.steps
+    logged = (plan.epochs if run.done else first // plan.steps_per_epoch) - run.epoch_open  # epochs with a line
+    run.log = RunLog(run.out, resume_step=first, resume_epoch=logged, enabled=distributed.is_main())
+    run.feed = build_feed(
+        cfg,
+        BadFiles(run.images, run.out, max_share=cfg.data.max_bad_share, found=saved.get("bad_files", {})),
+        batch_size=_images_of_one_pass(cfg),
+        start_step=first,
+        total_steps=plan.total_steps,
+        device=run.device,
+    )
 
 
 def _prepare(cfg: TrainConfig) -> Run:
@@ -266,6 +318,7 @@ def _resume(run: Run, saved: dict[str, Any]) -> None:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(f"{run.out}/{saved['file']} does not fit this run ({said}): give another run.out") from error
     run.epoch_open, run.best = saved["epoch_open"], saved["best"]
+    run.bad_steps = list(saved.get("bad_steps", []))  # version 0.1 stopped at one
     if before != now:  # perhaps of other files with the same names
         changes.append(f"value range of the images: {before} -> {now}")
     if saved["world_size"] != run.facts["world_size"]:
@@ -332,6 +385,100 @@ def _log_step(run: Run, bar: tqdm[Any]) -> None:
         say(f"warning: {warning}")
 
 
+def _count(run: Run, bad: bool | int) -> None:
+    """Take note of the step in run.unread. bad: whether it was, in any process."""
+    result, run.unread = run.unread, None
+    if result is None or not (bad or run.bad_steps):
+        return
+    if distributed.is_main() and not (bad and run.bad_steps):  # the first bad step, or a good one again
+        (run.out / KEPT).unlink(missing_ok=True)
+    if not bad:
+        run.bad_steps, run.first_bad = [], None
+        return
+    run.bad_steps.append(result.step)
+    run.first_bad = run.first_bad or result
+    names = [run.images.name(i) for i in _images_of(run, result.step)]
+    epoch = (result.step - 1) // run.learner.plan.steps_per_epoch
+    run.log.write({"kind": "skipped", "step": result.step, "epoch": epoch, "files": names})
+    more = f" and {len(names) - 16} more (log.jsonl)" if len(names) > 16 else ""
+    say(
+        f"warning: step {result.step} was left out, because its loss or gradients are not finite; its images: "
+        f"{', '.join(map(shown, names[:16]))}{more}"
+    )
+
+
+def _images_of(run: Run, step: int) -> list[int]:
+    """Numbers of the images of a step (from 1 on), over all processes."""
+    batch = run.cfg.run.batch_size
+    epoch, position = divmod(step - 1, run.learner.plan.steps_per_epoch)
+    order = epoch_order(len(run.images), seed=run.cfg.run.seed, epoch=epoch)
+    return order[position * batch : (position + 1) * batch].tolist()
+
+
+def _go_back(run: Run) -> None:
+    """To the last checkpoint from before the bad steps, or to the start of a run without one.
+
+    NonFiniteLoss, with OUT/nan_report.json, if the run has been there already.
+    """
+    bad, kept, last = run.bad_steps, run.out / KEPT, run.out / "last.pth"
+    if distributed.is_main() and last.exists() and not kept.exists():
+        keep_state(run.out, KEPT)
+    distributed.barrier()
+    [there] = distributed.largest_of_all(kept.exists())
+    saved = {**read_state(kept), "file": KEPT} if there else {}
+    if saved and saved["step"] == run.back_to:
+        if distributed.is_main():
+            write_json(run.out / "nan_report.json", plain(_report(run)))
+        raise NonFiniteLoss(
+            f"loss or gradients of {len(bad)} step(s) in a row from {bad[0]} on are not finite, also after going back to step "
+            f"{run.back_to}: {run.out}/nan_report.json says more, and has a command that repeats such a step"
+        )
+    run.log.close()
+    if saved:
+        _resume(run, saved)
+    else:
+        run.learner.load(build_learner(run.cfg, run.images, run.device).state())
+        run.means.sums.zero_()
+        run.epoch_open, run.best = False, -1.0
+    run.back_to, run.unread, run.bad_steps, run.first_bad = run.learner.steps, None, [], None
+    _open(run, saved)
+    distributed.barrier()  # all have read it
+    if saved and distributed.is_main():
+        kept.replace(last)
+    run.log.write({"kind": "restored", "step": run.back_to, "bad_steps": bad})
+    say(f"warning: after {len(bad)} bad step(s) in a row, {bad[0]} to {bad[-1]}, the run goes back to step {run.back_to}")
+    if not saved:
+        _save(run)
+    if run.epoch_open:
+        _end_epoch(run)
+
+
+def _report(run: Run) -> dict[str, Any]:
+    """The first of the bad steps in a row, and the command that repeats it from OUT/KEPT."""
+    assert run.first_bad is not None, "a step of this start was bad"
+    step, plan, size = run.first_bad.step, run.learner.plan, distributed.world_size()
+    names, norms = run.first_bad.norms
+    folder = run.out / "nan_step"
+    options = ["train", "--config", run.out / "config.yaml", "--run.out", folder, "--run.stop_after_steps", step]
+    here = distributed.local_world_size()
+    nodes = f"--nnodes {size // here} " * (size > here)
+    program = "dino-simpool" if size == 1 else f"torchrun {nodes}--nproc_per_node {here} -m dino_simpool"
+    copy = f"mkdir -p {shlex.quote(str(folder))} && cp {shlex.quote(str(run.out / KEPT))} {shlex.quote(str(folder))}/last.pth"
+    return {
+        "step": step,
+        "epoch": (step - 1) // plan.steps_per_epoch,
+        "bad_steps": run.bad_steps,
+        "files": [run.images.path(i) for i in _images_of(run, step)],
+        "gradient_norms": norms_by_module(names, norms.tolist()),
+        "not_finite": non_finite_names(run.learner.network)["parameters"],
+        "schedules": dataclasses.asdict(plan.values(step - 1)),
+        "processes": size,
+        "checkpoint": str(run.out / KEPT),
+        "checkpoint_step": run.back_to,
+        "command": f"{copy} && {program} {shlex.join(map(str, options))}",
+    }
+
+
 def _end_epoch(run: Run) -> None:
     """Evaluate if it is due, write the epoch's line, and keep checkpoints. Its steps are saved."""
     cfg, learner, plan, encoder = run.cfg, run.learner, run.learner.plan, run.learner.encoder
@@ -395,8 +542,7 @@ def _save(run: Run) -> None:
     """Write last.pth, unless a trained weight is not finite: then the last good file stays."""
     run.feed.bad_files.gather()
     sums = distributed.all_mean(run.means.sums)  # each process resumes from the mean, and the next mean is the same
-    weights: list[Tensor] = list(run.learner.network.parameters())
-    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():  # equal in all processes
+    if not _weights_are_finite(run):
         raise NonFiniteLoss(f"a weight is not finite after step {run.learner.steps}; {run.out}/last.pth is from before")
     if not distributed.is_main():
         return
@@ -410,9 +556,18 @@ def _save(run: Run) -> None:
         **run.learner.state(),
         "epoch_open": run.epoch_open,
         "best": run.best,
+        "bad_steps": run.bad_steps,
         "sums": sums.cpu(),
     }
+    if run.bad_steps and (run.out / "last.pth").exists() and not (run.out / KEPT).exists():
+        keep_state(run.out, KEPT)  # the one from before the bad steps
     save_state(run.out, state)
+
+
+def _weights_are_finite(run: Run) -> bool:
+    """Whether all trained weights are; the answer is the same in all processes."""
+    weights: list[Tensor] = list(run.learner.network.parameters())
+    return bool(torch.stack(torch._foreach_norm(weights)).isfinite().all())
 
 
 def _require_folder(run: Run) -> None:
@@ -425,8 +580,9 @@ def _require_folder(run: Run) -> None:
 def _failures_written(run: Run) -> Iterator[None]:
     """Append to OUT/error.txt what ends the run: where, when, and the traceback.
 
-    For NonFiniteLoss the main process writes: step, schedules, images, and what is not finite. Any
-    other error is written by each process that it ends, so the first line is of the first.
+    For NonFiniteLoss the main process writes: step, schedules, images, and what is not finite; for
+    bad steps it is the content of nan_report.json. Any other error is written by each process that
+    it ends, so the first line is of the first.
     """
     try:
         yield
@@ -435,7 +591,6 @@ def _failures_written(run: Run) -> Iterator[None]:
         if distributed.is_main():
             steps, plan = run.learner.steps, run.learner.plan
             record = {
-                "error": str(error),
                 "step": steps + 1,
                 "epoch": steps // plan.steps_per_epoch,
                 "not_finite": non_finite_names(run.learner.network),
@@ -445,7 +600,9 @@ def _failures_written(run: Run) -> Iterator[None]:
                     zip(("steps", *run.means.names), run.means.sums[WINDOW].tolist(), strict=True)
                 ),
             }
-            write_failure(run.out / "error.txt", record)
+            if run.bad_steps:
+                record = _report(run)
+            write_failure(run.out / "error.txt", {"error": str(error), **record})
         raise
     except Exception as error:
         record = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dino_simpool.failures import in_a_line, non_finite_names, write_failure
+from dino_simpool.failures import first_difference, in_a_line, non_finite_names, norms_by_module, write_failure
 
 
 def test_failure_is_written_as_json(tmp_path: Path) -> None:
@@ -30,6 +30,27 @@ def test_failure_is_written_as_json(tmp_path: Path) -> None:
         "parameters": ["0.bias"], "gradients": ["1.weight"],
     }  # fmt: skip
     assert second == {"step": 8}
+
+
+def test_norms_of_a_module_are_those_of_its_parameters_together() -> None:
+    names = ["head.fc1.weight", "encoder.norm.weight", "head.fc1.bias", "scale"]
+    found = norms_by_module(names, [3.0, math.inf, 4.0, 2.0])
+    assert found == {"head.fc1": 5.0, "encoder.norm": math.inf, "": 2.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_first_difference_is_one_of_bits(dtype: torch.dtype) -> None:
+    """In any memory format; NaN equals itself, and -0 differs from 0."""
+    image = torch.randn(2, 3, 4, 5, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    ours = {"a": torch.tensor([math.nan, 0.0], dtype=dtype), "b": image, "c": torch.ones((), dtype=dtype)}
+    other = {name: tensor.clone() for name, tensor in ours.items()}
+    assert first_difference(ours, other) is None
+    other["c"] -= torch.finfo(dtype).eps
+    assert first_difference(ours, other) == "c"
+    other["b"][1, 2, 3, 4] *= 1 + torch.finfo(dtype).eps
+    assert first_difference(ours, other) == "b"
+    other["a"][1] = -0.0
+    assert first_difference(ours, other) == "a"
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from golden.load import assert_close
 from PIL import Image
 from test_distributed import group, run_processes, slurm_group, values
-from test_learner import assert_equal_states
+from test_learner import assert_equal_states, flip_a_bit
 from torch import Tensor
 
 from dino_simpool import cli, distributed
@@ -45,10 +46,11 @@ from dino_simpool.config import (
 from dino_simpool.data import EvalTransform, ImageSet, evenly, find_images
 from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.feed import Batch, Feed, build_feed
+from dino_simpool.data.loaders import TrainBatches
 from dino_simpool.dino.learner import DinoLearner, build_dino
 from dino_simpool.dino.plan import StepValues, make_plan
 from dino_simpool.eval.knn import knn_accuracy
-from dino_simpool.failures import NonFiniteLoss
+from dino_simpool.failures import NonFiniteLoss, UnequalGradients
 from dino_simpool.features.encode import Forward
 from dino_simpool.logs import TIMING_FIELDS, progress, read_log
 from dino_simpool.pictures import strip
@@ -363,7 +365,7 @@ def test_options_reach_what_they_are_for(images: Path, tmp_path: Path, monkeypat
 
     for name, replacement in (("knn_accuracy", accuracy), ("progress", bar), ("build_feed", feed)):
         monkeypatch.setattr(f"dino_simpool.train.{name}", replacement)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.update(threads=count))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.setdefault("threads", count))
     cfg = config(images, tmp_path, model=dataclasses.replace(VIT, resize=18), epochs=1, threads=3)
     data = dataclasses.replace(cfg.data, max_pixels=1000, exif_orientation=True, subset_per_class=16)
     run = dataclasses.replace(cfg.run, knn_subset_per_class=15)
@@ -652,9 +654,11 @@ def spoil(views: list[Tensor]) -> list[Tensor]:
     return views
 
 
-def spoiled_step(step: int, rank: int, learner: DinoLearner, batches: Iterator[Batch], values: StepValues) -> dict[str, Tensor]:
-    """DinoLearner.step, but one process sees a bad image in one step."""
-    if (learner.steps + 1, distributed.rank()) == (step, rank):
+def spoiled_step(
+    steps: Collection[int], ranks: Collection[int], learner: DinoLearner, batches: Iterator[Batch], values: StepValues
+) -> dict[str, Tensor]:
+    """DinoLearner.step, but some processes see a bad image in some steps."""
+    if learner.steps + 1 in steps and distributed.rank() in ranks:
         batches = (dataclasses.replace(batch, views=spoil(batch.views)) for batch in batches)
     return real_step(learner, batches, values)
 
@@ -676,25 +680,176 @@ def command_with(step: Callable[..., Any], arguments: list[str]) -> int:
     return cli.main(arguments)
 
 
-def test_a_non_finite_loss_keeps_the_last_checkpoint(whole: TrainConfig, tmp_path: Path) -> None:
-    """A checkpoint with a NaN in it: the next step stops, error.txt says where, and nothing is saved over."""
+def spoil_steps(patch: pytest.MonkeyPatch, *steps: int) -> None:
+    patch.setattr(DinoLearner, "step", lambda *args: spoiled_step(steps, [0], *args))
+
+
+def files_of_step(cfg: TrainConfig, step: int) -> list[str]:
+    """Names of the images of a step, by the order that the loaders use."""
+    found = find_images(str(cfg.data.root))
+    batches = TrainBatches(
+        num_images=len(found),
+        seed=cfg.run.seed,
+        batch_size=cfg.run.batch_size,
+        total_steps=step,
+        start_step=step - 1,
+        world_size=1,
+    )
+    return [found.name(index) for _, index in next(iter(batches))]
+
+
+def test_a_bad_step_is_left_out_and_said(
+    whole: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NaN in one batch: every tensor of the checkpoint stays as it was, means are those of the other steps, the run goes on."""
+    spoil_steps(monkeypatch, 2, 5)
+    cfg = changed(whole, out=tmp_path, log_every=1)
+    states = []
+    for stop in (1, 2):
+        train(changed(cfg, stop_after_steps=stop))
+        states.append(read_state(tmp_path / "last.pth"))
+    for part in ("student", "teacher", "loss"):
+        assert_equal_states(states[1][part], states[0][part], part)
+    assert_equal_states(states[1]["optimizer"]["state"], states[0]["optimizer"]["state"])
+    assert (states[1]["step"], states[1]["bad_steps"]) == (2, [2])
+    train(cfg)
+    said = capsys.readouterr().err
+    log = log_of(tmp_path)
+    assert [(line["kind"], line["step"]) for line in log] == [
+        ("step", 1), ("skipped", 2), ("step", 2), ("step", 3), ("epoch", 3),
+        ("step", 4), ("skipped", 5), ("step", 5), ("step", 6), ("epoch", 6),
+    ]  # fmt: skip
+    for number in (2, 5):
+        [line] = [line for line in log if line["kind"] == "skipped" and line["step"] == number]
+        assert line["files"] == files_of_step(cfg, number) and line["epoch"] == number // 4
+        assert f"warning: step {number} was left out, because its loss or gradients are not finite; its images: " in said
+        assert ", ".join(line["files"]) in said
+        [step] = [line for line in log if line["kind"] == "step" and line["step"] == number]
+        assert step["loss"] is step["grad_norm"] is None
+    losses = [line["loss"] for line in log if line["kind"] == "step" and line["loss"] is not None]
+    epochs = [line["train_loss"] for line in log if line["kind"] == "epoch"]
+    assert epochs == pytest.approx([np.mean(losses[:2]), np.mean(losses[2:])])
+    assert read_state(tmp_path / "last.pth")["step"] == 6 and not (tmp_path / "before_nan.pth").exists()
+
+
+def test_bad_steps_are_seen_alike_by_interrupted_runs(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before, between and after bad steps, with longer log lines: bit for bit the run that was never stopped."""
+    spoil_steps(monkeypatch, 2, 3, 4, 6)
+    cfg = config(images, tmp_path / "reference")
+    train(cfg)
+    for stop in (1, 2, 3, 4, 5):
+        train(changed(cfg, out=tmp_path / "run", stop_after_steps=stop))
+    train(changed(cfg, out=tmp_path / "run"))
+    assert_same_run(tmp_path / "run", tmp_path / "reference")
+
+
+@pytest.mark.parametrize("every", [2, 1, None], ids=["a checkpoint", "saved between", "no checkpoint"])
+def test_many_bad_steps_go_back_once_and_stop_with_a_report(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], every: int | None
+) -> None:
+    """Three and three again; the command of the report repeats the first of them, as often as one likes."""
+    spoil_steps(monkeypatch, *range(4, 99))
+    out = tmp_path / "a run"
+    cfg = config(
+        images, out, epochs=1, batch_size=3, accumulate=1, max_bad_steps=3, save_every_steps=every, knn_train=None, knn_val=None
+    )
+    good = {1: 3, 2: 2, None: 0}[every]
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    assert cli.main(["train", "--config", str(tmp_path / "run.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("was left out") == 6
+    assert said.count(f"warning: after 3 bad step(s) in a row, 4 to 6, the run goes back to step {good}\n") == 1
+    [error] = [line for line in said.splitlines() if "error:" in line]
+    assert f"3 step(s) in a row from 4 on are not finite, also after going back to step {good}: {out}/nan_report.json" in error
+    log = [(line["kind"], line["step"]) for line in log_of(out) if line["kind"] != "step"]
+    assert log == [("restored", good), ("skipped", 4), ("skipped", 5), ("skipped", 6)]
+    report = json.loads((out / "nan_report.json").read_text())
+    assert json.loads((out / "error.txt").read_text()).items() >= report.items()
+    assert (report["step"], report["bad_steps"], report["checkpoint_step"]) == (4, [4, 5, 6], good)
+    assert [os.path.relpath(path, cfg.data.root) for path in report["files"]] == files_of_step(cfg, 4)
+    assert report["schedules"] == dataclasses.asdict(make_plan(cfg, NUM_IMAGES).values(3))
+    assert report["gradient_norms"]["head.fc1"] == "nan" and report["not_finite"] == []
+    assert read_state(out / "before_nan.pth")["step"] == good
+    copy, command = report["command"].rsplit(" && ", 1)
+    program, *arguments = shlex.split(command)
+    assert program == "dino-simpool"
+    for _ in range(2):
+        subprocess.run(copy, shell=True, check=True)
+        assert cli.main(arguments) == 0
+        said = capsys.readouterr().err
+        assert said.count("was left out") == 1 and "warning: step 4 was left out" in said
+        assert read_state(out / "nan_step" / "last.pth")["bad_steps"] == [4]
+    before, after = (read_state(path) for path in (out / "before_nan.pth", out / "nan_step" / "last.pth"))
+    if good == 3:
+        assert_equal_states(after["student"], before["student"])
+    with monkeypatch.context() as patch:  # a start later, when the numbers are good again
+        patch.setattr(DinoLearner, "step", real_step)
+        assert cli.main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert not (out / "error.txt").exists() and not (out / "nan_report.json").exists()
+    assert read_state(out / "last.pth")["step"] == 11
+
+
+def test_a_fault_that_passes_is_repaired_by_going_back(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights that turn into NaN in memory, twice and a checkpoint apart: in the end the run is that without a fault."""
+    options = {"epochs": 1, "batch_size": 3, "accumulate": 1, "max_bad_steps": 2, "knn_train": None, "knn_val": None}
+    cfg = config(images, tmp_path / "run", save_every_steps=3, workers=1, **options)
+    faults = [4, 8]
+
+    def faulty_step(learner: DinoLearner, batches: Iterator[Batch], values: StepValues) -> dict[str, Tensor]:
+        if learner.steps + 1 in faults:
+            faults.remove(learner.steps + 1)
+            learner.student.head.fc1.weight.data[0, 0] = torch.nan
+        return real_step(learner, batches, values)
+
+    monkeypatch.setattr(DinoLearner, "step", faulty_step)
+    train(cfg)
+    said = capsys.readouterr().err
+    assert [f"the run goes back to step {step}\n" in said for step in (3, 6)] == [True, True] and not faults
+    train(changed(cfg, out=tmp_path / "reference"))
+    states = [read_state(tmp_path / name / "last.pth") for name in ("run", "reference")]
+    for part in ("student", "teacher", "loss", "optimizer", "monitor", "sums", "step"):
+        assert_equal_states(states[0][part], states[1][part], part)
+    lines = [line for line in log_of(tmp_path / "run") if line["kind"] != "restored"]
+    assert lines == log_of(tmp_path / "reference")
+
+
+def test_a_flipped_bit_ends_the_run(whole: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the third step, which is computed twice; without one the run is the same as without verifying."""
+    train(changed(whole, out=tmp_path / "good", verify_every=3))
+    assert_same_run(tmp_path / "good", Path(whole.run.out))
+    learners = []
+
+    def flipped_step(learner: DinoLearner, *args: Any) -> dict[str, Tensor]:
+        if not learners:
+            learners.append(learner)
+            flip_a_bit(learner, "head.fc1.weight", 7)  # of two passes a step
+        return real_step(learner, *args)
+
+    monkeypatch.setattr(DinoLearner, "step", flipped_step)
+    with pytest.raises(
+        UnequalGradients, match=r"gradients of step 3, computed twice .*process 0 on .*, cpu: first in head\.fc1\.weight"
+    ):
+        train(changed(whole, out=tmp_path / "run", verify_every=3))
+    assert "UnequalGradients" in json.loads((tmp_path / "run" / "error.txt").read_text())["error"]
+
+
+def test_a_checkpoint_with_a_non_finite_weight_keeps_and_names_it(whole: TrainConfig, tmp_path: Path) -> None:
+    """The run ends where the next save is due, after one bad step and its repetition, and nothing is saved over."""
     cfg = changed(whole, out=tmp_path)
     train(changed(cfg, stop_after_steps=2))
     state = read_state(tmp_path / "last.pth")
     state["student"]["head.fc2.bias"][0] = torch.nan
     torch.save(state, tmp_path / "last.pth")
     before = contents(tmp_path)
-    with pytest.raises(NonFiniteLoss, match="the loss is nan in step 3"):
+    with pytest.raises(NonFiniteLoss, match=r"1 step\(s\) in a row from 3 on are not finite, also after going back to step 2"):
         train(cfg)
     after = contents(tmp_path)
-    assert {name for name in after if name.endswith(".pth")} == {"last.pth"} and after["last.pth"] == before["last.pth"]
+    assert {name for name in after if name.endswith(".pth")} == {"last.pth", "before_nan.pth"}
+    assert after["last.pth"] == after["before_nan.pth"] == before["last.pth"]
     record = json.loads(after["error.txt"])
-    assert record["step"] == 3 and record["epoch"] == 0 and "nan" in record["error"]
-    assert record["not_finite"]["parameters"] == ["head.fc2.bias"]
-    (paths,) = record["images_of_each_process"]
-    assert len(paths) == 10 and all(Path(path).is_file() for path in paths)
-    assert record["schedules"] == dataclasses.asdict(make_plan(whole, NUM_IMAGES).values(2))
-    assert record["sums_since_the_last_log_line"]["steps"] == 0
+    assert record["step"] == 3 and record["not_finite"] == ["head.fc2.bias"] and "gradient_norms" in record
 
 
 @pytest.fixture(scope="module")
@@ -735,26 +890,64 @@ def train_in_stages(cfg: TrainConfig) -> tuple[list[int], list[int]]:
     return stops, seeds
 
 
-def test_a_non_finite_loss_of_one_process_stops_both(images: Path, tmp_path: Path) -> None:
-    """Status 1 and one line from each; the main process writes error.txt; afterwards the run goes on as if nothing had been.
+@pytest.mark.parametrize("model", [VIT, CNN], ids=["vit", "cnn"])
+def test_a_bad_step_of_one_process_is_left_out_by_both(images: Path, tmp_path: Path, model: ModelConfig) -> None:
+    """As if both had seen the bad number, without BatchNorm and with it, through which the other process sees it too."""
+    cfg = config(images, tmp_path / "one", model=model, epochs=1, batch_size=8, knn_train=None, knn_val=None, log_every=1)
+    (tmp_path / "one.yaml").write_text(dump(cfg))
+    (tmp_path / "both.yaml").write_text(dump(changed(cfg, out=tmp_path / "both")))
+    for name, ranks in (("one", [1]), ("both", [0, 1])):
+        arguments = ["train", "--config", str(tmp_path / f"{name}.yaml")]
+        outcomes = run_processes(command_with, functools.partial(spoiled_step, [3], ranks), arguments, environments=group())
+        assert [outcome.value for outcome in outcomes] == [0, 0], outcomes
+        assert [outcome.stderr.count("warning: step 3 was left out") for outcome in outcomes] == [1, 0]
+    assert_same_run(tmp_path / "one", tmp_path / "both")
+    [skipped] = [line for line in log_of(tmp_path / "one") if line["kind"] == "skipped"]
+    assert skipped["step"] == 3 and len(set(skipped["files"])) == 8
 
-    Without BatchNorm, through which the other process would see the bad number too.
-    """
-    cfg = config(images, tmp_path / "run", model=VIT, epochs=1, batch_size=8, save_every_steps=1, knn_train=None, knn_val=None)
+
+def test_bad_steps_of_one_process_stop_both(images: Path, tmp_path: Path) -> None:
+    """Status 1 and one line from each; afterwards the run goes on as if nothing had been."""
+    cfg = config(
+        images, tmp_path / "run", model=VIT, epochs=1, batch_size=8, save_every_steps=1, max_bad_steps=2, knn_train=None,
+        knn_val=None,
+    )  # fmt: skip
     (tmp_path / "run.yaml").write_text(dump(cfg))
     arguments = ["train", "--config", str(tmp_path / "run.yaml")]
-    outcomes = run_processes(command_with, functools.partial(spoiled_step, 3, 1), arguments, environments=group())
+    outcomes = run_processes(command_with, functools.partial(spoiled_step, [2, 3], [1]), arguments, environments=group())
     assert [outcome.value for outcome in outcomes] == [1, 1], outcomes
     errors = [[line for line in outcome.stderr.splitlines() if "error:" in line] for outcome in outcomes]
-    assert [len(lines) for lines in errors] == [1, 1]
-    assert "the loss of another process is not finite in step 3" in errors[0][0]
-    assert "[process 1]" in errors[1][0] and "the loss is nan in step 3" in errors[1][0]
-    record = json.loads((tmp_path / "run" / "error.txt").read_text())
-    assert record["step"] == 3 and [len(set(paths)) for paths in record["images_of_each_process"]] == [4, 4]
-    assert read_state(tmp_path / "run" / "last.pth")["step"] == 2
-    reference = changed(cfg, out=tmp_path / "reference")
-    values(run_processes(train_each, [cfg, reference], environments=group()))
-    assert_same_run(tmp_path / "run", tmp_path / "reference")
+    assert [len(lines) for lines in errors] == [1, 1] and "[process 1]" in errors[1][0]
+    assert all("2 step(s) in a row from 2 on are not finite" in line for (line,) in errors)
+    report = json.loads((tmp_path / "run" / "nan_report.json").read_text())
+    assert report["processes"] == 2 and len(set(report["files"])) == 8
+    assert " && torchrun --nproc_per_node 2 -m dino_simpool train --config " in report["command"]
+    again = run_processes(train, cfg, environments=group())  # with numbers that are good, from before or between
+    values(again)
+    assert read_state(tmp_path / "run" / "last.pth")["step"] == 4
+
+
+def flipping_step(rank: int, learner: DinoLearner, batches: Iterator[Batch], values: StepValues) -> dict[str, Tensor]:
+    """DinoLearner.step, but one process makes a mistake in the first computation of the second step."""
+    if learner.steps == 1 and distributed.rank() == rank:
+        flip_a_bit(learner, "head.fc2.bias", 1)
+    return real_step(learner, batches, values)
+
+
+def test_the_process_with_a_flipped_bit_is_named(images: Path, tmp_path: Path) -> None:
+    """By both, and the run is otherwise that without verifying: the gradients of each are compared before their sum."""
+    cfg = config(images, tmp_path / "run", epochs=1, batch_size=8, accumulate=1, knn_train=None, knn_val=None, verify_every=2)
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    arguments = ["train", "--config", str(tmp_path / "run.yaml")]
+    outcomes = run_processes(command_with, functools.partial(flipping_step, 1), arguments, environments=group())
+    assert [outcome.value for outcome in outcomes] == [1, 1], outcomes
+    for outcome in outcomes:
+        assert re.search(
+            r"step 2, computed twice .* differ \(process 1 on \S+, cpu: first in head\.fc2\.bias\)", outcome.stderr
+        )
+    both = [changed(cfg, out=tmp_path / "verified"), changed(cfg, out=tmp_path / "plain", verify_every=0)]
+    values(run_processes(train_each, both, environments=group()))
+    assert_same_run(tmp_path / "verified", tmp_path / "plain")
 
 
 def train_each(cfgs: list[TrainConfig]) -> None:

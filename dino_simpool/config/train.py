@@ -256,6 +256,13 @@ class RunConfig(Options):
     """Save and stop after the step in which this many minutes have passed since the start. Run the
     same command again to resume."""
 
+    max_bad_steps: int = option(5, least=1, most=10**6)
+    """Steps in a row whose loss or gradients are not finite (each is left out) after which the run
+    goes back to its last checkpoint, and stops if that many come again (nan_report.json)."""
+    verify_every: int = option(0, least=0, most=10**9)
+    """Compute the gradients of each N-th step twice, and stop if they differ in a bit: the device
+    makes mistakes. Such a step takes three times as long. 0: never."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.knn_train is None) != (self.knn_val is None):

@@ -3,7 +3,9 @@ views.
 
 Source: the iteration of facebookresearch/dino main_dino.py (also of SimPool's release), in its
 order: rates, teacher, student, loss, backward, clipping, frozen prototypes, optimizer, moving
-average.
+average. Deviation: where that stops at a loss that is not finite, the step is left out here, as is
+one whose gradients are not finite. All processes and the device know it from the norm of the
+gradients, without waiting for each other or for the host.
 
 V views, b images of one pass, K prototypes.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import socket
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,9 +34,18 @@ from dino_simpool.data.feed import HALF, Batch
 from dino_simpool.dino.loss import DinoLoss
 from dino_simpool.dino.model import DinoHead, DinoModel, make_teacher
 from dino_simpool.dino.monitor import Monitor, effective_rank, feature_spread
-from dino_simpool.dino.optim import build_optimizer, clip_gradients, drop_last_layer_gradients, ema_update, set_hyperparameters
+from dino_simpool.dino.optim import (
+    build_optimizer,
+    clip_gradients,
+    copies,
+    drop_last_layer_gradients,
+    ema_update,
+    put_back,
+    set_hyperparameters,
+    step_if,
+)
 from dino_simpool.dino.plan import Plan, StepValues, make_plan
-from dino_simpool.failures import NonFiniteLoss
+from dino_simpool.failures import UnequalGradients, first_difference
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import load_strict
 
@@ -54,11 +66,13 @@ class DinoLearner:
     accumulate: int = 1
     clip: float = 0.0
     precision: str = "fp32"
+    verify_every: int = 0
     steps: int = 0
+    norms: tuple[list[str], Tensor] = dataclasses.field(default_factory=lambda: ([], torch.zeros(0)))
     features: Tensor | None = None
     """The teacher's unit features (2, b, bottleneck) of the last batch."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "entropy", "kl", "grad_norm", "skipped_steps")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "entropy", "kl", "grad_norm", "skipped_steps", "bad_step")
     shown: ClassVar[str] = "loss_over_lnK"
 
     @property
@@ -80,41 +94,82 @@ class DinoLearner:
     def step(self, batches: Iterable[Batch], values: StepValues) -> dict[str, Tensor]:
         """One step of the optimizer on `accumulate` batches; returns its metrics in high precision.
 
-        NonFiniteLoss leaves the weights as they were.
+        They are 0 for a step that is left out. Its counts tell whether it was (skipped_steps), and
+        whether that is bad (bad_step): in float16 it is not if only the gradients overflow.
+        UnequalGradients leaves everything as it was.
+        """
+        if self.verify_every and (self.steps + 1) % self.verify_every == 0:
+            batches = list(batches)
+            self._verify(batches, values)
+        statistics = [*self.student.buffers(), *self.teacher.buffers()]
+        before = copies(statistics)
+        summed, batch_center = self._backward(batches, values)
+        self.scaler.unscale_(self.optimizer)
+        named = [(name, p) for name, p in self.student.named_parameters() if p.grad is not None]
+        norms = clip_gradients((p for _, p in named), self.clip)
+        self.norms = [name for name, _ in named], norms
+        norm = norms.norm().to(summed.dtype)
+        finite = norm.isfinite()
+        put_back(statistics, before, unless=finite)
+        if values.freeze_last_layer:
+            drop_last_layer_gradients(self.student)
+        set_hyperparameters(self.optimizer, values.lr, values.weight_decay)
+        step_if(finite, self.optimizer)
+        self.scaler.update()
+        followers = [self.loss.center, *self.teacher.parameters()]
+        before = copies(followers)
+        self.loss.update_center(batch_center)
+        ema_update(self.teacher, self.student, values.momentum)
+        put_back(followers, before, unless=finite)
+        self.steps += 1
+        # Gradients that overflow in float16 are how the scaler finds its scale.
+        bad = ~summed[0].isfinite() if self.scaler.is_enabled() else ~finite
+        counts = torch.stack([~finite, bad]).to(summed.dtype)
+        return dict(zip(self.metrics, [*torch.stack([*summed, norm]).where(finite, 0), *counts], strict=True))
+
+    def _backward(self, batches: Iterable[Batch], values: StepValues, *, local: bool = False) -> tuple[Tensor, Tensor]:
+        """Make the gradients of a step, over all processes unless `local`.
+
+        Returns loss, entropy and KL divergence (3,) of this process in high precision, and the mean
+        (1, K) of its teacher's logits. BatchNorm's statistics move.
         """
         center = self.loss.center
-        exact = distributed.exact_dtype(center.device)
-        set_hyperparameters(self.optimizer, values.lr, values.weight_decay)
         self.optimizer.zero_grad(set_to_none=True)
-        summed = torch.zeros(3, dtype=exact, device=center.device)
+        summed = torch.zeros(3, dtype=distributed.exact_dtype(center.device), device=center.device)
         batch_center = torch.zeros_like(center)
         for number, batch in enumerate(batches):
-            last = number == self.accumulate - 1
-            with self._gradients_stay_here(not last):
+            with self._gradients_stay_here(local or number < self.accumulate - 1):
                 result, center_of_pass = self._forward(batch.views, values.teacher_temperature)
                 batch_center += center_of_pass / self.accumulate
                 summed += torch.stack([result.loss, result.entropy, result.kl]).detach() / self.accumulate
-                if last:  # sent before the backward pass is queued: reading it does not wait for that pass
-                    anywhere_not_finite, sent = _not_finite_anywhere(summed[0])
-                self.scaler.scale(result.loss / self.accumulate).backward()
-        if sent is not None:
-            sent.synchronize()
-        if anywhere_not_finite:
-            whose = f"loss is {float(summed[0])}" if not summed[0].isfinite() else "loss of another process is not finite"
-            raise NonFiniteLoss(f"the {whose} in step {self.steps + 1}; the weights of the step before are kept")
-        self.loss.update_center(batch_center)
-        self.scaler.unscale_(self.optimizer)
-        norms = clip_gradients(self.student.parameters(), self.clip)
-        if values.freeze_last_layer:
-            drop_last_layer_gradients(self.student)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        ema_update(self.teacher, self.student, values.momentum)
-        self.steps += 1
-        norm = norms.norm().to(exact)
-        # Gradients that overflow in float16 have no norm, and the scaler leaves their step out.
-        done = norm.isfinite() if self.scaler.is_enabled() else torch.ones_like(norm, dtype=torch.bool)
-        return dict(zip(self.metrics, [*summed, norm.where(done, 0), (~done).to(exact)], strict=True))
+                # Times 1, or times NaN if it is not finite: then no gradient is, here and, by their
+                # sum, in all processes.
+                loss = result.loss * torch.where(result.loss.detach().isfinite(), 1.0, torch.nan)
+                self.scaler.scale(loss / self.accumulate).backward()
+        return summed, batch_center
+
+    def _verify(self, batches: Sequence[Batch], values: StepValues) -> None:
+        """UnequalGradients, in all processes, if two computations of a step's gradients differ.
+
+        Those of each process are compared before their sum, so that it is known whose differ.
+        Nothing else than the gradients changes.
+        """
+        device = self.loss.center.device
+        statistics = [*self.student.buffers(), *self.teacher.buffers()]
+        before = copies(statistics)
+        computed = []
+        for _ in range(2):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                self._backward(batches, values, local=True)
+            computed.append({name: p.grad.clone() for name, p in self.student.named_parameters() if p.grad is not None})
+            put_back(statistics, before, unless=torch.zeros((), dtype=torch.bool, device=device))
+        name = first_difference(*computed)
+        mine = f"process {distributed.rank()} on {socket.gethostname()}, {device}: first in {name}" if name else ""
+        if found := [said for said in distributed.gather_objects(mine) if said]:
+            raise UnequalGradients(
+                f"the gradients of step {self.steps + 1}, computed twice from the same numbers, differ ({'; '.join(found)}): "
+                "the weights of the step before are kept; test or replace the device and its memory"
+            )
 
     def _forward(self, views: Sequence[Tensor], teacher_temperature: float) -> tuple[Any, Tensor]:
         """The loss terms of one pass, and the mean (K,) of the teacher's logits."""
@@ -147,17 +202,20 @@ class DinoLearner:
         log_k = math.log(out_dim)
         elapsed = self.steps - self.monitor.last_step
         skipped = round(means["skipped_steps"] * elapsed)
+        means = _of_steps_done(means)
         fields = {
             "loss": means["loss"],
             "loss_over_lnK": means["loss"] / log_k,
             "entropy_over_lnK": means["entropy"] / log_k,
             "kl": means["kl"],
-            "grad_norm": _mean_norm(means),
+            "grad_norm": means["grad_norm"],
             "feature_spread": spread,
             "effective_rank": rank,
             "center_norm": self.loss.center.norm().item(),
         }
-        fields |= {name: value for name, value in means.items() if name not in (*fields, "entropy", "skipped_steps")}
+        fields |= {
+            name: value for name, value in means.items() if name not in (*fields, "entropy", "skipped_steps", "bad_step")
+        }
         loss, entropy = means["loss"], means["entropy"]
         warnings = self.monitor.update(
             loss=loss,
@@ -179,6 +237,8 @@ class DinoLearner:
     def epoch_fields(self, means: dict[str, float], values: Sequence[StepValues]) -> dict[str, float]:
         """Under the names of the published SimPool training, which existing tools read."""
         steps = len(values)
+        skipped = round(means["skipped_steps"] * steps)
+        means = _of_steps_done(means)
         return {
             "train_loss": means["loss"],
             "train_entropy": means["entropy"],
@@ -187,8 +247,8 @@ class DinoLearner:
             "train_wd": sum(v.weight_decay for v in values) / steps,
             "train_momentum": sum(v.momentum for v in values) / steps,
             "train_teacher_temp": statistics.mean(v.teacher_temperature for v in values),  # exact if they are all the same
-            "train_grad_norm": _mean_norm(means),
-        } | ({"train_skipped_steps": round(means["skipped_steps"] * steps)} if self.scaler.is_enabled() else {})
+            "train_grad_norm": means["grad_norm"],
+        } | ({"train_skipped_steps": skipped} if self.scaler.is_enabled() else {})
 
     def state(self) -> dict[str, Any]:
         """As tensors and plain values."""
@@ -225,7 +285,9 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
     # transformers do not care. What BatchNorm would lose: models/batch_norm.py.
     student = DinoModel(encoder, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = make_teacher(student, cfg.teacher.drop_path)
-    plan = dataclasses.replace(plan, warnings=(*plan.warnings, *_passes_are_not_the_batch(student, cfg)))
+    plan = dataclasses.replace(
+        plan, warnings=(*plan.warnings, *_passes_are_not_the_batch(student, cfg), *_cannot_repeat(cfg, device))
+    )
     for model in (student, teacher):
         distributed.synchronize_batch_norm(model, device)
         if cfg.run.compile:
@@ -249,6 +311,7 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
         accumulate=cfg.run.accumulate,
         clip=cfg.optim.clip,
         precision=cfg.run.precision,
+        verify_every=cfg.run.verify_every,
     )
 
 
@@ -264,10 +327,10 @@ def compile_blocks(model: DinoModel) -> None:
         block.compile()
 
 
-def _mean_norm(means: dict[str, float]) -> float:
-    """The mean norm of the gradients, over the steps that were not skipped. NaN if all were."""
+def _of_steps_done(means: dict[str, float]) -> dict[str, float]:
+    """The means over the steps that were not left out, from those over all. NaN if all were."""
     done = 1 - means["skipped_steps"]
-    return means["grad_norm"] / done if done else math.nan
+    return {name: value / done if done else math.nan for name, value in means.items()}
 
 
 def _passes_are_not_the_batch(model: DinoModel, cfg: TrainConfig) -> list[str]:
@@ -291,11 +354,11 @@ def _passes_are_not_the_batch(model: DinoModel, cfg: TrainConfig) -> list[str]:
     ]
 
 
-def _not_finite_anywhere(loss: Tensor) -> tuple[Tensor, torch.Event | None]:
-    """Whether any process's loss is not finite, on its way to the host, and when it has arrived."""
-    flag = distributed.all_max((~loss.isfinite()).float()).to("cpu", non_blocking=True)
-    if loss.device.type == "cpu":
-        return flag, None
-    sent = torch.Event(loss.device)
-    sent.record()
-    return flag, sent
+def _cannot_repeat(cfg: TrainConfig, device: torch.device) -> list[str]:
+    """A warning if this device may add up in another order each time, and a run would verify it."""
+    if not cfg.run.verify_every or device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
+        return []
+    return [
+        f"run.verify_every {cfg.run.verify_every}: on {device.type} some operations add up in another order each time, unless "
+        "torch.use_deterministic_algorithms is on; gradients that differ may be no mistake of the device"
+    ]

@@ -1,6 +1,7 @@
 """Optimizers of the student, gradient clipping, and the teacher's moving average.
 
-Each is a few large operations that do not wait for the device. Source: the training of DINO
+Each is a few large operations that do not wait for the device, nor does what takes back a step
+whose gradients are not finite. Source: the training of DINO
 (github.com/facebookresearch/dino, main_dino.py and utils.py), which SimPool uses unchanged. There
 are two parameter groups: tensors with weight decay, and biases and one-dimensional parameters
 without. Each parameter is clipped by its own norm (not a global one). A frozen last layer has no
@@ -13,7 +14,7 @@ matters: its trust ratio divides by |g| + decay * |p|, while the published one d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -121,6 +122,45 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp(max=1).unbind())
     return norms
+
+
+@torch.no_grad()
+def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """optimizer.step(), which changes no bit of parameters and moments unless `finite`.
+
+    finite: a 0-d bool on their device.   Fused AdamW leaves its step out by itself, for nothing;
+    of the others, parameters and momenta are copied first. Momenta that a step left out would have
+    made are 0.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        return
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    momenta = {p: buffer.clone() for p in params if (buffer := _momentum(optimizer, p)) is not None}
+    before = copies(params)
+    optimizer.step()
+    put_back(params, before, unless=finite)
+    made = {p: buffer for p in params if (buffer := _momentum(optimizer, p)) is not None}
+    put_back(list(made.values()), [momenta.get(p, torch.zeros_like(p)) for p in made], unless=finite)
+
+
+def _momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+    """The momentum of a parameter, if it has one."""
+    return optimizer.state.get(parameter, {}).get("momentum_buffer")
+
+
+@torch.no_grad()
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors as they are now."""
+    return [tensor.clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def put_back(tensors: Sequence[Tensor], before: Sequence[Tensor], *, unless: Tensor) -> None:
+    """Make tensors in place what they were before, bit for bit, unless a 0-d bool is true."""
+    for tensor, old in zip(tensors, before, strict=True):
+        torch.where(unless, tensor, old, out=tensor)
 
 
 def drop_last_layer_gradients(model: nn.Module) -> None:

@@ -23,8 +23,8 @@ ZERO = {
     "gpus", "loader_seconds", "loss.center_momentum", "model.drop_path", "noise", "num_classes", "optim.clip",
     "optim.freeze_last_layer",
     "optim.min_lr", "optim.momentum", "optim.warmup", "optim.weight_decay", "optim.weight_decay_end", "run.keep_every",
-    "run.knn_every", "run.save_minutes", "run.seed", "seed", "teacher.drop_path", "teacher.momentum", "teacher.warmup",
-    "workers",
+    "run.knn_every", "run.save_minutes", "run.seed", "run.verify_every", "seed", "teacher.drop_path", "teacher.momentum",
+    "teacher.warmup", "workers",
 }  # fmt: skip
 """Options for which 0 has a meaning."""
 GIVEN = {
