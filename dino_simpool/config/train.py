@@ -258,7 +258,8 @@ class RunConfig(Options):
 
     max_bad_steps: int = option(5, least=1, most=10**6)
     """Steps in a row whose loss or gradients are not finite (each is left out) after which the run
-    goes back to its last checkpoint, and stops if that many come again (nan_report.json)."""
+    goes back to its last checkpoint, and stops if they come again before another one
+    (nan_report.json)."""
     verify_every: int = option(0, least=0, most=10**9)
     """Compute the gradients of each N-th step twice, and stop if they differ in a bit: the device
     makes mistakes. Such a step takes three times as long. 0: never."""
