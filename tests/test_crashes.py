@@ -100,6 +100,25 @@ def contents(folder: Path) -> dict[str, bytes]:
 # -- a full disk
 
 
+def fails(
+    command: list[str],
+    folder: Path,
+    filled: tuple[Path, str, pytest.MonkeyPatch],
+    file: str,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """A command whose disk is full from a function on names the file, and leaves nothing temporary: a folder before and after."""
+    disk, target, monkeypatch = filled
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        full_before(disk, target, patch)
+        said = line_of(command, capsys)
+    assert re.fullmatch(FULL.format(file=re.escape(file)), said), said
+    after = contents(folder)
+    assert not [name for name in after if name.endswith(".tmp")]
+    return before, after
+
+
 @pytest.mark.parametrize(
     ("target", "file"),
     [
@@ -121,15 +140,9 @@ def test_training_on_a_full_disk(
     assert cli.main([*command, "--run.stop_after_steps", "1"]) == 0
     if target == "train._log_step":  # the next line shall need another block
         (run / "log.jsonl").write_text((run / "log.jsonl").read_text().rstrip().ljust(4000) + "\n")
-    before = contents(run)
-    with monkeypatch.context() as patch:
-        full_before(disk, target, patch)
-        said = line_of(command, capsys)
-    assert re.fullmatch(FULL.format(file=re.escape(f"{run}/{file}")), said), said
-    after = contents(run)
+    before, after = fails(command, run, (disk, target, monkeypatch), f"{run}/{file}", capsys)
     assert before["last.pth"] in (after["last.pth"], after.get("prev.pth")) and read_state(run / "last.pth")["step"] in (1, 2)
     assert [line["step"] for line in read_log(run / "log.jsonl")][:1] == [1]
-    assert not [name for name in after if name.endswith(".tmp")]
     (disk / "filler").unlink()
     assert cli.main(command) == 0
     assert read_state(run / "last.pth")["step"] == 2 and [line["step"] for line in read_log(run / "log.jsonl")] == [1, 2, 2]
@@ -178,14 +191,8 @@ def test_other_commands_on_a_full_disk(
         assert cli.main([word.format(disk=disk) for word in ("knn", *LOADED, "--data", "{disk}/data", "--k", "[10]")]) == 0
     if command[0] == "search":
         assert cli.main([word.format(disk=disk) for word in FEATURES]) == 0
-    before = contents(disk)
-    with monkeypatch.context() as patch:
-        full_before(disk, target, patch)
-        said = line_of(given, capsys)
-    assert re.fullmatch(FULL.format(file=re.escape(f"{disk}/{file}")), said), said
-    after = contents(disk)
+    before, after = fails(given, disk, (disk, target, monkeypatch), f"{disk}/{file}", capsys)
     assert {name: after[name] for name in before} == before and file not in after
-    assert not [name for name in after if name.endswith(".tmp")]
     (disk / "filler").unlink()
     assert cli.main(given) == (command[0] == "check-data") and (disk / file.replace(".partial", "")).exists()
 

@@ -28,17 +28,14 @@ PHASES = {"save": (train, "_save"), "k-NN": (train, "knn_accuracy"), "export": (
 
 
 def _marked(cfg: TrainConfig, file: Path) -> None:
-    """train(cfg) in a process of its own. The first byte of the file is the phase; then comes how often one was entered."""
+    """train(cfg) in a process of its own. The file has one byte, the phase: its place in PHASES, or a space."""
     phase = os.open(file, os.O_CREAT | os.O_RDWR)
-    os.pwrite(phase, b" " * 8, 0)
-    entered = 0
+    os.pwrite(phase, b" ", 0)
 
-    def marked(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def marked(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal entered
-            entered += 1
             before = os.pread(phase, 1, 0)
-            os.pwrite(phase, name[0].encode() + b"%7d" % entered, 0)
+            os.pwrite(phase, b"%d" % number, 0)
             try:
                 return real(*arguments, **options)
             finally:
@@ -46,16 +43,15 @@ def _marked(cfg: TrainConfig, file: Path) -> None:
 
         return call
 
-    for name, (owner, function) in PHASES.items():
-        # "save" and "step" begin with the same letter.
-        setattr(owner, function, marked(name if name != "save" else "Save", getattr(owner, function)))
+    for number, (owner, function) in enumerate(PHASES.values()):
+        setattr(owner, function, marked(number, getattr(owner, function)))
     train.train(cfg)
 
 
 def phase_of(file: Path) -> str:
     """Where a process is, or was when it was killed."""
-    letter = file.read_bytes()[:1].decode() if file.exists() else ""
-    return next((name for name in PHASES if letter == ("S" if name == "save" else name[0])), "between")
+    phase = file.read_text().strip() if file.exists() else ""
+    return [*PHASES][int(phase)] if phase else "between"
 
 
 def run(cfg: TrainConfig, file: Path, *, kill_after: float | None = None, kill_in: str = "") -> tuple[str, float]:

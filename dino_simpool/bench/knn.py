@@ -180,8 +180,6 @@ def describe(record: dict[str, Any]) -> str:
         same = "identical" if not found["differing_predictions"] else f"{found['differing_predictions']} differ"
         rows.append([name, f"{found['times_as_fast']:.2f}", same])
     machine = record["machine"]
-    lines += [
-        text_table(rows, rule=True),
-        f"{machine['device']}, {machine['threads']} threads, load before {machine['load'] or 0:.1f}",
-    ]
+    load = "not measured here" if machine["load"] is None else f"{machine['load']:.1f}"
+    lines += [text_table(rows, rule=True), f"{machine['device']}, {machine['threads']} threads, load before {load}"]
     return "\n".join(lines)

@@ -21,7 +21,6 @@ h, w: cells of a map, N = h * w; H, W: pixels of an image.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -43,6 +42,7 @@ from dino_simpool.data.augment import to_tensor
 from dino_simpool.eval import run
 from dino_simpool.features.encode import Forward, decoding_of
 from dino_simpool.features.maps import attention_maps, entropy, mass_mask, part_boxes, seen_size
+from dino_simpool.features.rows import npy_bytes
 from dino_simpool.files import Fields, read_json, write_atomically, write_json
 from dino_simpool.logs import progress
 from dino_simpool.models.encoder import Encoder
@@ -190,9 +190,7 @@ def write_image(
         mask = mass_mask(attention, cfg.mass)
         cells, kept = torch.from_numpy(attention), torch.from_numpy(mask)
         over, masked = overlay(picture, cells, seen=seen, smooth=cfg.smooth), mask_overlay(picture, kept, seen=seen)
-        stored = io.BytesIO()
-        np.save(stored, attention)
-        _write(f"{file}.npy", stored.getvalue())
+        _write(f"{file}.npy", npy_bytes(attention))
         for ending, drawn in (("heat", heat(cells, seen, smooth=cfg.smooth)), ("overlay", over), ("mask", masked)):
             _write(f"{file}_{ending}.png", png_bytes(drawn))
         said.append(

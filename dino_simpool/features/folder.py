@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import shutil
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dino_simpool import distributed
-from dino_simpool.features.rows import RowFile
+from dino_simpool.features.rows import RowFile, npy_bytes
 from dino_simpool.files import Fields, digests_of, read_json, write_atomically, write_json
 
 META: Fields = {
@@ -160,9 +159,7 @@ def prepare(
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write a small array as .npy, atomically."""
-    stored = io.BytesIO()
-    np.save(stored, array)
-    write_atomically(path, lambda file: file.write_bytes(stored.getvalue()))
+    write_atomically(path, lambda file: file.write_bytes(npy_bytes(array)))
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

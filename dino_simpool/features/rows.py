@@ -15,6 +15,7 @@ M rows in blocks of `block`, the last one smaller; one process writes a block as
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -127,6 +128,13 @@ class RowFile:
 
     def _records(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self.path.stem}.progress_*.json"))
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """A small array as a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 class StoredRows:
