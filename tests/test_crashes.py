@@ -107,7 +107,7 @@ def fails(
     file: str,
     capsys: pytest.CaptureFixture[str],
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """A command whose disk is full from a function on names the file, and leaves nothing temporary: a folder before and after."""
+    """A command whose disk fills up names the file, and leaves nothing temporary. The folder before and after."""
     disk, target, monkeypatch = filled
     before = contents(folder)
     with monkeypatch.context() as patch:
