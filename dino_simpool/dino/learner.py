@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import socket
 import statistics
@@ -31,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dino_simpool import distributed
 from dino_simpool.config import TrainConfig
 from dino_simpool.data.feed import HALF, Batch
+from dino_simpool.dino.capture import CapturedPass
 from dino_simpool.dino.loss import DinoLoss
 from dino_simpool.dino.model import DinoHead, DinoModel, make_teacher
 from dino_simpool.dino.monitor import Monitor, effective_rank, feature_spread
@@ -47,6 +49,7 @@ from dino_simpool.dino.optim import (
 from dino_simpool.dino.plan import Plan, StepValues, make_plan
 from dino_simpool.failures import UnequalGradients, first_difference
 from dino_simpool.models.encoder import Encoder, build_encoder
+from dino_simpool.models.stream import can_stream, run_block
 from dino_simpool.models.weights import load_strict
 
 
@@ -68,6 +71,8 @@ class DinoLearner:
     precision: str = "fp32"
     verify_every: int = 0
     steps: int = 0
+    captured: CapturedPass | None = None
+    """The pass as a CUDA graph, if there is one."""
     norms: tuple[list[str], Tensor] = dataclasses.field(default_factory=lambda: ([], torch.zeros(0)))
     features: Tensor | None = None
     """The teacher's unit features (2, b, bottleneck) of the last batch."""
@@ -116,11 +121,10 @@ class DinoLearner:
         set_hyperparameters(self.optimizer, values.lr, values.weight_decay)
         step_if(finite, self.optimizer)
         self.scaler.update()
-        followers = [self.loss.center, *self.teacher.parameters()]
-        before = copies(followers)
+        before = copies([self.loss.center])
         self.loss.update_center(batch_center)
-        ema_update(self.teacher, self.student, values.momentum)
-        put_back(followers, before, unless=finite)
+        put_back([self.loss.center], before, unless=finite)
+        ema_update(self.teacher, self.student, values.momentum, only_if=finite)
         self.steps += 1
         # Gradients that overflow in float16 are how the scaler finds its scale.
         bad = ~summed[0].isfinite() if self.scaler.is_enabled() else ~finite
@@ -135,18 +139,26 @@ class DinoLearner:
         """
         center = self.loss.center
         self.optimizer.zero_grad(set_to_none=True)
+        if self.captured:
+            self.captured.clear_gradients()
         summed = torch.zeros(3, dtype=distributed.exact_dtype(center.device), device=center.device)
         batch_center = torch.zeros_like(center)
         for number, batch in enumerate(batches):
             with self._gradients_stay_here(local or number < self.accumulate - 1):
-                result, center_of_pass = self._forward(batch.views, values.teacher_temperature)
+                terms, center_of_pass = (self.captured or self._pass)(batch.views, values.teacher_temperature)
                 batch_center += center_of_pass / self.accumulate
-                summed += torch.stack([result.loss, result.entropy, result.kl]).detach() / self.accumulate
-                # Times 1, or times NaN if it is not finite: then no gradient is, here and, by their
-                # sum, in all processes.
-                loss = result.loss * torch.where(result.loss.detach().isfinite(), 1.0, torch.nan)
-                self.scaler.scale(loss / self.accumulate).backward()
+                summed += terms / self.accumulate
         return summed, batch_center
+
+    def _pass(self, views: Sequence[Tensor], teacher_temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradients of one pass; loss, entropy and KL divergence (3,), and the mean (K,) of
+        the teacher's logits."""
+        result, center = self._forward(views, teacher_temperature)
+        # Times 1, or times NaN if it is not finite: then no gradient is, here and, by their sum, in
+        # all processes.
+        loss = result.loss * (1 + 0 * result.loss.detach())
+        self.scaler.scale(loss / self.accumulate).backward()
+        return torch.stack([result.loss, result.entropy, result.kl]).detach(), center
 
     def _verify(self, batches: Sequence[Batch], values: StepValues) -> None:
         """UnequalGradients, in all processes, if two computations of a step's gradients differ.
@@ -171,7 +183,7 @@ class DinoLearner:
                 "the weights of the step before are kept; test or replace the device and its memory"
             )
 
-    def _forward(self, views: Sequence[Tensor], teacher_temperature: float) -> tuple[Any, Tensor]:
+    def _forward(self, views: Sequence[Tensor], teacher_temperature: float | Tensor) -> tuple[Any, Tensor]:
         """The loss terms of one pass, and the mean (K,) of the teacher's logits."""
         half = HALF.get(self.precision)
         with torch.autocast(views[0].device.type, half, enabled=half is not None):
@@ -278,6 +290,10 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
     ValueError for options that do not fit each other, the images or the architecture.
     """
     plan = make_plan(cfg, num_images)
+    if device.type == "cuda" and cfg.run.precision != "fp32":
+        # TF32 for what stays in float32 beside half precision, the prototypes' products above all:
+        # its 10 bits are more than those of bfloat16, and sums and results keep 23.
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(cfg.run.seed)
     encoder = build_encoder(cfg.model)
     head = DinoHead(encoder.embed_dim, **dataclasses.asdict(cfg.head))
@@ -299,7 +315,7 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
         forward = DistributedDataParallel(student, gradient_as_bucket_view=True)
         # The argument has another name from torch 2.13 on. Buffers are equal from the start.
         forward.broadcast_buffers = False
-    return DinoLearner(
+    learner = DinoLearner(
         student,
         teacher,
         loss,
@@ -313,18 +329,35 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
         precision=cfg.run.precision,
         verify_every=cfg.run.verify_every,
     )
+    if cfg.run.compile and device.type == "cuda" and distributed.world_size() == 1:
+        buffers = [*student.buffers(), *teacher.buffers()]
+        learner.captured = CapturedPass(learner._pass, student.parameters(), buffers, add=cfg.run.accumulate > 1)
+    return learner
 
 
 def compile_blocks(model: DinoModel) -> None:
-    """torch.compile each block of the trunk in place: few small graphs, and names do not change."""
-    blocks = [m for m in model.encoder.trunk.modules() if isinstance(m, (Block, BasicBlock, Bottleneck, ConvNeXtBlock))]
+    """torch.compile the blocks of the trunk in place. Names do not change.
+
+    Blocks are compiled as one function of a block, so those that are alike share their graphs.
+    """
+    trunk = model.encoder.trunk
+    blocks: list[Any] = [m for m in trunk.modules() if isinstance(m, (Block, BasicBlock, Bottleneck, ConvNeXtBlock))]
     if not blocks:
         raise ValueError(f"run.compile does not know the blocks of {model.encoder.config.arch}: set run.compile false")
-    # Blocks share their code, so the crop sizes and stochastic depth of each count against a limit
-    # of 8. Past it torch would run uncompiled and say so only in its log.
+    # Crop sizes, widths and the stochastic depth of each block count against a limit of 8. Past it
+    # torch would run uncompiled and say so only in its log.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(blocks))
+    model.encoder.run_pool = torch.compile(Encoder.pooled, dynamic=False)
+    if model.encoder.config.is_vit and can_stream(blocks):
+        model.encoder.run_block = torch.compile(run_block, dynamic=False)
+        return
+    forward = torch.compile(_forward_of, dynamic=False)
     for block in blocks:
-        block.compile()
+        block.forward = functools.partial(forward, block)
+
+
+def _forward_of(block: nn.Module, x: Tensor) -> Any:
+    return type(block).forward(block, x)
 
 
 def _of_steps_done(means: dict[str, float]) -> dict[str, float]:

@@ -62,7 +62,9 @@ class DinoLoss(nn.Module):
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
 
-    def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float, *, update_center: bool = True) -> LossTerms:
+    def forward(
+        self, student: Tensor, teacher: Tensor, teacher_temp: float | Tensor, *, update_center: bool = True
+    ) -> LossTerms:
         """Loss from logits: student (V, B, K), global views first; teacher (2, B, K).
 
         The old center is used, then moved toward this batch. With update_center=False the caller
@@ -81,7 +83,7 @@ class DinoLoss(nn.Module):
         student_features: Tensor,
         prototypes: Tensor,
         teacher_logits: Tensor,
-        teacher_temp: float,
+        teacher_temp: float | Tensor,
         *,
         update_center: bool = True,
     ) -> LossTerms:
@@ -109,7 +111,7 @@ class DinoLoss(nn.Module):
         self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
 
     @torch.no_grad()
-    def _targets(self, teacher: Tensor, temperature: float) -> Tensor:
+    def _targets(self, teacher: Tensor, temperature: float | Tensor) -> Tensor:
         return ((_wide(teacher) - self.center) / temperature).softmax(-1)
 
     def _finish(
@@ -141,7 +143,7 @@ class _ChunkedLogSumExp(torch.autograd.Function):
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         ctx.save_for_backward(x, weight)
         ctx.temperature, ctx.rows = temperature, rows
-        return torch.cat([(part @ weight.T).div_(temperature).logsumexp(-1) for part in x.split(rows)])
+        return torch.cat([(part @ weight.T).logsumexp(-1) for part in (x / temperature).split(rows)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -149,13 +151,14 @@ class _ChunkedLogSumExp(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         scale = (grad / ctx.temperature).unsqueeze(-1)
+        cool, scaled = x / ctx.temperature, x * scale  # rows of D numbers, which is less than K
         with without_autocast(x):
             for start in range(0, len(x), ctx.rows):
                 part = slice(start, start + ctx.rows)
-                pull = (x[part] @ weight.T).div_(ctx.temperature).softmax(-1).mul_(scale[part])
-                grad_x[part] = pull @ weight
-                grad_weight.addmm_(pull.T, x[part])
-        return grad_x, grad_weight, None
+                probability = (cool[part] @ weight.T).softmax(-1)
+                grad_x[part] = probability @ weight
+                grad_weight.addmm_(probability.T, scaled[part])
+        return grad_x.mul_(scale), grad_weight, None
 
 
 def _partners(views: Tensor) -> Tensor:

@@ -75,12 +75,12 @@ class DinoModel(nn.Module):
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """Unit features (V, B, bottleneck) of V views (B, 3, S, S), the global ones first.
 
-        The trunk runs once for each run of views of one size, and the head once over all V * B
-        rows, view by view. So BatchNorm in the trunk sees one resolution at a time, and BatchNorm
-        in the head sees everything, as published.
+        The trunk sees each run of views of one size at once, and the head all V * B rows, view by
+        view. So BatchNorm in the trunk sees one resolution at a time, and BatchNorm in the head
+        sees everything, as published.
         """
         runs = itertools.groupby(views, key=lambda view: view.shape[-2:])
-        features = torch.cat([self.encoder(torch.cat(list(run))) for _, run in runs])
+        features = self.encoder.features_of_sizes([torch.cat(list(run)) for _, run in runs])
         return self.head(features).unflatten(0, (len(views), -1))
 
 

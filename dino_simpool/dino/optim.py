@@ -171,13 +171,19 @@ def drop_last_layer_gradients(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, *, only_if: Tensor | None = None) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters, also frozen
     ones.
 
-    Buffers are left alone: the teacher's BatchNorm statistics come from its own forward passes.
+    only_if: a 0-d bool on their device; if false, the teacher stays as it is. The student must be
+    finite then.   Buffers are left alone: the teacher's BatchNorm statistics come from its own
+    forward passes.
     """
     means: list[Tensor] = list(teacher.parameters())
     values: list[Tensor] = list(student.parameters())
     assert len(means) == len(values), "the teacher is a copy of the student"
-    torch._foreach_lerp_(means, values, 1 - momentum)
+    if only_if is None:
+        torch._foreach_lerp_(means, values, 1 - momentum)
+    else:
+        weight = only_if.to(means[0].dtype) * (1 - momentum)
+        torch._foreach_lerp_(means, values, [weight] * len(means))

@@ -18,11 +18,12 @@ Letters: B images, N tokens, D width; (H, W) pixels, (h, w) positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +31,7 @@ from dino_simpool.config import DEFAULT_DECODING, DecodingSettings, ModelConfig
 from dino_simpool.models.pooling import build_pool
 from dino_simpool.models.pooling.basic import ClsPool
 from dino_simpool.models.pooling.simpool import as_tokens, without_autocast
+from dino_simpool.models.stream import RunBlock, can_stream, run_block, run_blocks
 from dino_simpool.models.trunk import build_trunk
 
 Grid = tuple[int, int]
@@ -92,11 +94,41 @@ class Encoder(nn.Module):
         super().__init__()
         self.trunk, self.pool, self.norm, self.config = trunk, pool, norm, config
         self.embed_dim: int = self.pool.out_dim
+        # What the training step calls, so that it alone is compiled, for its few shapes.
+        self.run_block: RunBlock = run_block
+        self.run_pool: Callable[[Encoder, Tensor], Tensor] = Encoder.pooled
+        self._matrices: dict[Grid, Tensor] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, embed_dim)."""
-        pooled = self.pool(self.pool_input(images)[0])
+        return self.pooled(self.pool_input(images)[0])
+
+    def features_of_sizes(self, sizes: Sequence[Tensor]) -> Tensor:
+        """Features (sum of B, embed_dim) of images of several sizes, in order.
+
+        Those of a standard ViT run through its blocks together. Under autocast to bfloat16 what
+        passes from block to block is bfloat16 too: a ViT-S reads and writes 2 of 60 ms less on an
+        H200, and its gradients are 2.4 % from those in float32 instead of 2.2 %.
+        """
+        if not (self.config.is_vit and can_stream(self.trunk.blocks)):
+            return torch.cat([self.run_pool(self, self.pool_input(images)[0]) for images in sizes])
+        tokens = [self._embed(images)[0] for images in sizes]
+        device = tokens[0].device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+            tokens = [x.bfloat16() for x in tokens]
+        tokens = run_blocks(self.trunk.blocks, tokens, self.run_block)
+        return torch.cat([self.run_pool(self, self._of_vit(x)) for x in tokens])
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Features (B, embed_dim) of what is pooled (see `pool_input`)."""
+        pooled = self.pool(x)
         return pooled if self.config.norm_order == "norm_then_pool" else self.norm(pooled)
+
+    def _of_vit(self, tokens: Tensor) -> Tensor:
+        """What is pooled, of tokens after the last block."""
+        if self.config.norm_order == "norm_then_pool":
+            tokens = self.norm(tokens)
+        return tokens if isinstance(self.pool, ClsPool) else tokens[:, self.trunk.num_prefix_tokens :]
 
     def tokens(self, images: Tensor) -> Tensor:
         """The tokens (B, N, D) that are pooled, without class token and registers; row by row."""
@@ -126,10 +158,7 @@ class Encoder(nn.Module):
             x = self.trunk.forward_features(images)
             return x, tuple(x.shape[-2:])
         tokens, grid = self._embed(images)
-        tokens = self.trunk.blocks(tokens)
-        if self.config.norm_order == "norm_then_pool":
-            tokens = self.norm(tokens)
-        return tokens if isinstance(self.pool, ClsPool) else tokens[:, self.trunk.num_prefix_tokens :], grid
+        return self._of_vit(self.trunk.blocks(tokens)), grid
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens (B, prefix + N, D) that enter the first block of a ViT, and their grid."""
@@ -140,7 +169,7 @@ class Encoder(nn.Module):
                 f"images of {height} x {width} pixels are smaller than a patch of {self.config.arch}: give at "
                 f"least {patch} pixels a side, or set a smaller model.patch_size"
             )
-        x = trunk.patch_embed(images[..., : grid[0] * patch, : grid[1] * patch]).flatten(1, 2)
+        x = self._patches(images[..., : grid[0] * patch, : grid[1] * patch], grid)
         prefix = [token.expand(len(x), -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None]
         if trunk.pos_embed is not None:
             rows = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
@@ -149,6 +178,15 @@ class Encoder(nn.Module):
             if rows:
                 prefix = [torch.cat(prefix, 1) + for_prefix]
         return trunk.norm_pre(trunk.pos_drop(torch.cat([*prefix, x], 1))), grid
+
+    def _patches(self, images: Tensor, grid: Grid) -> Tensor:
+        """Embedded patches (B, N, D), row by row. A convolution whose stride is its kernel is a
+        product of matrices, and as such faster (on an H200 by 2.5 of 60 ms of a step)."""
+        embed = self.trunk.patch_embed
+        if type(embed) is not PatchEmbed:
+            return embed(images).flatten(1, 2)
+        rows = images.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1)).permute(0, 2, 4, 1, 3, 5)
+        return embed.norm(F.linear(rows.flatten(3).flatten(1, 2), embed.proj.weight.flatten(1), embed.proj.bias))
 
     def _positions(self, embedding: Tensor, grid: Grid) -> Tensor:
         """Position embedding (h * w, D) for a grid from the stored one (rows, D).
@@ -163,6 +201,8 @@ class Encoder(nn.Module):
         if grid == native and rule != "dino_always":
             return embedding
         matrix = position_matrix(native, grid, rule, device=embedding.device, dtype=embedding.dtype)
+        if self.training:  # a CUDA graph of a step reads it there, so it must outlive the cache
+            self._matrices[grid] = matrix
         with without_autocast(embedding):
             return matrix @ embedding
 

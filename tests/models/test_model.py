@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from dino_simpool.config import ModelConfig
 from dino_simpool.dino.model import DinoHead, DinoModel, make_teacher
 from dino_simpool.models import encoder as encoder_module
+from dino_simpool.models import stream
 from dino_simpool.models.encoder import Encoder, build_encoder, position_matrix
 from dino_simpool.models.pooling import build_pool
 from dino_simpool.models.pooling.simpool import as_tokens
@@ -372,7 +373,7 @@ def test_positions_at_the_native_grid_are_the_stored_ones(rule: str, pool: str) 
     stored = encoder.trunk.pos_embed[0, prefix:]
     for height, width in ((32, 32), (32, 35), (34, 33)):
         images = torch.randn(2, 3, height, width, dtype=torch.float64)
-        patches = encoder.trunk.patch_embed(images[..., :32, :32]).flatten(1, 2)
+        patches = encoder._patches(images[..., :32, :32], (8, 8))
         ours = encoder._embed(images)[0][:, prefix:]
         if rule == "dino_always":
             published = F.interpolate(stored.T.reshape(1, 32, 8, 8), scale_factor=(8.1 / 8, 8.1 / 8), mode="bicubic")
@@ -655,3 +656,54 @@ def test_heads_of_a_vit(width: int | None, heads: int | None, expected: int) -> 
     sizes = {"width": width, "heads": heads, "depth": 1, "image_size": 32}
     encoder = build_encoder(ModelConfig(arch="vit_tiny", **sizes))
     assert encoder.trunk.blocks[0].attn.num_heads == expected
+
+
+@pytest.mark.parametrize("arch", ["vit_small", "deit3_small_patch16_224", "vit_small_patch16_18x2_224", "resnet18"])
+@pytest.mark.parametrize("pool", ["simpool", "cls", "gap"])
+def test_features_of_images_of_several_sizes(arch: str, pool: str):
+    """As those of each size alone, with gradients; a single image and an odd size are among them.
+    DeiT III has layer scale; the blocks of 18x2 are of another kind."""
+    if pool == "cls" and arch == "resnet18":
+        return
+    sizes = {"width": 8} if arch == "resnet18" else {"width": 48, "depth": 2, "heads": 3, "image_size": 64}
+    cfg = ModelConfig(arch=arch, pool=pool, gamma=1.25 if pool == "simpool" else None, **sizes)
+    encoder = build_encoder(cfg).double().eval()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    images = [torch.randn(b, 3, h, w, dtype=torch.float64) for b, h, w in ((3, 64, 64), (1, 32, 48), (2, 37, 64))]
+    together = encoder.features_of_sizes(images)
+    alone = torch.cat([encoder(each) for each in images])
+    torch.testing.assert_close(together, alone)
+    pull = torch.randn_like(alone)
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad((x * pull).sum(), parameters, allow_unused=True) for x in (together, alone)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9 * float(1 + theirs.abs().max()))
+    one = encoder.features_of_sizes(images[:1])
+    torch.testing.assert_close(one, alone[:3])
+
+
+def test_stochastic_depth_of_images_of_several_sizes():
+    """Each image is dropped as a whole, with the rate of the block, and what stays is scaled."""
+    cfg = ModelConfig(arch="vit_small", pool="gap", width=48, depth=2, heads=3, image_size=64, drop_path=0.5)
+    encoder = build_encoder(cfg).double().train()
+    shapes = ((2000, 3), (500, 2))
+    torch.manual_seed(0)
+    kept = stream._kept(encoder.trunk.blocks[1].drop_path1, torch.zeros(7000, 48), shapes)
+    assert kept is not None and kept.shape == (7000, 1) and set(kept.unique().tolist()) == {0.0, 2.0}
+    for part, (images, tokens) in zip(kept.split([6000, 1000]), shapes, strict=True):
+        by_image = part.view(images, tokens)
+        assert torch.equal(by_image, by_image[:, :1].expand_as(by_image)) and abs(by_image.mean() - 1) < 0.1
+    assert stream._kept(encoder.trunk.blocks[0].drop_path1, torch.zeros(7000, 48), shapes) is None
+    assert stream._kept(encoder.eval().trunk.blocks[1].drop_path1, torch.zeros(7000, 48), shapes) is None
+    images = [torch.randn(5, 3, 64, 64, dtype=torch.float64), torch.randn(4, 3, 32, 32, dtype=torch.float64)]
+    encoder.train()
+    for block in encoder.trunk.blocks:
+        block.drop_path1 = block.drop_path2 = torch.nn.Identity()
+    encoder.trunk.blocks[1].drop_path1 = DropPath(0.999999)
+    dropped = encoder.features_of_sizes(images)
+    encoder.trunk.blocks[1].attn.proj.weight.data.zero_()
+    encoder.trunk.blocks[1].attn.proj.bias.data.zero_()
+    torch.testing.assert_close(dropped, torch.cat([encoder(each) for each in images]))
