@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import sys
-import threading
 from typing import Any
 
 from dino_simpool import __version__, config
@@ -139,7 +138,6 @@ def main(arguments: list[str] | None = None) -> int:
         cfg = read(name, options)
     except config.ConfigError as error:
         return _fail(name, str(error), 2)
-    of_threads, threading.excepthook = threading.excepthook, _thread_failed
     try:
         with stop_at_once():
             check_paths(cfg)
@@ -164,16 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(name, line, 1)
     finally:
-        threading.excepthook = of_threads
         if "dino_simpool.distributed" in sys.modules:
             sys.modules["dino_simpool.distributed"].cleanup()
     return 0
-
-
-def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread, but for TensorBoard's writer, whose error the log raises."""
-    if type(failed.thread).__name__ != "_AsyncWriterThread" or os.environ.get("DINO_SIMPOOL_TRACEBACK"):
-        threading.__excepthook__(failed)
 
 
 def _fail(name: str, message: str, status: int) -> int:

@@ -50,7 +50,7 @@ from dino_simpool.features.maps import attention_of
 from dino_simpool.files import make_writable, require_fields, write_atomically, write_json
 from dino_simpool.learners import Learner, build_learner
 from dino_simpool.lock import Lock, locked
-from dino_simpool.logs import RunLog, progress, say
+from dino_simpool.logs import RunLog, progress, say, writer_errors_raised_once
 from dino_simpool.models.weights import weights_sha256
 from dino_simpool.names import shown
 from dino_simpool.pictures import overlay, strip, unnormalize
@@ -149,7 +149,7 @@ def train(cfg: TrainConfig) -> Path:
     """
     started = time.monotonic()
     run = _prepare(cfg)
-    with locked(run.out) if distributed.is_main() else contextlib.nullcontext() as run.lock:
+    with writer_errors_raised_once(), locked(run.out) if distributed.is_main() else contextlib.nullcontext() as run.lock:
         return _train(run, _load(run), started)
 
 

@@ -567,10 +567,10 @@ def test_other_reasons_to_stop(
 # -- refused
 
 
-# The thread that writes for TensorBoard finds it too.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_folder_that_is_gone_ends_the_run(whole: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or one that another run has taken: it is found at the next save, which writes nothing."""
+    """Or one that another run has taken: it is found at the next save, which writes nothing. TensorBoard's thread finds it too,
+    and says nothing."""
     step = DinoLearner.step
     for how in (shutil.rmtree, lambda out: (out / "run.lock").write_text("{}")):
         out = tmp_path / "run"
