@@ -29,6 +29,7 @@ from test_learner import assert_equal_states, flip_a_bit
 from torch import Tensor
 
 from dino_simpool import cli, distributed
+from dino_simpool import train as train_module
 from dino_simpool.checkpoint import load_encoder, read_state
 from dino_simpool.config import (
     ConfigError,
@@ -344,7 +345,12 @@ def test_changes_since_the_last_start_are_said(whole: TrainConfig, tmp_path: Pat
     train(changed(whole, out=tmp_path, log_every=3, stop_after_steps=2))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed since this run was saved: ")]
     told = [line.partition(": ")[2] for line in said]
-    assert told == ["run.log_every: 2 -> 3", "run.stop_after_steps: 1 -> 2", "number of processes: 4 -> 1"]
+    *options, processes = told
+    assert options == ["run.log_every: 2 -> 3", "run.stop_after_steps: 1 -> 2"]
+    assert processes == (
+        "number of processes: 4 -> 1; each step has the 10 images that it would have had, but stochastic depth draws others "
+        "and sums are rounded otherwise"
+    )
 
 
 def test_options_reach_what_they_are_for(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -955,6 +961,15 @@ def train_each(cfgs: list[TrainConfig]) -> None:
         train(cfg)
 
 
+def test_the_command_that_repeats_a_step_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a place to meet, torchrun on each node would wait for the others on its own node."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("MASTER_ADDR", "gpu07")
+    meeting = "--rdzv_backend c10d --rdzv_endpoint gpu07:29400 --rdzv_id nan_step"
+    assert train_module._program() == f"torchrun --nnodes 2 {meeting} --nproc_per_node 8 -m dino_simpool"
+
+
 def test_a_non_finite_weight_is_not_saved(pair: TrainConfig, tmp_path: Path) -> None:
     """Found when saving, before the loss shows it: both processes stop and the checkpoint of before stays."""
     cfg = changed(pair, out=tmp_path / "run", save_minutes=0.0)  # saves after each step
@@ -1024,6 +1039,27 @@ def test_1_x_32_is_2_x_16_is_16_twice(images: Path, tmp_path: Path) -> None:
         for part in ("student", "teacher"):
             for key, value in reference[part].items():
                 assert_close(other[part][key], value, 1e-5, 1e-5, f"{name}: {part} {key}")
+
+
+def test_another_number_of_processes_goes_on_with_the_same_images(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps in two processes, one in one, and the others in two again: the weights of one process to rounding."""
+    reference, cfg = sgd(images, tmp_path / "one", 1), sgd(images, tmp_path / "run", 1)
+    train(reference)
+    capsys.readouterr()
+    first = run_processes(train, changed(cfg, stop_after_steps=2), environments=group())
+    train(changed(cfg, stop_after_steps=3))
+    said = capsys.readouterr().err
+    last = run_processes(train, cfg, environments=group())
+    values([*first, *last])
+    for text, change in ((said, "2 -> 1"), (last[0].stderr, "1 -> 2")):
+        assert f"changed since this run was saved: number of processes: {change}; each step has the 32 images" in text
+    ours, expected = (read_state(Path(each.run.out) / "last.pth") for each in (cfg, reference))
+    assert (ours["step"], ours["world_size"]) == (5, 2)
+    for part in ("student", "teacher"):
+        for key, value in expected[part].items():
+            assert_close(ours[part][key], value, 1e-5, 1e-5, f"{part} {key}")
 
 
 # -- launchers
