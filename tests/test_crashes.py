@@ -7,11 +7,13 @@ tests may run as root, whom no permission stops.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pkgutil
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -279,3 +281,44 @@ def test_a_process_that_is_stopped_ends_the_other(tmp_path: Path, rank: int) -> 
     assert not any("Traceback" in line for line in lines)
     assert f'"process": {1 - rank}' in (tmp_path / "run" / "error.txt").read_text()
     assert read_state(tmp_path / "run" / "last.pth")["step"] == 1
+
+
+def raising_step(learner: DinoLearner, *given: Any) -> Any:
+    """DinoLearner.step, but the second process fails in the second one."""
+    if (learner.steps, distributed.rank()) == (1, 1):
+        raise ArithmeticError("made up")
+    return real_step(learner, *given)
+
+
+def test_a_process_that_fails_ends_the_other(tmp_path: Path) -> None:
+    """At once. error.txt begins with the first failure: its process, host and traceback."""
+    cfg = config(
+        write_images(tmp_path), tmp_path / "run", batch_size=8, accumulate=1, save_every_steps=1, knn_train=None, knn_val=None
+    )
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    command = ["train", "--config", str(tmp_path / "run.yaml")]
+    started = time.monotonic()
+    outcomes = run_processes(command_with, raising_step, command, environments=group())
+    assert time.monotonic() - started < 60 and [outcome.status for outcome in outcomes] == [0, 1]
+    assert outcomes[0].value == 1 and "ArithmeticError: made up" in outcomes[1].stderr
+    last = outcomes[0].stderr.splitlines()[-1]
+    assert last == "dino-simpool train: error: another process ended: its own error line, or error.txt in the folder of the run, says why"
+    first, *_ = (json.loads(line) for line in (tmp_path / "run" / "error.txt").read_text().splitlines())
+    assert (first["error"], first["process"], first["host"]) == ("ArithmeticError: made up", 1, socket.gethostname())
+    assert first["step"] == 2 and any("in raising_step" in line for line in first["traceback"])
+    assert read_state(tmp_path / "run" / "last.pth")["step"] == 1
+
+
+def test_a_port_in_use_is_said(tmp_path: Path) -> None:
+    """By the first process, at once."""
+    cfg = config(write_images(tmp_path), tmp_path / "run", batch_size=8, accumulate=1, knn_train=None, knn_val=None)
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    first, _ = group()
+    with socket.create_server(("0.0.0.0", int(first["MASTER_PORT"]))):
+        (outcome,) = run_processes(cli.main, ["train", "--config", str(tmp_path / "run.yaml")], environments=[first])
+    assert outcome.value == 1
+    port = first["MASTER_PORT"]
+    assert outcome.stderr.splitlines()[-1] == (
+        f"dino-simpool train: error: port {port} is in use, perhaps by another run: set MASTER_PORT to a free one"
+    )
+    assert "Traceback" not in outcome.stderr and not (tmp_path / "run").exists()
