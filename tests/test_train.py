@@ -877,6 +877,21 @@ def test_two_processes_stopped_and_resumed(pair: TrainConfig, tmp_path: Path) ->
     assert len({*seeds[0], *seeds[1]}) == 8  # stochastic depth differs in each step of each process
 
 
+def test_two_processes_in_a_group_of_before(pair: TrainConfig, tmp_path: Path) -> None:
+    """As Ray and others hand one over, here without any variable of a launcher. It is there afterwards too."""
+    environments = [{"OWN_RANK": "0"}, {"OWN_RANK": "1"}]
+    cfg = changed(pair, out=tmp_path / "run")
+    assert values(run_processes(train_in_a_group_of_before, cfg, environments=environments)) == [2, 2]
+    assert_same_run(tmp_path / "run", Path(pair.run.out))
+
+
+def train_in_a_group_of_before(cfg: TrainConfig) -> int:
+    meeting = f"file://{Path(cfg.run.out).parent}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=int(os.environ["OWN_RANK"]), world_size=2)
+    train(cfg)
+    return torch.distributed.get_world_size()
+
+
 def train_in_stages(cfg: TrainConfig) -> tuple[list[int], list[int]]:
     """Stop after step 1, by SIGTERM to the second process during step 2, and at the end: the steps of the stops; all seeds."""
     seeds, stops = [], []
