@@ -301,11 +301,8 @@ def test_a_process_that_fails_ends_the_other(tmp_path: Path) -> None:
     outcomes = run_processes(command_with, raising_step, command, environments=group())
     assert time.monotonic() - started < 60 and [outcome.status for outcome in outcomes] == [0, 1]
     assert outcomes[0].value == 1 and "ArithmeticError: made up" in outcomes[1].stderr
-    last = outcomes[0].stderr.splitlines()[-1]
-    assert (
-        last
-        == "dino-simpool train: error: another process ended: its own error line, or error.txt in the folder of the run, says why"
-    )
+    said = "another process ended: its own error line, or error.txt in the folder of the run, says why"
+    assert outcomes[0].stderr.splitlines()[-1] == f"dino-simpool train: error: {said}"
     first, *_ = (json.loads(line) for line in (tmp_path / "run" / "error.txt").read_text().splitlines())
     assert (first["error"], first["process"], first["host"]) == ("ArithmeticError: made up", 1, socket.gethostname())
     assert first["step"] == 2 and any("in raising_step" in line for line in first["traceback"])
