@@ -26,7 +26,7 @@ from test_cli import arguments, trained  # noqa: F401 (a fixture)
 from test_distributed import group, run_processes
 from test_train import command_with, config, real_step, write_images
 
-from dino_simpool import cli, distributed
+from dino_simpool import cli, distributed, signals
 from dino_simpool.checkpoint import read_state
 from dino_simpool.config import dump
 from dino_simpool.dino.learner import DinoLearner
@@ -280,6 +280,31 @@ def test_a_process_that_is_stopped_ends_the_other(tmp_path: Path, rank: int) -> 
     assert lines[-1].startswith(f"{speaker}: error: another process did not answer in time: it hangs, or its machine is gone.")
     assert not any("Traceback" in line for line in lines)
     assert f'"process": {1 - rank}' in (tmp_path / "run" / "error.txt").read_text()
+    assert read_state(tmp_path / "run" / "last.pth")["step"] == 1
+
+
+def interrupted_twice(file: Path, step: Callable[..., Any], command: list[str]) -> int:
+    """A training that Ctrl-C reaches twice, once the other process is stopped. The kernel sends it while torch waits."""
+    if os.environ["RANK"] == "0":
+        signals.GRACE = 0.5
+        number = os.getpid()
+        wait = f"while ! [ -s {file} ]; do sleep 0.1; done; sleep 1; kill -INT {number}; sleep 1; kill -INT {number}"
+        subprocess.Popen(["sh", "-c", f"{wait}; sleep 5; kill -KILL $(cat {file})"])
+    return command_with(step, command)
+
+
+def test_a_second_ctrl_c_ends_a_process_that_waits_for_another(tmp_path: Path) -> None:
+    """Python handles no signal while torch waits, here for up to five minutes."""
+    cfg = config(
+        write_images(tmp_path), tmp_path / "run", batch_size=8, accumulate=1, save_every_steps=1, knn_train=None, knn_val=None
+    )
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    step = functools.partial(stopped_step, 1, tmp_path / "stopped")
+    command = ["train", "--config", str(tmp_path / "run.yaml")]
+    environments = [each | {"DINO_SIMPOOL_TIMEOUT": "300"} for each in group()]
+    waiting, stopped = run_processes(interrupted_twice, tmp_path / "stopped", step, command, environments=environments)
+    assert waiting.status == 128 + signal.SIGINT and stopped.status == -signal.SIGKILL
+    assert waiting.stderr.splitlines()[-1].startswith("stopped by a second SIGINT while it waits for another process: ")
     assert read_state(tmp_path / "run" / "last.pth")["step"] == 1
 
 
