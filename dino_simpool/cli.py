@@ -18,7 +18,7 @@ from typing import Any
 from dino_simpool import __version__, config
 from dino_simpool.names import shown
 from dino_simpool.paths import check_paths
-from dino_simpool.signals import Stopped, stop_at_once
+from dino_simpool.signals import Stopped, raise_again, stop_at_once
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "train": (config.TrainConfig, "train:train", "pre-train an encoder, or resume a run that was stopped"),
@@ -113,7 +113,9 @@ def read(name: str, options: list[str]) -> Any:
 def call(name: str, cfg: Any) -> Any:
     """Import the module of a command and run it; returns what it returns."""
     module, function = COMMANDS[name][1].split(":")
-    return getattr(importlib.import_module(f"dino_simpool.{module}"), function)(cfg)
+    imported = importlib.import_module(f"dino_simpool.{module}")
+    raise_again()
+    return getattr(imported, function)(cfg)
 
 
 def main(arguments: list[str] | None = None) -> int:

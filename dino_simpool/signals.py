@@ -64,6 +64,7 @@ def stop_after_the_step() -> Iterator[StopAfterStep]:
     main one, none is noted. A signal that is ignored (nohup) stays so.
     """
     stop = StopAfterStep()
+    stop.received += _raised  # and was lost
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.received:
@@ -129,12 +130,27 @@ def job_ends_soon(margin: float) -> bool:
 @contextlib.contextmanager
 def stop_at_once() -> Iterator[None]:
     """Raise Stopped in the main thread at a stop signal, unless it is ignored (nohup)."""
-    with _handled_by(_raise):
-        yield
+    try:
+        with _handled_by(_raise):
+            yield
+    finally:
+        _raised.clear()
+
+
+_raised: list[int] = []
+"""Signals for which `stop_at_once` has raised an exception since it began."""
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
+    _raised.append(number)
     raise Stopped(number)
+
+
+def raise_again() -> None:
+    """Stopped, if a signal has raised it before: modules in C may lose it while they are
+    imported."""
+    if _raised:
+        raise Stopped(_raised[-1])
 
 
 @contextlib.contextmanager

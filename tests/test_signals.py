@@ -90,6 +90,16 @@ def test_other_commands_stop_at_once(kind: signal.Signals) -> None:
     assert (stopped.value.number, stopped.value.step) == (kind, None) and not isinstance(stopped.value, Exception)
 
 
+def test_a_signal_that_was_lost_before_the_loop_stops_it() -> None:
+    with stop_at_once():
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGUSR2)
+        with stop_after_the_step() as stop:
+            assert stop.received == [signal.SIGUSR2]
+    with stop_after_the_step() as stop:
+        assert stop.received == []
+
+
 def test_one_ctrl_c_that_children_receive_too_is_not_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they write to the same file. A second one that no handler answers ends the process."""
     monkeypatch.setattr(signals, "GRACE", 0.05)
