@@ -459,7 +459,7 @@ def test_a_finished_run_stays_as_it_is(whole: TrainConfig, tmp_path: Path) -> No
     assert read_state(tmp_path / "last.pth")["step"] == 9
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "flipped"])
 @pytest.mark.parametrize("stop", [4, 5])
 def test_a_broken_checkpoint_falls_back_to_the_one_before(
     whole: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, stop: int
@@ -469,6 +469,11 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(
     last = tmp_path / "last.pth"
     if damage == "missing":  # killed between the two renames of saving
         last.unlink()
+    elif damage == "flipped":  # one bit of a weight
+        content = bytearray(last.read_bytes())
+        weight = read_state(last)["student"]["head.fc1.weight"].numpy().tobytes()
+        content[content.index(weight) + 5] ^= 1
+        last.write_bytes(content)
     else:
         last.write_bytes(last.read_bytes()[: last.stat().st_size // 2 if damage == "truncated" else 0])
     capsys.readouterr()
@@ -640,6 +645,18 @@ def test_a_size_that_the_encoder_cannot_take_is_refused_before_anything_is_writt
         train(dataclasses.replace(cfg, crops=crops))
     train(dataclasses.replace(cfg, crops=dataclasses.replace(crops, num_local=0)))
     assert (tmp_path / "run" / "last.pth").exists()
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_written(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"run\.compile needs a C\+\+ compiler, and none is found: install g\+\+, set CXX, or"
+    ):
+        train(config(images, tmp_path / "run", compile=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_data_is_refused(whole: TrainConfig, images: Path) -> None:
