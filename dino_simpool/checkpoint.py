@@ -37,7 +37,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dino_simpool.config import ConfigError, DecodingSettings, ModelConfig, from_dict, option_names, to_dict
-from dino_simpool.files import NUMBER, Fields, check_digest, digests_of, read_json, require_fields, write_atomically, write_json
+from dino_simpool.files import (
+    NUMBER,
+    Fields,
+    check_digest,
+    digests_of,
+    read_json,
+    require_fields,
+    sync_folder,
+    write_atomically,
+    write_json,
+)
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import load_strict
@@ -64,6 +74,7 @@ def save_state(out: Path, state: dict[str, Any]) -> None:
     if last.exists():
         os.replace(last, out / "prev.pth")
     os.replace(fresh, last)
+    sync_folder(out)
 
 
 def keep_state(out: Path, name: str) -> None:

@@ -13,13 +13,12 @@ import os
 import re
 import signal
 import sys
-import threading
 from typing import Any
 
 from dino_simpool import __version__, config
 from dino_simpool.names import shown
 from dino_simpool.paths import check_paths
-from dino_simpool.signals import Stopped, stop_at_once
+from dino_simpool.signals import Stopped, raise_again, stop_at_once
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "train": (config.TrainConfig, "train:train", "pre-train an encoder, or resume a run that was stopped"),
@@ -114,7 +113,9 @@ def read(name: str, options: list[str]) -> Any:
 def call(name: str, cfg: Any) -> Any:
     """Import the module of a command and run it; returns what it returns."""
     module, function = COMMANDS[name][1].split(":")
-    return getattr(importlib.import_module(f"dino_simpool.{module}"), function)(cfg)
+    imported = importlib.import_module(f"dino_simpool.{module}")
+    raise_again()
+    return getattr(imported, function)(cfg)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,7 +140,6 @@ def main(arguments: list[str] | None = None) -> int:
         cfg = read(name, options)
     except config.ConfigError as error:
         return _fail(name, str(error), 2)
-    of_threads, threading.excepthook = threading.excepthook, _thread_failed
     try:
         with stop_at_once():
             check_paths(cfg)
@@ -164,16 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(name, line, 1)
     finally:
-        threading.excepthook = of_threads
         if "dino_simpool.distributed" in sys.modules:
             sys.modules["dino_simpool.distributed"].cleanup()
     return 0
-
-
-def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread, but for TensorBoard's writer, whose error the log raises."""
-    if type(failed.thread).__name__ != "_AsyncWriterThread" or os.environ.get("DINO_SIMPOOL_TRACEBACK"):
-        threading.__excepthook__(failed)
 
 
 def _fail(name: str, message: str, status: int) -> int:

@@ -23,8 +23,6 @@ _SPECIAL_STEPS = 2**32 - 16
 """SLURM's numbers for steps that are no srun: the batch script, and interactive shells."""
 GATHER_BYTES = 2**26
 """Rows of one process that `gather_by_index` sends at a time."""
-
-
 SAY_AFTER = 30.0
 """Seconds after which a process that waits for the others to start says so."""
 
@@ -117,11 +115,13 @@ def _join(backend: str, device_id: torch.device | None) -> None:
 
 
 def setup(device: str = "auto") -> torch.device:
-    """Join the process group if there is one, and return this process's device.
+    """Join the process group of the launcher, unless there is one already, and return this
+    process's device.
 
     device: auto, cpu, mps, cuda or cuda:N. ValueError if it is not there: no other device takes its
-    place. TimeoutError if the other processes do not come. RuntimeError in a loader process: where
-    Python does not fork them, they import the script that started them, and would start it again.
+    place; also if a group that was there cannot send what is on the CPU. TimeoutError if the other
+    processes do not come. RuntimeError in a loader process: where Python does not fork them, they
+    import the script that started them, and would start it again.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself looks
         raise RuntimeError(
@@ -158,6 +158,11 @@ def setup(device: str = "auto") -> torch.device:
         # gloo as well: flags of the host travel on the CPU, without waiting for the GPU.
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         _join(backend, torch.device(name) if kind == "cuda" else None)
+    elif dist.is_initialized() and (missing := {"cpu", kind} - set(re.findall(r"(\w+):", dist.get_backend_config()))):
+        raise ValueError(
+            f"the process group that was made before has no backend for {' and '.join(sorted(missing))}: make it with "
+            "backend cpu:gloo,cuda:nccl (TorchConfig of Ray), or gloo without GPUs"
+        )
     return torch.device(name)
 
 

@@ -14,10 +14,12 @@ step are written before the checkpoint of that step, so the file equals that of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,22 @@ class RunLog:
         if self._file is not None:
             self._file.close()
         self._file = self._tensorboard = None
+
+
+@contextlib.contextmanager
+def writer_errors_raised_once() -> Iterator[None]:
+    """No traceback of TensorBoard's thread while a log is open: RunLog raises its error."""
+    before = threading.excepthook
+
+    def failed(of_thread: threading.ExceptHookArgs) -> None:
+        if type(of_thread.thread).__name__ != "_AsyncWriterThread" or os.environ.get("DINO_SIMPOOL_TRACEBACK"):
+            before(of_thread)
+
+    threading.excepthook = failed
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

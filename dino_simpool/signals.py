@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,8 @@ KINDS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 )
 """The signals that ask a process to stop."""
+GRACE = 5.0
+"""Seconds for the handler of a second Ctrl-C, before the process is ended without it."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -55,20 +59,62 @@ class StopAfterStep:
 def stop_after_the_step() -> Iterator[StopAfterStep]:
     """Note stop signals for a loop that looks for them at each step; it saves, never the handler.
 
-    A second signal that is Ctrl-C stops at once. Where Python handles no signals, in other threads
-    than the main one, none is noted. A signal that is ignored (nohup) stays so.
+    A second signal that is Ctrl-C stops at once, also where the main thread waits for a process
+    that hangs (see _ended_by_ctrl_c). Where Python handles no signals, in other threads than the
+    main one, none is noted. A signal that is ignored (nohup) stays so.
     """
     stop = StopAfterStep()
+    stop.received += _raised  # and was lost
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.received:
             raise KeyboardInterrupt
         stop.received.append(number)
 
-    with _handled_by(handle) as before:
+    with _handled_by(handle) as before, _ended_by_ctrl_c() if before else contextlib.nullcontext():
         ours = (_raise, signal.default_int_handler)
         stop.before = {kind: handler for kind, handler in before.items() if callable(handler) and handler not in ours}
         yield stop
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """End the process GRACE seconds after a second Ctrl-C that no handler could answer.
+
+    Python calls handlers between its own instructions, so never while the main thread waits inside
+    of torch for another process. But it writes each signal to a file at once, which a thread reads.
+    """
+    if not hasattr(signal, "SIGQUIT"):  # Windows, where there are no other processes to wait for
+        yield
+        return
+    over = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        count, last = 0, -math.inf
+        while not over.is_set() and count < 2:
+            if signal.SIGINT in os.read(reader, 64) and time.monotonic() - last > 0.3:
+                # A terminal sends it to our child processes too, which have the same file when they
+                # begin: what comes at the same time is one.
+                count, last = count + 1, time.monotonic()
+        if not over.wait(GRACE):
+            said = "stopped by a second SIGINT while it waits for another process: run the same command again to resume"
+            print(said, file=sys.stderr, flush=True)
+            os._exit(128 + signal.SIGINT)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        over.set()
+        os.write(writer, b"\0")
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 def job_ends_soon(margin: float) -> bool:
@@ -84,12 +130,27 @@ def job_ends_soon(margin: float) -> bool:
 @contextlib.contextmanager
 def stop_at_once() -> Iterator[None]:
     """Raise Stopped in the main thread at a stop signal, unless it is ignored (nohup)."""
-    with _handled_by(_raise):
-        yield
+    try:
+        with _handled_by(_raise):
+            yield
+    finally:
+        _raised.clear()
+
+
+_raised: list[int] = []
+"""Signals for which `stop_at_once` has raised an exception since it began."""
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
+    _raised.append(number)
     raise Stopped(number)
+
+
+def raise_again() -> None:
+    """Stopped, if a signal has raised it before: modules in C may lose it while they are
+    imported."""
+    if _raised:
+        raise Stopped(_raised[-1])
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError
 
 from dino_simpool import cli
-from dino_simpool.config import ConfigError, SubmitConfig, from_dict, minutes_of, to_dict
+from dino_simpool.config import ConfigError, SubmitConfig, from_dict, minutes_of, parse_shard, to_dict
 from dino_simpool.files import make_writable
 from dino_simpool.signals import Stopped
 
@@ -93,6 +93,10 @@ class Job:
         if self.name not in PROGRESS:
             return
         out = _out_of(cfg)
+        if getattr(cfg, "shard", ""):  # other jobs write the other shards
+            from dino_simpool.features.folder import Shard  # imports torch: only in jobs
+
+            out /= Shard(*parse_shard(cfg.shard)).folder
         changed = max((file.stat().st_mtime_ns for file in out.glob(PROGRESS[self.name]) if file.is_file()), default=0)
         with open(starts, "a+") as file:
             file.write(f"{changed}\n")

@@ -50,7 +50,7 @@ from dino_simpool.features.maps import attention_of
 from dino_simpool.files import make_writable, require_fields, write_atomically, write_json
 from dino_simpool.learners import Learner, build_learner
 from dino_simpool.lock import Lock, locked
-from dino_simpool.logs import RunLog, progress, say
+from dino_simpool.logs import RunLog, progress, say, writer_errors_raised_once
 from dino_simpool.models.weights import weights_sha256
 from dino_simpool.names import shown
 from dino_simpool.pictures import overlay, strip, unnormalize
@@ -149,7 +149,7 @@ def train(cfg: TrainConfig) -> Path:
     """
     started = time.monotonic()
     run = _prepare(cfg)
-    with locked(run.out) if distributed.is_main() else contextlib.nullcontext() as run.lock:
+    with writer_errors_raised_once(), locked(run.out) if distributed.is_main() else contextlib.nullcontext() as run.lock:
         return _train(run, _load(run), started)
 
 
@@ -322,7 +322,12 @@ def _resume(run: Run, saved: dict[str, Any]) -> None:
     if before != now:  # perhaps of other files with the same names
         changes.append(f"value range of the images: {before} -> {now}")
     if saved["world_size"] != run.facts["world_size"]:
-        changes.append(f"number of processes: {saved['world_size']} -> {run.facts['world_size']}")
+        changes.append(
+            f"number of processes: {saved['world_size']} -> {run.facts['world_size']}; each step has the "
+            f"{run.cfg.run.batch_size} images that it would have had, but stochastic depth draws others and sums are rounded "
+            "otherwise"
+            + ("; the minimum of model.min_over batch is over other images" if run.cfg.model.min_over == "batch" else "")
+        )
     steps, total = run.learner.steps, run.learner.plan.total_steps
     if steps > total:
         raise ConfigError(f"{run.out} has {steps} steps, but run.epochs {run.cfg.run.epochs} ends at {total}: give more")
@@ -456,13 +461,10 @@ def _go_back(run: Run) -> None:
 def _report(run: Run) -> dict[str, Any]:
     """The first of the bad steps in a row, and the command that repeats it from OUT/KEPT."""
     assert run.first_bad is not None, "a step of this start was bad"
-    step, plan, size = run.first_bad.step, run.learner.plan, distributed.world_size()
+    step, plan = run.first_bad.step, run.learner.plan
     names, norms = run.first_bad.norms
     folder = run.out / "nan_step"
     options = ["train", "--config", run.out / "config.yaml", "--run.out", folder, "--run.stop_after_steps", step]
-    here = distributed.local_world_size()
-    nodes = f"--nnodes {size // here} " * (size > here)
-    program = "dino-simpool" if size == 1 else f"torchrun {nodes}--nproc_per_node {here} -m dino_simpool"
     copy = f"mkdir -p {shlex.quote(str(folder))} && cp {shlex.quote(str(run.out / KEPT))} {shlex.quote(str(folder))}/last.pth"
     return {
         "step": step,
@@ -472,11 +474,24 @@ def _report(run: Run) -> dict[str, Any]:
         "gradient_norms": norms_by_module(names, norms.tolist()),
         "not_finite": non_finite_names(run.learner.network)["parameters"],
         "schedules": dataclasses.asdict(plan.values(step - 1)),
-        "processes": size,
+        "processes": distributed.world_size(),
         "checkpoint": str(run.out / KEPT),
         "checkpoint_step": run.back_to,
-        "command": f"{copy} && {program} {shlex.join(map(str, options))}",
+        "command": f"{copy} && {_program()} {shlex.join(map(str, options))}",
     }
+
+
+def _program() -> str:
+    """What starts as many processes as this run has, with `train ...` behind it. On several nodes
+    it is to be started on each of them; they meet on the first one."""
+    size, here = distributed.world_size(), distributed.local_world_size()
+    if size == 1:
+        return "dino-simpool"
+    nodes = ""
+    if size > here:
+        first = os.environ.get("MASTER_ADDR", "HOST")
+        nodes = f"--nnodes {size // here} --rdzv_backend c10d --rdzv_endpoint {first}:29400 --rdzv_id nan_step "
+    return f"torchrun {nodes}--nproc_per_node {here} -m dino_simpool"
 
 
 def _end_epoch(run: Run) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,22 @@ def test_rotation(tmp_path: Path) -> None:
     assert [read_state(tmp_path / name)["step"] for name in ("last.pth", "prev.pth")] == [3, 2]
     keep_state(tmp_path, "epoch_0020.pth")
     assert (tmp_path / "epoch_0020.pth").read_bytes() == (tmp_path / "last.pth").read_bytes()
+
+
+def test_the_new_names_are_on_the_disk_when_saving_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is flushed after the last rename, so that a power cut afterwards loses no step."""
+    save_state(tmp_path, state(1))
+    done: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def flushed(handle: int) -> None:
+        fsync(handle)
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+
+    monkeypatch.setattr(os, "replace", lambda source, target: (replace(source, target), done.append(Path(target).name)))
+    monkeypatch.setattr(os, "fsync", flushed)
+    save_state(tmp_path, state(2))
+    assert done == ["file", ".last.pth.new", "folder", "prev.pth", "last.pth", "folder"]
 
 
 @pytest.mark.parametrize("interrupted_at", [1, 2])

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -397,6 +398,27 @@ def test_a_signal_ends_every_long_command_in_one_line(
     assert not list(here.glob("out/*.json"))
     shutil.rmtree(f"{here}/out") if command == ["attention"] else None
     assert cli.main([*command, *options]) == 0
+
+
+def test_a_signal_that_an_import_loses_is_raised_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As happens in modules written in C. Before, the command went on as if nothing had been."""
+    real = importlib.import_module
+
+    def losing(name: str, *package: str) -> Any:
+        with contextlib.suppress(BaseException):
+            if name == "dino_simpool.bench.knn":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(name, *package)
+
+    monkeypatch.setattr("dino_simpool.bench.knn.main", lambda cfg: pytest.fail("it went on"))
+    monkeypatch.setattr(importlib, "import_module", losing)
+    assert cli.main(["bench", "knn"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "dino-simpool bench knn: stopped by SIGTERM: no result was written\n"
+    monkeypatch.setattr(importlib, "import_module", real)
+    monkeypatch.setattr("dino_simpool.bench.knn.main", lambda cfg: None)
+    assert cli.main(["bench", "knn"]) == 0  # the next command of the process is another one
 
 
 def test_line_names_the_process_and_never_breaks(

@@ -7,11 +7,13 @@ tests may run as root, whom no permission stops.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pkgutil
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ from test_cli import arguments, trained  # noqa: F401 (a fixture)
 from test_distributed import group, run_processes
 from test_train import command_with, config, real_step, write_images
 
-from dino_simpool import cli, distributed
+from dino_simpool import cli, distributed, signals
 from dino_simpool.checkpoint import read_state
 from dino_simpool.config import dump
 from dino_simpool.dino.learner import DinoLearner
@@ -279,3 +281,69 @@ def test_a_process_that_is_stopped_ends_the_other(tmp_path: Path, rank: int) -> 
     assert not any("Traceback" in line for line in lines)
     assert f'"process": {1 - rank}' in (tmp_path / "run" / "error.txt").read_text()
     assert read_state(tmp_path / "run" / "last.pth")["step"] == 1
+
+
+def interrupted_twice(file: Path, step: Callable[..., Any], command: list[str]) -> int:
+    """A training that Ctrl-C reaches twice, once the other process is stopped. The kernel sends it while torch waits."""
+    if os.environ["RANK"] == "0":
+        signals.GRACE = 0.5
+        number = os.getpid()
+        wait = f"while ! [ -s {file} ]; do sleep 0.1; done; sleep 1; kill -INT {number}; sleep 1; kill -INT {number}"
+        subprocess.Popen(["sh", "-c", f"{wait}; sleep 5; kill -KILL $(cat {file})"])
+    return command_with(step, command)
+
+
+def test_a_second_ctrl_c_ends_a_process_that_waits_for_another(tmp_path: Path) -> None:
+    """Python handles no signal while torch waits, here for up to five minutes."""
+    cfg = config(
+        write_images(tmp_path), tmp_path / "run", batch_size=8, accumulate=1, save_every_steps=1, knn_train=None, knn_val=None
+    )
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    step = functools.partial(stopped_step, 1, tmp_path / "stopped")
+    command = ["train", "--config", str(tmp_path / "run.yaml")]
+    environments = [each | {"DINO_SIMPOOL_TIMEOUT": "300"} for each in group()]
+    waiting, stopped = run_processes(interrupted_twice, tmp_path / "stopped", step, command, environments=environments)
+    assert waiting.status == 128 + signal.SIGINT and stopped.status == -signal.SIGKILL
+    assert waiting.stderr.splitlines()[-1].startswith("stopped by a second SIGINT while it waits for another process: ")
+    assert read_state(tmp_path / "run" / "last.pth")["step"] == 1
+
+
+def raising_step(learner: DinoLearner, *given: Any) -> Any:
+    """DinoLearner.step, but the second process fails in the second one."""
+    if (learner.steps, distributed.rank()) == (1, 1):
+        raise ArithmeticError("made up")
+    return real_step(learner, *given)
+
+
+def test_a_process_that_fails_ends_the_other(tmp_path: Path) -> None:
+    """At once. error.txt begins with the first failure: its process, host and traceback."""
+    cfg = config(
+        write_images(tmp_path), tmp_path / "run", batch_size=8, accumulate=1, save_every_steps=1, knn_train=None, knn_val=None
+    )
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    command = ["train", "--config", str(tmp_path / "run.yaml")]
+    started = time.monotonic()
+    outcomes = run_processes(command_with, raising_step, command, environments=group())
+    assert time.monotonic() - started < 60 and [outcome.status for outcome in outcomes] == [0, 1]
+    assert outcomes[0].value == 1 and "ArithmeticError: made up" in outcomes[1].stderr
+    said = "another process ended: its own error line, or error.txt in the folder of the run, says why"
+    assert outcomes[0].stderr.splitlines()[-1] == f"dino-simpool train: error: {said}"
+    first, *_ = (json.loads(line) for line in (tmp_path / "run" / "error.txt").read_text().splitlines())
+    assert (first["error"], first["process"], first["host"]) == ("ArithmeticError: made up", 1, socket.gethostname())
+    assert first["step"] == 2 and any("in raising_step" in line for line in first["traceback"])
+    assert read_state(tmp_path / "run" / "last.pth")["step"] == 1
+
+
+def test_a_port_in_use_is_said(tmp_path: Path) -> None:
+    """By the first process, at once."""
+    cfg = config(write_images(tmp_path), tmp_path / "run", batch_size=8, accumulate=1, knn_train=None, knn_val=None)
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    first, _ = group()
+    with socket.create_server(("0.0.0.0", int(first["MASTER_PORT"]))):
+        (outcome,) = run_processes(cli.main, ["train", "--config", str(tmp_path / "run.yaml")], environments=[first])
+    assert outcome.value == 1
+    port = first["MASTER_PORT"]
+    assert outcome.stderr.splitlines()[-1] == (
+        f"dino-simpool train: error: port {port} is in use, perhaps by another run: set MASTER_PORT to a free one"
+    )
+    assert "Traceback" not in outcome.stderr and not (tmp_path / "run").exists()

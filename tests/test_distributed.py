@@ -354,9 +354,13 @@ def test_the_gpu_of_a_process(monkeypatch: pytest.MonkeyPatch, step: str | None,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # nothing to join
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
     ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"} | ({} if step is None else {"SLURM_STEP_ID": step})
     monkeypatch.setattr(os, "environ", ranks)
     assert distributed.setup("auto") == torch.device("cuda", used) and chosen == [used]
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(ValueError, match="made before has no backend for cpu: make it with backend cpu:gloo,cuda:nccl"):
+        distributed.setup("auto")
 
 
 def test_a_single_slurm_task_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 from submitit import LocalExecutor
-from test_distributed import group, run_processes, values
-from test_train import assert_same_run, changed, config, write_images
+from test_distributed import free_port, group, run_processes, values
+from test_train import assert_same_run, changed, config, log_of, write_images
 
+from dino_simpool.checkpoint import read_state
 from dino_simpool.config import TrainConfig, dump
 from dino_simpool.submit import ResumableJob
 from dino_simpool.train import train
@@ -79,3 +81,34 @@ def test_a_killed_process_under_torchrun(reference: TrainConfig, tmp_path: Path)
     assert status == 0, log
     assert len(resumed_from(log)) == 1 and 5 <= resumed_from(log)[0] < STEPS
     assert_same_run(tmp_path / "out", Path(reference.run.out))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_machine_that_leaves_under_torchrun(reference: TrainConfig, tmp_path: Path, how: signal.Signals) -> None:
+    """Two launchers, here on one machine, of which one is told to leave or is gone: the other one goes on with all images."""
+    cfg = changed(reference, out=tmp_path / "out")
+    (tmp_path / "run.yaml").write_text(dump(cfg))
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "x"]
+    soon = ["--rdzv_conf", "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", *meeting, *soon, "--max-restarts", "2"]
+    command = [*launcher, "-m", "dino_simpool", "train", "--config", str(tmp_path / "run.yaml")]
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(open(tmp_path / name, "w+")) for name in ("stays", "leaves")]
+        launchers = []
+        for file in said:
+            launchers.append(stack.enter_context(subprocess.Popen(command, stderr=file, stdout=file)))
+            stack.callback(launchers[-1].kill)
+            time.sleep(2)  # the first one holds the store by which they meet
+        stays, leaves = launchers
+        first_process_at_step(tmp_path / "out", 7, lambda: stays.poll() is None)
+        workers = Path(f"/proc/{leaves.pid}/task/{leaves.pid}/children").read_text().split()
+        for number in [leaves.pid, *(map(int, workers) if how == signal.SIGKILL else ())]:
+            os.kill(number, how)
+        status = stays.wait(120)
+        log = (tmp_path / "stays").read_text()
+    assert status == 0, log
+    assert "number of processes: 2 -> 1" in log and "1 process(es) x 2 images" in log
+    assert [line["step"] for line in log_of(tmp_path / "out") if line["kind"] == "step"] == list(range(1, STEPS + 1))
+    state = read_state(tmp_path / "out" / "last.pth")
+    assert (state["step"], state["world_size"]) == (STEPS, 1)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from dino_simpool import signals
 from dino_simpool.signals import KINDS, Stopped, job_ends_soon, stop_after_the_step, stop_at_once
 
 
@@ -87,6 +88,35 @@ def test_other_commands_stop_at_once(kind: signal.Signals) -> None:
     with pytest.raises(Stopped, match=f"^stopped by {kind.name}$") as stopped, stop_at_once():
         os.kill(os.getpid(), kind)
     assert (stopped.value.number, stopped.value.step) == (kind, None) and not isinstance(stopped.value, Exception)
+
+
+def test_a_signal_that_was_lost_before_the_loop_stops_it() -> None:
+    with stop_at_once():
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGUSR2)
+        with stop_after_the_step() as stop:
+            assert stop.received == [signal.SIGUSR2]
+    with stop_after_the_step() as stop:
+        assert stop.received == []
+
+
+def test_one_ctrl_c_that_children_receive_too_is_not_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they write to the same file. A second one that no handler answers ends the process."""
+    monkeypatch.setattr(signals, "GRACE", 0.05)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.append(status))
+    ended: list[int] = []
+    before, threads = signal.set_wakeup_fd(-1), threading.active_count()
+    with stop_after_the_step() as stop:
+        writer = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(writer)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.write(writer, bytes([signal.SIGINT, signal.SIGINT]))
+        time.sleep(0.4)
+        assert stop.received == [signal.SIGINT] and not ended
+        os.write(writer, bytes([signal.SIGINT]))  # a second one, which no handler is called for
+        time.sleep(0.4)
+        assert ended == [130]
+    assert signal.set_wakeup_fd(before) == before and threading.active_count() == threads
 
 
 def test_another_thread_receives_none() -> None:

@@ -305,22 +305,33 @@ def test_fewer_gpus_than_asked_for_end_the_job(monkeypatch: pytest.MonkeyPatch) 
             assert job() == "done"
 
 
-def test_a_job_that_makes_no_progress_is_not_started_forever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each start is counted, whoever asked for it; one with progress starts the count again."""
-    here = {"SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path), "SLURM_JOB_ID": "5"}
-    for name, value in here.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize(
+    ("name", "cfg", "file"),
+    [
+        ("train", config.TrainConfig(run=config.RunConfig(out="out")), "last.pth"),
+        ("extract", config.ExtractConfig(out="out"), "features.progress_1.json"),
+        ("extract", config.ExtractConfig(out="out", shard="3/16"), "shard_3_of_16/features.progress_0.json"),
+    ],
+)
+def test_a_job_that_makes_no_progress_is_not_started_forever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, cfg: Any, file: str
+) -> None:
+    """Each start is counted, whoever asked for it; one with progress starts the count again. Other shards do not count."""
+    for variable, value in {"SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path), "SLURM_JOB_ID": "5"}.items():
+        monkeypatch.setenv(variable, value)
     out = tmp_path / "out"
-    out.mkdir()
+    (out / Path(file).parent).mkdir(parents=True)
     saves = SimpleNamespace(times=iter([0] * (MOST_STARTS - 2) + [1] + [0] * MOST_STARTS))
 
     def call(name: str, cfg: Any) -> str:
         if next(saves.times):
-            (out / "last.pth").write_text("state")
+            (out / file).write_text("state")
+        (out / "shard_4_of_16").mkdir(exist_ok=True)
+        (out / "shard_4_of_16" / "features.progress_0.json").write_text("state")
         return "ran"
 
     monkeypatch.setattr(cli, "call", call)
-    job = ResumableJob("train", config.TrainConfig(run=config.RunConfig(out=str(out))))
+    job = ResumableJob(name, cfg)
     for _ in range(MOST_STARTS - 1 + MOST_STARTS - 1):
         assert job() == "ran"
     with pytest.raises(RuntimeError, match=f"was started {MOST_STARTS} times without any progress in .*out"):

@@ -49,7 +49,7 @@ from dino_simpool.data import EvalTransform, ImageSet, class_folder, find_images
 from dino_simpool.data.augment import to_tensor
 from dino_simpool.data.lists import as_line
 from dino_simpool.features.encode import Forward, decoding_of, device_of, encode, preprocessing, try_sizes
-from dino_simpool.features.folder import Shard, add_to_meta, prepare, read_meta, save_array, write_lines
+from dino_simpool.features.folder import Shard, add_to_meta, is_made_of, prepare, read_meta, save_array, write_lines
 from dino_simpool.features.index import build_flat, build_ivfpq
 from dino_simpool.features.parquet import require_pyarrow, write_parquet
 from dino_simpool.features.rows import RowFile, StoredRows
@@ -79,12 +79,12 @@ def main(cfg: ExtractConfig) -> None:
         assert meta is not None, "written before the features"
         if (cfg.index or cfg.parquet) and meta["settings"]["level"] != "global":
             raise ValueError(f"the shards have level {meta['settings']['level']}: index and parquet are for level global")
-        if cfg.index:
+        if cfg.index and not (is_made_of(folder, "index.faiss") and (meta.get("index") or {}).get("kind") == cfg.index_kind):
             _write_index(folder, cfg.index_kind)
-        if cfg.parquet:
+        if cfg.parquet and not is_made_of(folder, "features.parquet"):
             count, batch_size = meta["settings"]["images"]["count"], meta["settings"]["batch_size"]
             write_parquet(folder, features, first=0 if shard is None else shard.rows(count, batch_size).start)
-            add_to_meta(folder, ["features.parquet"])
+            add_to_meta(folder, ["features.parquet"], of_features=True)
         shape, level, source = " x ".join(map(str, features.shape)), meta["settings"]["level"], meta["source"]
         part = "" if shard is None else f"shard {shard}, "
         how = "already complete, with these settings and files, in" if done else "written to"
@@ -105,7 +105,7 @@ def _write_index(folder: Path, kind: str) -> None:
         recall, lists = about["recall@10"][str(about["nprobe"])], f"{about['nprobe']} of {about['lists']:,} lists"
         say(f"index: recall@10 is {recall:.3f} (1 is exact search), with {lists} read for a query")
     write_atomically(folder / "index.faiss", partial(_save_index, index))
-    add_to_meta(folder, ["index.faiss"], index=about)
+    add_to_meta(folder, ["index.faiss"], of_features=True, index=about)
 
 
 def _save_index(index: faiss.Index, path: Path) -> None:

@@ -19,12 +19,12 @@ import numpy as np
 
 from dino_simpool import distributed
 from dino_simpool.features.rows import RowFile, npy_bytes
-from dino_simpool.files import Fields, digests_of, read_json, write_atomically, write_json
+from dino_simpool.files import Fields, digests_of, file_sha256, read_json, write_atomically, write_json
 
 META: Fields = {
     "settings": dict, "settings.images": dict, "settings.images.names": str, "settings.images.count": int,
     "settings.preprocessing": dict, "settings.model": dict, "settings.batch_size": int, "settings.precision": str, "hash": str,
-    "shape": list, "sizes": str, "source": dict, "files?": dict, "shard?": dict, "index?": dict,
+    "shape": list, "sizes": str, "source": dict, "files?": dict, "shard?": dict, "index?": dict, "made_of?": dict,
 }  # fmt: skip
 
 
@@ -90,11 +90,25 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     return ", ".join(text for text in found if text)
 
 
-def add_to_meta(folder: Path, names: Iterable[str], **more: Any) -> None:
-    """Store the SHA-256 of finished files in the meta.json beside them, and more entries."""
+def add_to_meta(folder: Path, names: Iterable[str], *, of_features: bool = False, **more: Any) -> None:
+    """Store the SHA-256 of finished files in the meta.json beside them, and more entries.
+
+    of_features: the files were made of features.npy; see `is_made_of`.
+    """
     meta = read_meta(folder)
     assert meta is not None, "written before the rows"
-    write_json(folder / "meta.json", meta | {"files": (meta.get("files") or {}) | digests_of(folder, names)} | more)
+    files = (meta.get("files") or {}) | digests_of(folder, names)
+    if of_features and "features.npy" in files:
+        more["made_of"] = (meta.get("made_of") or {}) | dict.fromkeys(names, files["features.npy"])
+    write_json(folder / "meta.json", meta | {"files": files} | more)
+
+
+def is_made_of(folder: Path, name: str) -> bool:
+    """Whether a file is there, undamaged, and was made of the features.npy beside it."""
+    meta = read_meta(folder) or {}
+    files, made_of = meta.get("files") or {}, meta.get("made_of") or {}
+    same = name in files and name in made_of and made_of[name] == files.get("features.npy")
+    return same and (folder / name).is_file() and file_sha256(folder / name) == files[name]
 
 
 def prepare(
@@ -143,7 +157,7 @@ def prepare(
             rows.create()
         if meta is None or meta["sizes"] != digest or (source and meta["source"] != source):
             record = {"hash": settings_hash(settings), "shape": list(rows.shape), "settings": settings, "files": {}}
-            kept = {name: meta[name] for name in ("files", "index") if meta is not None and meta.get(name)}
+            kept = {name: meta[name] for name in ("files", "index", "made_of") if meta is not None and meta.get(name)}
             about: dict[str, Any] = {"sizes": digest, "source": source}
             if part is not None:
                 about["shard"] = part

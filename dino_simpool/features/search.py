@@ -103,6 +103,9 @@ def open_index(folder: str) -> tuple[dict[str, Any], StoredRows, faiss.Index]:
     notes = [check_digest(Path(folder) / name, meta.get("files"), remedy=remedy) for name in names]
     if notes[0]:
         say(notes[0])
+    made_of = (meta.get("made_of") or {}).get(path.name)
+    if made_of is not None and made_of != meta["files"]["features.npy"]:
+        raise ValueError(f"{path} was not made of the features.npy beside it: {remedy}")
     try:
         features = StoredRows(Path(folder) / "features.npy")
     except (ValueError, EOFError) as error:

@@ -112,6 +112,10 @@ def test_search_says_that_it_is_approximate(
     assert "recall@10 is" in capsys.readouterr().err
     first, about = (out / "index.faiss").read_bytes(), json.loads((out / "meta.json").read_text())["index"]
     assert about["kind"] == "ivfpq" and str(about["nprobe"]) in about["recall@10"]
+    with monkeypatch.context() as patch:  # it is kept, and built again only if it is damaged
+        patch.setattr("dino_simpool.features.extract.build_ivfpq", lambda rows: pytest.fail("built again"))
+        main(cfg)
+    (out / "index.faiss").write_bytes(first[:-1])
     main(cfg)
     assert (out / "index.faiss").read_bytes() == first
     query = images / "7.png"

@@ -22,6 +22,7 @@ from dino_simpool.features import parquet as parquet_module
 from dino_simpool.features.extract import main
 from dino_simpool.features.folder import Shard
 from dino_simpool.features.rows import StoredRows
+from dino_simpool.features.search import open_index
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +219,33 @@ def test_parquet_has_ids_rows_and_features(
         found = np.array(table["feature"].to_pylist(), np.float32)
         np.testing.assert_array_equal(found, load(folder))
         assert "features.parquet" in json.loads((folder / "meta.json").read_text())["files"]
+
+
+def test_parquet_and_index_are_those_of_the_features(
+    images: Path, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept while they are, also by later commands that ask for less; made again with the features of other images."""
+    copy, out = shutil.copytree(images, tmp_path / "images"), tmp_path / "out"
+    cfg = config(checkpoint, copy, out, batch_size=2, parquet=True, index=True)
+    main(cfg)
+    main(config(checkpoint, copy, out, batch_size=2))
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        for name in ("write_parquet", "build_flat"):
+            patch.setattr(f"dino_simpool.features.extract.{name}", lambda *_, **__: pytest.fail("made again"))
+        main(cfg)
+    assert contents(out) == before
+    shutil.copy(copy / "b" / "001.png", copy / "a" / "000.png")
+    (out / "features.npy").unlink()
+    main(config(checkpoint, copy, out, batch_size=2))  # the others are of the features before
+    with pytest.raises(ValueError, match=r"index\.faiss was not made of the features\.npy beside it: write it again"):
+        open_index(str(out))
+    main(cfg)
+    open_index(str(out))
+    after = contents(out)
+    assert all(after[name] != before[name] for name in ("features.npy", "features.parquet", "index.faiss"))
+    stored = pyarrow.parquet.read_table(out / "features.parquet")["feature"].to_pylist()
+    np.testing.assert_array_equal(np.array(stored), load(out))
 
 
 def test_without_pyarrow_it_is_said_before_anything_else(
