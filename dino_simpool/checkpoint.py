@@ -216,6 +216,7 @@ def load_encoder(
     if stored.foreign:
         stored.foreign.check(encoder)
         say(stored.foreign.describe(which))
+        stored.weights = dict.fromkeys(stored.weights, stored.foreign.weights)
     if which != "untrained":
         load_strict(encoder, stored.weights[which], source=str(path))
         for name, value in stored.training.items():

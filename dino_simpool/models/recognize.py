@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD
+from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.weights import ENCODERS, OURS, Layout, first_names, rename_known, split, stripped, to_official
 
 FAMILY = {"blocks.": "vit", "patch_embed.": "vit", "layer1.": "resnet", "stages.": "convnext", "downsample_layers.": "convnext"}
@@ -76,29 +78,33 @@ class Recognized:
                 f"{self.source} does not say {name} ({reason}): give {example}, in a command with --model '[{example}]'"
             )
 
-    def check(self, encoder: nn.Module) -> None:
-        """ValueError, with the names of the file, unless its weights are exactly the encoder's."""
-        own = encoder.state_dict()
-        both = {**own, **self.weights}
-        known = {name: value for name, value in both.items() if name.startswith(("trunk.", "pool.", "norm."))}
-        theirs = {name: name for name in both}
-        theirs |= dict(
-            zip(known, (name.removeprefix("backbone.") for name in to_official(known, layout=self.layout)), strict=True)
-        )
-        found = {theirs[name]: value for name, value in self.weights.items()}
+    def check(self, encoder: Encoder) -> None:
+        """ValueError, with the names of the file, unless its weights are exactly the encoder's, and
+        the classifier, if there is one, is whole. What is not the encoder's is left out then."""
+        own = {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in self.weights.items()}
+        if any(name.startswith("classifier.") for name in found):
+            weight, bias = found.get("classifier.weight", ()), found.get("classifier.bias", ())
+            classes = weight[0] if len(weight) == 2 else bias[0] if len(bias) == 1 else 0
+            expected = own | {"classifier.weight": (classes, encoder.embed_dim), "classifier.bias": (classes,)}
+            self.notes.append(f"its classifier of {classes} classes is left out")
+        else:
+            expected = own
+        names = [name for name in {**expected, **found} if name.startswith(("trunk.", "pool.", "norm.", "classifier."))]
+        published = to_official({name: torch.empty(0) for name in names}, layout=self.layout)
+        theirs = dict(zip(names, (name.removeprefix("backbone.") for name in published), strict=True))
         problems = {
-            "missing": [theirs[name] for name in own if name not in self.weights],
-            "unknown": [name for name in found if name not in {theirs[n] for n in own}],
+            "missing": [theirs[name] for name in expected if name not in found],
+            "unknown": [theirs.get(name, name) for name in found if name not in expected],
             "other shape": [
-                f"{theirs[n]} {tuple(self.weights[n].shape)} for {tuple(v.shape)}"
-                for n, v in own.items()
-                if n in self.weights and self.weights[n].shape != v.shape
+                f"{theirs[n]} {found[n]} for {shape}" for n, shape in expected.items() if n in found and found[n] != shape
             ],
         }
         if any(problems.values()):
             said = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
-            inferred = ", ".join(f"{name} {value}" for name, value in self.options.items() if name in _SIZES)
+            inferred = ", ".join(f"{name} {_shown(value)}" for name, value in self.options.items() if name in _SIZES)
             raise ValueError(f"the weights of {self.source} do not fit the model that they say, {inferred} ({said}); {OTHER}")
+        self.weights = {name: value for name, value in self.weights.items() if name in own}
 
     def describe(self, which: str) -> str:
         """What was recognized, in a line: each option with its reason."""
@@ -140,20 +146,18 @@ def recognize(content: Mapping[str, Any], *, which: str, given: Mapping[str, Any
     # A stray name, or one that is missing, must not decide: the layout that knows most names does.
     found.layout = min(layouts, key=lambda layout: len(layouts[layout][1]))
     weights, unknown = layouts[found.layout]
-    classifier = {name: weights.pop(name) for name in list(weights) if name.startswith("classifier.")}
+    classifier = any(name.startswith("classifier.") for name in weights)
     if unknown and len(unknown) > len(weights) // 4:
         raise ValueError(f"{source} is no {family} that is known here (its weights: {first_names(unknown)}); {OTHER}")
     found.weights = weights | {name: encoder[name] for name in unknown}
     simpool = any(name.startswith("pool.") for name in weights)
     own = full or any(name.startswith("backbone.") for name in state)  # of the self-supervised code
-    timms = bool(classifier) or "state_dict" in content or "state_dict_ema" in content
+    timms = classifier or "state_dict" in content or "state_dict_ema" in content
     supervised = not own and (found.layout == "supervised" if simpool else timms)
     found.kind = _kind(
         full=full, simpool=simpool, supervised=supervised, ema="state_dict_ema" in content and which == "teacher"
     )
     {"vit": _vit, "resnet": _resnet, "convnext": _convnext}[family](found, simpool=simpool, supervised=supervised, args=args)
-    if classifier:
-        _check_classifier(found, classifier)
     if simpool:
         _gamma(found, args, which=which, self_supervised_vit=family == "vit" and not supervised)
     _normalization(found, content, args, family=family, simpool=simpool, supervised=supervised)
@@ -289,7 +293,8 @@ def _resnet(found: Recognized, *, simpool: bool, supervised: bool, args: Mapping
 def _convnext(found: Recognized, *, simpool: bool, supervised: bool, args: Mapping[str, Any]) -> None:
     depth = _stages(found, r"trunk\.stages\.STAGE\.blocks\.(\d+)\.")
     width = _common(found, (r"trunk\.stem\.\d\.(weight|bias)", 0), (r"trunk\.stages\.0\.blocks\.\d+\.norm\.(weight|bias)", 0))
-    kernel = _need(found, "trunk.stem.0.weight", "the convolution of the stem", 4).shape[-1]
+    stem = "stem.0.weight" if found.layout == "supervised" else "downsample_layers.0.0.weight"
+    kernel = _need(found, "trunk.stem.0.weight", stem, 4).shape[-1]
     arch = CONVNEXTS.get((width, depth), "")
     found.set("arch", arch or "convnext_tiny", "from its names and shapes")
     _cnn(found, depth=None if arch else depth, width=None if arch else width, small=kernel == 3, simpool=simpool)
@@ -303,18 +308,6 @@ def _cnn(found: Recognized, *, depth: tuple[int, ...] | None, width: int | None,
     if small:
         found.set("stem", "small", "from its shapes")
     found.set("pool", "simpool" if simpool else "gap", "from its names")
-
-
-def _check_classifier(found: Recognized, classifier: Mapping[str, Tensor]) -> None:
-    """A classifier is left out, after a look at whether it is whole."""
-    shapes = {name.removeprefix("classifier."): tuple(value.shape) for name, value in classifier.items()}
-    weight = shapes.get("weight", ())
-    if shapes.keys() != {"weight", "bias"} or len(weight) != 2 or shapes["bias"] != weight[:1]:
-        said = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(
-            f"the classifier in {found.source} has {said}: fc.weight or head.weight (classes, width) and a bias are needed"
-        )
-    found.notes.append(f"its classifier of {weight[0]} classes is left out")
 
 
 def _gamma(found: Recognized, args: Mapping[str, Any], *, which: str, self_supervised_vit: bool) -> None:
