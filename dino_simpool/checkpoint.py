@@ -40,6 +40,7 @@ from dino_simpool.config import ConfigError, DecodingSettings, ModelConfig, from
 from dino_simpool.files import NUMBER, Fields, check_digest, digests_of, read_json, require_fields, write_atomically, write_json
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder, build_encoder
+from dino_simpool.models.foreign import PREFIX, load_timm
 from dino_simpool.models.recognize import Recognized, recognize
 from dino_simpool.models.weights import load_official, load_strict, read_file
 
@@ -186,17 +187,27 @@ class _Stored:
 
 
 def load_encoder(
-    path: str | Path, *, which: Literal["teacher", "student", "untrained"] = "teacher", **overrides: Any
+    path: str | Path,
+    *,
+    which: Literal["teacher", "student", "untrained"] = "teacher",
+    weights: str | Path | None = None,
+    **overrides: Any,
 ) -> Encoder:
     """The encoder of a checkpoint, in evaluation mode on the CPU, with every weight matched.
 
     path: last.pth, best.pth, epoch_*.pth, or backbone.safetensors with model.json beside it; or a
     file of others, which are recognized (models/recognize.py) and said: checkpoints of SimPool and
-    DINO, state dicts of timm and torchvision. which: the weights; `untrained` is the encoder as the
+    DINO, state dicts of timm and torchvision; or timm:NAME for any encoder of timm, as it is
+    (models/foreign.py). weights: for timm:NAME, a file or "random"; None for those that timm
+    downloads. which: the weights; `untrained` is the encoder as the
     run's seed initialized it (0 for files of others). overrides: ModelConfig options to change
     (gamma=2.0), or that a file of others cannot say. FileNotFoundError or ValueError in one line if
     the file is missing, is broken, does not fit, or does not say enough.
     """
+    if str(path).startswith(PREFIX):
+        return load_timm(str(path), weights=str(weights or ""), which=which, overrides=overrides)
+    if weights:
+        raise ValueError(f"weights {weights} are for a checkpoint timm:NAME: give the file itself as the checkpoint")
     path = Path(path)
     if path.suffix == ".safetensors" and (not path.is_file() or _is_export(path)):
         stored = _read_export(path)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
+import yaml
+
 MAX_PIXELS = 178_956_970
 """Largest image decoded by default, in pixels: half a gigabyte as RGB, and Pillow's own limit."""
 
@@ -48,9 +50,10 @@ def option(default: Any, *, most: float, least: float = -math.inf, above: float 
     return dataclasses.field(default=default, metadata={"limits": Limits(least, above, most, default is None)})
 
 
-PathKind = Literal["images", "train", "val", "checkpoint", "folder", "existing", "run", "out"]
-"""What an option names: a source of images; a part of `data`; weights; a folder; something that
-exists; the folder of a run; a folder to write to, which is made."""
+PathKind = Literal["images", "train", "val", "checkpoint", "weights", "folder", "existing", "run", "out"]
+"""What an option names: a source of images; a part of `data`; a checkpoint, or timm:NAME; a file of
+weights, or `random`; a folder; something that exists; the folder of a run; a folder to write to,
+which is made."""
 
 
 def path(default: Any, kind: PathKind, *, needed: str = "") -> Any:
@@ -103,12 +106,39 @@ class Weights(Checkpoint):
     checkpoint: str = path(
         "", "checkpoint", needed="no checkpoint is given: give --checkpoint RUN/last.pth (or backbone.safetensors)"
     )
-    """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors."""
+    """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors; a file of SimPool,
+    DINO, timm or torchvision, which is recognized; or timm:NAME, any encoder of timm as it is."""
+    weights: str = path("", "weights")
+    """The weights of timm:NAME: a file, or random. Empty: those that timm downloads."""
+    model: str | tuple[str, ...] = ()
+    """What a file of others does not say, or what is to be different, by the names of the options
+    model of `train`: --model heads=6, or --model '[gamma=2.0, mean=0.5, std=0.5]'."""
     which: Literal["teacher", "student", "untrained"] = "teacher"
     """Weights to use. untrained: the same encoder at its initialization, for comparison."""
     min_over: Literal["image", "batch"] = "image"
     """Range of SimPool's minimum, whatever the training used. batch repeats the released code,
     whose features depend on the other images of the batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights and not self.checkpoint.startswith("timm:"):
+            raise ValueError(
+                f"weights {self.weights} are those of a checkpoint timm:NAME: give one, or the file as --checkpoint"
+            )
+        _ = self.model_options
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """The options of `model` by name, with values as in YAML; several numbers are a list."""
+        found: dict[str, Any] = {"min_over": self.min_over}
+        for text in (self.model,) if isinstance(self.model, str) else self.model:
+            name, equals, value = text.partition("=")
+            if not (equals and value and re.fullmatch(r"\w+", name)):
+                raise ValueError(f"model is {text}: give NAME=VALUE, such as heads=6; a file of weights is a --checkpoint")
+            words = [yaml.safe_load(word) for word in re.split(r"[\s,]+", value.strip("[] "))]
+            words *= 3 if name in ("mean", "std") and len(words) == 1 else 1
+            found[name] = words[0] if len(words) == 1 else words
+        return found
 
 
 @dataclass(frozen=True)
