@@ -13,13 +13,18 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import ssl
 import sys
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_url, try_to_load_from_cache
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,10 +33,12 @@ from torch.overrides import TorchFunctionMode
 from dino_simpool.config import ConfigError, from_dict
 from dino_simpool.config.parts import Options
 from dino_simpool.models.encoder import Encoder, Grid
-from dino_simpool.models.weights import load_official, load_strict
+from dino_simpool.models.weights import load_official, load_strict, read_file
 
 PREFIX = "timm:"
 RANDOM = "random"
+SAFE = "model.safetensors"
+"""The name of the file in most repositories of timm."""
 POOLS = {"token": "cls", "avg": "gap", "map": "attention"}
 """timm's words for poolings, and ours."""
 TRAINING_ONLY = ("mask_token", "mask_tokens")
@@ -108,7 +115,7 @@ class TimmEncoder(Encoder):
         pooled = isinstance(getattr(self.trunk, "attn_pool", None), nn.Module)
         if getattr(self.trunk, "cls_token", None) is None and not pooled:
             raise ValueError(f"{self.config.arch} has no class token, and so no attention maps: use an encoder that has one")
-        with _LastAttention() as last:
+        with _LastAttention(self.trunk) as last:
             self._run(self.trunk if pooled else self.trunk.forward_features, images)
         patch = self.config.patch_size or 1
         grid = (images.shape[-2] // patch, images.shape[-1] // patch)
@@ -166,25 +173,40 @@ class _Head:
 
 
 class _LastAttention(TorchFunctionMode):
-    """Keeps what the last attention was computed from. Fused kernels do not return it."""
+    """Keeps what the last attention layer computes from, whose fused kernel returns no attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.last: tuple[Tensor, Tensor, Tensor | None, float | None] | None = None
+        self.layers = [module for module in model.modules() if hasattr(module, "fused_attn")]
+        self.calls: list[tuple[Tensor, Tensor, Tensor | None, float | None]] = []
+
+    def __enter__(self) -> _LastAttention:
+        self._fused = [layer.fused_attn for layer in self.layers]
+        self._hooks = [layer.register_forward_pre_hook(lambda *_: self.calls.clear()) for layer in self.layers]
+        for layer in self.layers:
+            layer.fused_attn = True  # type: ignore[assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for layer, fused, hook in zip(self.layers, self._fused, self._hooks, strict=True):
+            layer.fused_attn = fused
+            hook.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             query, key = (kwargs.get(name, args[i] if len(args) > i else None) for i, name in enumerate(("query", "key")))
-            self.last = query, key, mask, kwargs.get("scale")
+            self.calls.append((query, key, mask, kwargs.get("scale")))
         return func(*args, **kwargs)
 
     def of_first_query(self) -> Tensor | None:
-        """Attention (B, heads, N) of the first query; None if there was none."""
-        if self.last is None or self.last[0].ndim != 4:
+        """Attention (B, heads, N) of the first query; None if the last layer made not just one."""
+        if len(self.calls) != 1 or self.calls[0][0].ndim != 4:
             return None
-        query, key, mask, scale = self.last
+        query, key, mask, scale = self.calls[0]
         kind = torch.promote_types(query.dtype, torch.float32)
         scores = query[:, :, :1].to(kind) @ key.to(kind).transpose(-2, -1) * (scale or 1 / math.sqrt(query.shape[-1]))
         if mask is not None:
@@ -274,21 +296,37 @@ def _download(model: Any, name: str) -> str:
     place, file = known.get("hf_hub_id"), known.get("hf_hub_filename")
     if not place and not known.get("url"):
         raise ValueError(f"timm has no weights of {name}: give --weights FILE, or --weights {RANDOM}")
-    what = f"model.safetensors of huggingface.co/{place}" if place else known["url"]
+    what = f"{file or SAFE} of huggingface.co/{place}" if place else known["url"]
+    cached = try_to_load_from_cache(place, file or SAFE) if place else None
     try:
-        if place and not known.get("custom_load"):
+        if isinstance(cached, str):
+            state = read_file(cached)
+        elif place and not known.get("custom_load"):
+            _reach(hf_hub_url(place, file or SAFE))
             state = timm.models.load_state_dict_from_hf(place, *([file] if file else []))
         else:
-            url = known["url"] or f"https://huggingface.co/{place}/resolve/main/{file}"
+            url = known.get("url") or hf_hub_url(place, file)
+            _reach(url)
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except Exception as error:  # of several libraries: no network, no such file, no room
         reason = str(error).strip().partition("\n")[0][:100]
         raise ValueError(
-            f"the weights of {name} cannot be downloaded ({type(error).__name__}: {reason}): give --weights FILE, which is "
-            f"{what}, or --weights {RANDOM}"
+            f"the weights of {name} cannot be downloaded ({reason}): give --weights FILE, {what}, or --weights {RANDOM}"
         ) from error
     _load(model, _state_in(state), source=what)
     return what
+
+
+def _reach(url: str) -> None:
+    """OSError if there is no way to a server. The libraries that download try for a minute."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers; what it says about the file is for the libraries
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # libraries may know other certificates
+            raise OSError(f"{urllib.parse.urlsplit(url).hostname} is not reached, {error.reason}") from error
 
 
 def _state_in(content: Mapping[str, Any]) -> dict[str, Tensor]:

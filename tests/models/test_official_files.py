@@ -1,18 +1,17 @@
-"""Files of others through `load_encoder`: published checkpoints on disk give the published numbers, and a damaged one is named."""
+"""Files of others through `load_encoder`: the published numbers from files on disk, and damage is named."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from golden.load import GOLDEN_POSITIONS, assert_close, load, load_json, meta, sub, synth_array, synth_state
-from test_model_golden import EXACT, FULL_SIZE, PRECISIONS, check_gradients, close, tensors
+from golden.load import GOLDEN_POSITIONS, assert_close, load, meta, sub
+from test_model_golden import PRECISIONS, check_gradients, close, tensors
 from torch import Tensor, nn
 
 from dino_simpool.checkpoint import load_encoder
