@@ -7,13 +7,12 @@ another default or another text for an option defines that option again.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
-
-import yaml
 
 MAX_PIXELS = 178_956_970
 """Largest image decoded by default, in pixels: half a gigabyte as RGB, and Pillow's own limit."""
@@ -106,13 +105,13 @@ class Weights(Checkpoint):
     checkpoint: str = path(
         "", "checkpoint", needed="no checkpoint is given: give --checkpoint RUN/last.pth (or backbone.safetensors)"
     )
-    """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors; a file of SimPool,
-    DINO, timm or torchvision, which is recognized; or timm:NAME, any encoder of timm as it is."""
+    """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors; a file of
+    SimPool, DINO, timm or torchvision, which is recognized; or timm:NAME, any encoder of timm."""
     weights: str = path("", "weights")
     """The weights of timm:NAME: a file, or random. Empty: those that timm downloads."""
-    model: str | tuple[str, ...] = ()
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What a file of others does not say, or what is to be different, by the names of the options
-    model of `train`: --model heads=6, or --model '[gamma=2.0, mean=0.5, std=0.5]'."""
+    `model` of train: --model.heads 6 --model.gamma 2.0."""
     which: Literal["teacher", "student", "untrained"] = "teacher"
     """Weights to use. untrained: the same encoder at its initialization, for comparison."""
     min_over: Literal["image", "batch"] = "image"
@@ -125,20 +124,19 @@ class Weights(Checkpoint):
             raise ValueError(
                 f"weights {self.weights} are those of a checkpoint timm:NAME: give one, or the file as --checkpoint"
             )
-        _ = self.model_options
+        from dino_simpool.config.train import ModelConfig  # which imports this module
 
-    @property
-    def model_options(self) -> dict[str, Any]:
-        """The options of `model` by name, with values as in YAML; several numbers are a list."""
-        found: dict[str, Any] = {"min_over": self.min_over}
-        for text in (self.model,) if isinstance(self.model, str) else self.model:
-            name, equals, value = text.partition("=")
-            if not (equals and value and re.fullmatch(r"\w+", name)):
-                raise ValueError(f"model is {text}: give NAME=VALUE, such as heads=6; a file of weights is a --checkpoint")
-            words = [yaml.safe_load(word) for word in re.split(r"[\s,]+", value.strip("[] "))]
-            words *= 3 if name in ("mean", "std") and len(words) == 1 else 1
-            found[name] = words[0] if len(words) == 1 else words
-        return found
+        names = {field.name for field in dataclasses.fields(ModelConfig)} - {"min_over"}
+        if unknown := [name for name in self.model if name not in names]:
+            near = difflib.get_close_matches(unknown[0], names, 1)
+            hint = (
+                "give --min_over"
+                if unknown[0] == "min_over"
+                else f"did you mean model.{near[0]}?"
+                if near
+                else "see train --help"
+            )
+            raise ValueError(f"unknown option model.{unknown[0]}: {hint}")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _extract(cfg: ExtractConfig, folder: Path, shard: Shard | None, device: torc
     if cfg.labels and len(sources) > 1:
         raise ValueError(f"labels need one folder of class folders, given {len(sources)} sources: leave labels out")
     images = class_folder(sources[0], cfg.excluded) if cfg.labels else find_images(sources, cfg.excluded)
-    encoder = load_encoder(cfg.checkpoint, which=cfg.which, weights=cfg.weights, **cfg.model_options).to(device)
+    encoder = load_encoder(cfg.checkpoint, which=cfg.which, weights=cfg.weights, min_over=cfg.min_over, **cfg.model).to(device)
     images = images.with_decoding(decoding_of(cfg, encoder, images))
     view = {"view": cfg.view, **preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)}
     if cfg.view == "whole":

@@ -173,7 +173,7 @@ class _Head:
 
 
 class _LastAttention(TorchFunctionMode):
-    """Keeps what the last attention layer computes from, whose fused kernel returns no attention."""
+    """Keeps what the last attention layer computes from: its fused kernel returns no attention."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

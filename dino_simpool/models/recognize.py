@@ -24,7 +24,17 @@ from torch import Tensor
 
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD
 from dino_simpool.models.encoder import Encoder
-from dino_simpool.models.weights import ENCODERS, OURS, Layout, first_names, rename_known, split, stripped, to_official
+from dino_simpool.models.weights import (
+    ENCODERS,
+    OURS,
+    Layout,
+    first_names,
+    rename_known,
+    split,
+    stripped,
+    to_official,
+    translate,
+)
 
 FAMILY = {"blocks.": "vit", "patch_embed.": "vit", "layer1.": "resnet", "stages.": "convnext", "downsample_layers.": "convnext"}
 """The beginning of a name that only this family has."""
@@ -42,6 +52,37 @@ CONVNEXTS: dict[tuple[int, tuple[int, ...]], str] = {
     (128, (3, 3, 27, 3)): "convnext_base",
     (192, (3, 3, 27, 3)): "convnext_large",
 }
+_LAYER = "encoder.layers.encoder_layer_#"
+TORCHVISION: tuple[tuple[str, str], ...] = (
+    ("class_token", "cls_token"),
+    ("encoder.pos_embedding", "pos_embed"),
+    ("conv_proj.*", "patch_embed.proj.*"),
+    (f"{_LAYER}.ln_1.*", "blocks.#.norm1.*"),
+    (f"{_LAYER}.ln_2.*", "blocks.#.norm2.*"),
+    (f"{_LAYER}.self_attention.in_proj_*", "blocks.#.attn.qkv.*"),
+    (f"{_LAYER}.self_attention.out_proj.*", "blocks.#.attn.proj.*"),
+    (f"{_LAYER}.mlp.0.*", "blocks.#.mlp.fc1.*"),
+    (f"{_LAYER}.mlp.3.*", "blocks.#.mlp.fc2.*"),
+    (f"{_LAYER}.mlp.linear_#.*", "blocks.#.mlp.fc#.*"),  # older files
+    ("encoder.ln.*", "norm.*"),
+    ("heads.head.*", "head.*"),
+    ("features.0.#.*", "stem.#.*"),
+    *((f"features.{2 * stage}.#.*", f"stages.{stage}.downsample.#.*") for stage in (1, 2, 3)),
+    *(
+        (f"features.{2 * stage + 1}.#.{theirs}", f"stages.{stage}.blocks.#.{ours}")
+        for stage in range(4)
+        for theirs, ours in (
+            ("block.0.*", "conv_dw.*"),
+            ("block.2.*", "norm.*"),
+            ("block.3.*", "mlp.fc1.*"),
+            ("block.5.*", "mlp.fc2.*"),
+            ("layer_scale", "gamma"),
+        )
+    ),
+    ("classifier.0.*", "head.norm.*"),
+    ("classifier.2.*", "head.fc.*"),
+)
+"""torchvision's names of ViTs and ConvNeXts, and timm's. Those of ResNets are the same."""
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 OTHER = "for any encoder of timm, give the checkpoint timm:NAME and the file with --weights"
@@ -74,9 +115,8 @@ class Recognized:
     def ask(self, name: str, reason: str, example: str) -> None:
         """ValueError unless the caller gave this option, which the file does not tell."""
         if name not in self.given:
-            raise ValueError(
-                f"{self.source} does not say {name} ({reason}): give {example}, in a command with --model '[{example}]'"
-            )
+            option = example.replace("=", " ")
+            raise ValueError(f"{self.source} does not say {name} ({reason}): give {example}, in a command --model.{option}")
 
     def check(self, encoder: Encoder) -> None:
         """ValueError, with the names of the file, unless its weights are exactly the encoder's, and
@@ -134,6 +174,12 @@ def recognize(content: Mapping[str, Any], *, which: str, given: Mapping[str, Any
         encoder = _encoder_part(state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    torchvision = encoder.keys() & {"conv_proj.weight", "encoder.pos_embedding", "features.0.0.weight", "features.0.1.weight"}
+    if torchvision:
+        encoder = {
+            translate(name, TORCHVISION) or name: value.flatten() if name.endswith("layer_scale") else value
+            for name, value in encoder.items()
+        }
     args = vars(content["args"]) if hasattr(content.get("args"), "__dict__") else content.get("args")
     args = args if isinstance(args, dict) else {}
     full = "teacher" in content or "student" in content
@@ -160,7 +206,8 @@ def recognize(content: Mapping[str, Any], *, which: str, given: Mapping[str, Any
     {"vit": _vit, "resnet": _resnet, "convnext": _convnext}[family](found, simpool=simpool, supervised=supervised, args=args)
     if simpool:
         _gamma(found, args, which=which, self_supervised_vit=family == "vit" and not supervised)
-    _normalization(found, content, args, family=family, simpool=simpool, supervised=supervised)
+    of_imagenet = family != "vit" or bool(torchvision)
+    _normalization(found, content, args, of_imagenet=of_imagenet, simpool=simpool, supervised=supervised)
     if not supervised:
         epoch, total = content.get("epoch"), args.get("epochs")
         found.epochs = float(epoch) if isinstance(epoch, int) else None
@@ -323,7 +370,7 @@ def _gamma(found: Recognized, args: Mapping[str, Any], *, which: str, self_super
         if has and stored is not None and "gamma" not in found.given:
             raise ValueError(
                 f"{found.source} has no simpool.beta, but its arguments say gamma {stored:g}, with which a ViT has one: "
-                "copy the file again, or give gamma=null if it is meant, in a command with --model '[gamma=null]'"
+                "copy the file again, or give gamma=None if it is meant, in a command --model.gamma null"
             )
         found.set("gamma", None, "as it has no beta")
     elif has:
@@ -333,7 +380,13 @@ def _gamma(found: Recognized, args: Mapping[str, Any], *, which: str, self_super
 
 
 def _normalization(
-    found: Recognized, content: Mapping[str, Any], args: Mapping[str, Any], *, family: str, simpool: bool, supervised: bool
+    found: Recognized,
+    content: Mapping[str, Any],
+    args: Mapping[str, Any],
+    *,
+    of_imagenet: bool,
+    simpool: bool,
+    supervised: bool,
 ) -> None:
     """Mean, standard deviation and size of the images."""
     if not supervised:
@@ -346,17 +399,17 @@ def _normalization(
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     if simpool:  # the preprocessing of the fork's defaults
-        mean = std = HALF if family == "vit" else None
-        crop, why = (0.9 if family == "vit" else 0.95 if found.options["arch"] == "resnet50" else 0.875), "as published"
+        mean = std = None if of_imagenet else HALF
+        crop, why = (0.9 if not of_imagenet else 0.95 if found.options["arch"] == "resnet50" else 0.875), "as published"
     elif known is not None:
         mean, std, crop, why = known.mean, known.std, known.crop_pct, f"timm's for {arch}"
-    elif family == "vit":
+    elif not of_imagenet:
         reason = "ImageNet's for DeiT and torchvision, 0.5 for other ViTs of timm"
-        found.ask("mean", reason, "mean=0.5")
-        found.ask("std", reason, "std=0.5")
+        found.ask("mean", reason, "mean=[0.5,0.5,0.5]")
+        found.ask("std", reason, "std=[0.5,0.5,0.5]")
         return
     else:
-        mean, std, crop, why = None, None, 0.875, "of ImageNet, as for most CNNs of timm and torchvision"
+        mean, std, crop, why = None, None, 0.875, "ImageNet's, as for torchvision and most CNNs of timm"
     for name, value in (("mean", mean), ("std", std)):
         own = args.get(name)
         value = tuple(own) if isinstance(own, list | tuple) and len(own) == 3 else value or IMAGENET[name]

@@ -18,7 +18,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PosixPath
 from typing import Any, Literal
 
@@ -288,7 +288,7 @@ def _rename(state: Mapping[str, Tensor], rows: tuple[Row, ...], target: str) -> 
     unknown: list[list[str]] = []
     for source in ("dino", "supervised") if target == "ours" else ("ours",):
         pairs = [(row[COLUMNS[source]], row[COLUMNS[target]]) for row in rows]
-        names = {name: _translate(name, pairs) for name in state}
+        names = {name: translate(name, pairs) for name in state}
         unknown.append([name for name, new in names.items() if new is None])
         if not unknown[-1]:
             assert len(set(names.values())) == len(names)
@@ -299,12 +299,13 @@ def _rename(state: Mapping[str, Tensor], rows: tuple[Row, ...], target: str) -> 
 def rename_known(state: Mapping[str, Tensor], rows: tuple[Row, ...], source: Layout) -> tuple[dict[str, Tensor], list[str]]:
     """The weights that a layout names, under our names, and the names that it does not know."""
     pairs = [(row[COLUMNS[source]], row[COLUMNS["ours"]]) for row in rows]
-    names = {name: _translate(name, pairs) for name in state}
+    names = {name: translate(name, pairs) for name in state}
     known = {new: state[name] for name, new in names.items() if new is not None}
     return known, [name for name, new in names.items() if new is None]
 
 
-def _translate(name: str, pairs: list[tuple[str, str]]) -> str | None:
+def translate(name: str, pairs: Sequence[tuple[str, str]]) -> str | None:
+    """The name by the first pair (theirs, ours) that knows it."""
     for theirs, ours in pairs:
         pattern = re.escape(theirs).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)")
         if match := re.fullmatch(pattern, name):
