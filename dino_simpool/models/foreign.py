@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from dino_simpool.config import ConfigError, from_dict
 from dino_simpool.config.parts import Options
+from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder, Grid
 from dino_simpool.models.weights import load_official, load_strict, read_file
 
@@ -266,6 +267,12 @@ def load_timm(
         config = from_dict(TimmConfig, own | given)
     except ConfigError as error:
         raise ConfigError(f"the options of {name}: {error}") from None
+    kind = data["interpolation"]
+    said = f"its own are resized by {kind} interpolation, here by bicubic; " if kind != "bicubic" else ""
+    say(
+        f"{name}: weights: {source}{' of seed 0' * (source == RANDOM)}; pool {config.pool}; images of {config.image_size} "
+        f"pixels, {said}mean {' '.join(map(str, config.mean))}, std {' '.join(map(str, config.std))}"
+    )
     fixed = bool(model.pretrained_cfg.get("fixed_input_size", False))
     return TimmEncoder(model, config, any_size=dynamic or not fixed).eval()
 

@@ -15,14 +15,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor
 
-from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD
+from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.weights import (
     ENCODERS,
@@ -148,10 +148,14 @@ class Recognized:
 
     def describe(self, which: str) -> str:
         """What was recognized, in a line: each option with its reason."""
-        values = {**self.options, **{name: value for name, value in self.given.items() if name != "min_over"}}
-        said = [
-            f"{name} {_shown(value)} ({'given' if name in self.given else self.why[name]})" for name, value in values.items()
-        ]
+        usual = {option.name: option.default for option in fields(ModelConfig)}
+        changed = {
+            name: value
+            for name, value in self.given.items()
+            if name != "min_over" and _shown(value) != _shown(self.options.get(name, usual.get(name)))
+        }
+        values = {**self.options, **changed}
+        said = [f"{name} {_shown(value)} ({'given' if name in changed else self.why[name]})" for name, value in values.items()]
         if self.options["pool"] == "simpool":
             batch = self.given.get("min_over") == "batch"
             said.append("min_over batch (given)" if batch else "min_over image (min_over=batch repeats the published code)")
