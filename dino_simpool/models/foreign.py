@@ -56,7 +56,7 @@ class TimmConfig(Options):
     pool: str = ""
     """cls, gap, attention, or timm's word for another."""
     source: str = ""
-    """The file of its weights, random, or where timm got them."""
+    """The name of the file of its weights, random, or where timm got them."""
     image_size: int = 224
     """Side in pixels."""
     resize: int | None = None
@@ -256,7 +256,7 @@ def load_timm(
     own: dict[str, Any] = {
         "arch": name,
         "pool": _pool_of(model),
-        "source": source,
+        "source": os.path.basename(source) if weights and weights != RANDOM else source,
         "image_size": size,
         "resize": math.floor(size / data["crop_pct"]) if "image_size" not in given else None,
         "patch_size": int(patches()) if patches and hasattr(model, "num_prefix_tokens") else None,

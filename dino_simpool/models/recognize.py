@@ -25,10 +25,12 @@ from torch import Tensor
 from dino_simpool.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.weights import (
+    COLUMNS,
     ENCODERS,
     OURS,
     Layout,
     first_names,
+    head_rows,
     rename_known,
     split,
     stripped,
@@ -100,6 +102,8 @@ class Recognized:
     layout: Layout = "dino"
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Under the names of an `Encoder`."""
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """A DINO head, under published names. It is left out, after a look at whether it is whole."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of `ModelConfig`."""
     why: dict[str, str] = field(default_factory=dict)
@@ -140,6 +144,8 @@ class Recognized:
                 f"{theirs[n]} {found[n]} for {shape}" for n, shape in expected.items() if n in found and found[n] != shape
             ],
         }
+        for kind, names in _head_problems(self.head, encoder.embed_dim).items():
+            problems[kind] += names
         if any(problems.values()):
             said = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
             inferred = ", ".join(f"{name} {_shown(value)}" for name, value in self.options.items() if name in _SIZES)
@@ -175,7 +181,7 @@ def recognize(content: Mapping[str, Any], *, which: str, given: Mapping[str, Any
     found = Recognized(source, given)
     try:
         state = stripped(content, which)
-        encoder = _encoder_part(state)
+        encoder, found.head = _parts(state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     torchvision = encoder.keys() & {"conv_proj.weight", "encoder.pos_embedding", "features.0.0.weight", "features.0.1.weight"}
@@ -219,8 +225,8 @@ def recognize(content: Mapping[str, Any], *, which: str, given: Mapping[str, Any
     return found
 
 
-def _encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder of a state dict, under published names, without prefixes."""
+def _parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Encoder and head of a state dict, under published names, without prefixes."""
     if any(name.startswith(OURS) for name in state):
         raise ValueError(
             "these are bare weights of this tool, without the options of their model: give last.pth, or backbone.safetensors "
@@ -229,7 +235,45 @@ def _encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     encoder, head = split(state)
     if not encoder:
         raise ValueError(f"there is a head but no encoder ({first_names(head)}): give a file with an encoder")
-    return encoder
+    return encoder, head
+
+
+def _head_problems(head: Mapping[str, Tensor], width: int) -> dict[str, list[str]]:
+    """Names, as in the file, of what a DINO head on features of this width lacks, has beyond, or
+    has in another shape. Nothing without prototypes: what is no whole head is not looked at."""
+    problems: dict[str, list[str]] = {"missing": [], "unknown": [], "other shape": []}
+    if not any(name.startswith("last_layer.") for name in head):
+        return problems
+    rows = head_rows(head)
+    ours, unknown = rename_known(head, rows, "dino")
+    found = {name: tuple(value.shape) for name, value in ours.items()}
+    layers = max((int(match[1]) for name in found if (match := re.match(r"fc(\d+)\.", name))), default=0)
+    last = "last_layer.parametrizations.weight.original"
+
+    def common(*sizes: tuple[str, int]) -> int:
+        """The most frequent of sizes, each a dimension of a matrix or vector."""
+        shapes = ((found.get(name, ()), dimension) for name, dimension in sizes)
+        values = Counter(shape[dimension] for shape, dimension in shapes if len(shape) in (1, 2) and dimension < len(shape))
+        return values.most_common(1)[0][0] if values else 0
+
+    outputs = [(name, 0) for i in range(1, layers) for name in (f"fc{i}.weight", f"fc{i}.bias")]
+    hidden = common(*outputs) if outputs else 0
+    bottleneck = common((f"fc{layers}.weight", 0), (f"fc{layers}.bias", 0), (f"{last}1", 1))
+    prototypes = common((f"{last}0", 0), (f"{last}1", 0))
+    sizes = [width, *[hidden] * (layers - 1), bottleneck]
+    expected: dict[str, tuple[int, ...]] = {f"{last}0": (prototypes, 1), f"{last}1": (prototypes, bottleneck)}
+    for i in range(1, layers + 1):
+        expected |= {f"fc{i}.weight": (sizes[i], sizes[i - 1]), f"fc{i}.bias": (sizes[i],)}
+        if i < layers and any(name.startswith("bn") for name in found):
+            expected |= {f"bn{i}.{name}": (sizes[i],) for name in ("weight", "bias", "running_mean", "running_var")}
+            expected |= {f"bn{i}.num_batches_tracked": ()}
+    back = [(row[COLUMNS["ours"]], f"head.{row[COLUMNS['dino']]}") for row in rows]
+    theirs = {name: translate(name, back) or name for name in (*expected, *found)}
+    problems["missing"] = [theirs[name] for name in expected if name not in found]
+    problems["unknown"] = [theirs[name] for name in found if name not in expected] + [f"head.{name}" for name in unknown]
+    wrong = [name for name, shape in expected.items() if name in found and found[name] != shape]
+    problems["other shape"] = [f"{theirs[name]} {found[name]} for {expected[name]}" for name in wrong]
+    return problems
 
 
 def _kind(*, full: bool, simpool: bool, supervised: bool, ema: bool) -> str:

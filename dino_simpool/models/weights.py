@@ -170,7 +170,7 @@ def from_official(checkpoint: Mapping[str, Any], *, which: Literal["teacher", "s
         renamed = _rename(_without_class_position(encoder), ENCODERS[_family(encoder)], "ours")
         result |= {name if name.startswith("classifier.") else f"encoder.{name}": value for name, value in renamed.items()}
     if head:
-        result |= {f"head.{name}": value for name, value in _rename(head, _head_rows(head), "ours").items()}
+        result |= {f"head.{name}": value for name, value in _rename(head, head_rows(head), "ours").items()}
     return result
 
 
@@ -211,7 +211,7 @@ def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict
             raise ValueError("a supervised file has no place for a DINO head: convert the encoder only, or use layout dino")
         return renamed
     return {f"backbone.{name}": value for name, value in renamed.items()} | {
-        f"head.{name}": value for name, value in _rename(head, _head_rows(head), "dino").items()
+        f"head.{name}": value for name, value in _rename(head, head_rows(head), "dino").items()
     }
 
 
@@ -264,7 +264,8 @@ def _family(names: Mapping[str, Tensor]) -> str:
     return found[0]
 
 
-def _head_rows(names: Mapping[str, Tensor]) -> tuple[Row, ...]:
+def head_rows(names: Mapping[str, Tensor]) -> tuple[Row, ...]:
+    """The table of the head that has these names."""
     if "mlp.weight" in names or ("fc1.weight" in names and "fc2.weight" not in names):
         return HEADS["one layer"]
     return HEADS["batch norm" if any(name.startswith("bn1.") or name.endswith("running_mean") for name in names) else "plain"]
