@@ -183,7 +183,7 @@ def recognize(content: Mapping[str, Any], *, which: str, given: Mapping[str, Any
         state = stripped(content, which)
         encoder, found.head = _parts(state)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{source} holds no encoder of others: {error}") from None
     torchvision = encoder.keys() & {"conv_proj.weight", "encoder.pos_embedding", "features.0.0.weight", "features.0.1.weight"}
     if torchvision:
         encoder = {
@@ -233,6 +233,8 @@ def _parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
             "with model.json beside it"
         )
     encoder, head = split(state)
+    if not state:
+        raise ValueError("it has no weights, give a checkpoint of a run or a file of weights")
     if not encoder:
         raise ValueError(f"there is a head but no encoder ({first_names(head)}): give a file with an encoder")
     return encoder, head

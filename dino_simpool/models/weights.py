@@ -129,7 +129,7 @@ def read_file(path: str | Path) -> Any:
             raise ValueError(f"{path} cannot be read (it is TorchScript, which is code): give a file of weights") from error
         reason = str(error).partition("\n")[0][:160]
         raise ValueError(
-            f"{path} cannot be read (broken, or no checkpoint): {type(error).__name__} {reason}".strip()
+            f"{path} cannot be read (truncated, broken, or no checkpoint): {type(error).__name__} {reason}".strip()
         ) from error
 
 

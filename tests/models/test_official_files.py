@@ -418,7 +418,7 @@ def test_a_planted_object_is_named_and_does_not_run(place: str, zipped: bool, tm
         (lambda path: path.write_text("weights\n" * 99), r"cannot be read \(it is no checkpoint\): give a file of weights"),
         (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)), "cannot be read"),
         (lambda path: torch.save([1, 2], path), "holds a list: give a dictionary of weights"),
-        (lambda path: torch.save({}, path), "no ViT, ResNet or ConvNeXt|no teacher|no encoder"),
+        (lambda path: torch.save({}, path), "holds no encoder of others: it has no weights, give a checkpoint"),
         (lambda path: torch.save({"epoch": 3}, path), "the checkpoint has no teacher: it has epoch"),
         (lambda path: torch.save({"last_layer.weight_g": torch.ones(2, 1)}, path), "there is a head but no encoder"),
         (lambda path: torch.save(tiny().state_dict(), path), "bare weights of this tool, without the options of their model"),
