@@ -27,8 +27,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +50,9 @@ from dino_simpool.files import (
 )
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder, build_encoder
-from dino_simpool.models.weights import load_strict
+from dino_simpool.models.foreign import PREFIX, load_timm
+from dino_simpool.models.recognize import Recognized, recognize
+from dino_simpool.models.weights import load_official, load_strict, read_file
 
 FORMAT = 1
 RUN: Fields = {
@@ -87,37 +89,17 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
     FileNotFoundError, or ValueError if the file is truncated or something else.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: give last.pth, best.pth or backbone.safetensors of a run")
-    try:
-        _check_crc(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for broken files; the cause is kept
-        said = [line.strip().split(". ")[0] for line in str(error).splitlines()]
-        # The first line about a refused pickle advises how to run it anyway, the cause comes later.
-        reason = next((line for line in said if "Unpickler error" in line or "GLOBAL" in line), said[0] if said else "")
-        name = type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read (truncated, or not a checkpoint of this tool): {name} {reason[:160]}".strip()
-        ) from error
+    return _own_state(path, read_file(path))
+
+
+def _own_state(path: str | Path, state: Any) -> dict[str, Any]:
+    """The content of a file, if it is a training state. ValueError if it is something else."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of this tool (format {FORMAT}); its keys: "
             f"{list(state)[:5] if isinstance(state, dict) else '-'}"
         )
     return state
-
-
-def _check_crc(path: str | Path) -> None:
-    """BadZipFile if a part of a checkpoint does not match the CRC-32 that its zip format stores.
-
-    torch does not compare them when it loads. 500 MB take 0.2 s. Files of torch's older format,
-    which are no zip archives, have none.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
 def newest_state(out: Path, announce: Callable[[str], object]) -> dict[str, Any] | None:
@@ -198,60 +180,120 @@ def export_encoder(
     write_json(out / "model.json", to_dict(encoder.config) | {"sha256": digests_of(out, ["backbone.safetensors"])})
 
 
+@dataclass
+class _Stored:
+    """What a file holds of an encoder."""
+
+    options: dict[str, Any]
+    """Of `ModelConfig`."""
+    seed: int
+    """Of the initial weights."""
+    weights: dict[str, dict[str, torch.Tensor]]
+    """By which."""
+    training: dict[str, Any]
+    """Of `Encoder`: epochs, total_epochs, num_images, images."""
+    decoding: dict[str, Any]
+    foreign: Recognized | None = None
+    """What a file of others was recognized as."""
+
+
 def load_encoder(
-    path: str | Path, *, which: Literal["teacher", "student", "untrained"] = "teacher", **overrides: Any
+    path: str | Path,
+    *,
+    which: Literal["teacher", "student", "untrained"] = "teacher",
+    weights: str | Path | None = None,
+    **overrides: Any,
 ) -> Encoder:
     """The encoder of a checkpoint, in evaluation mode on the CPU, with every weight matched.
 
-    path: last.pth, best.pth, epoch_*.pth, or backbone.safetensors with model.json beside it. which:
-    the weights; `untrained` is the encoder as the run's seed initialized it. overrides: ModelConfig
-    options to change (gamma=2.0). FileNotFoundError or ValueError in one line if the file is
-    missing, is broken, or does not fit.
+    path: last.pth, best.pth, epoch_*.pth, or backbone.safetensors with model.json beside it; or a
+    file of others, which are recognized (models/recognize.py) and said: checkpoints of SimPool and
+    DINO, state dicts of timm and torchvision; or timm:NAME for any encoder of timm, as it is
+    (models/foreign.py). weights: for timm:NAME, a file or "random"; None for those that timm
+    downloads. which: the weights; `untrained` is the encoder as the
+    run's seed initialized it (0 for files of others). overrides: ModelConfig options to change
+    (gamma=2.0), or that a file of others cannot say. FileNotFoundError or ValueError in one line if
+    the file is missing, is broken, does not fit, or does not say enough.
     """
+    if str(path).startswith(PREFIX):
+        return load_timm(str(path), weights=str(weights or ""), which=which, overrides=overrides)
+    if weights:
+        raise ValueError(f"weights {weights} are for a checkpoint timm:NAME: give the file itself as the checkpoint")
     path = Path(path)
-    if path.suffix == ".safetensors":
-        teacher, saved, run = _read_export(path)
-        weights, data, epochs, decoding = {"teacher": teacher}, run, run["epochs"], run.get("decoding", {})
-        total = run.get("total_epochs")  # version 0.1 did not store it
+    if path.suffix == ".safetensors" and (not path.is_file() or _is_export(path)):
+        stored = _read_export(path)
     else:
-        state = data = require_fields(read_state(path), RUN, path=path, what="a training state", remedy=REMEDY)
-        saved, run = state["config"]["model"], state["config"]["run"]
-        steps_per_epoch = state.get("num_images", 0) // max(1, run["batch_size"])
-        epochs = state["step"] / steps_per_epoch if steps_per_epoch else None
-        total = state["total_steps"] / steps_per_epoch if steps_per_epoch and state.get("total_steps") else None
-        options = option_names(DecodingSettings)  # those of training are complete but for a range `data`
-        decoding = state.get("decoding") or {name: x for name, x in state["config"]["data"].items() if name in options}
-        parts = ((name, state[name]) for name in ("teacher", "student") if name in state)
-        weights = {
-            name: {key.removeprefix("encoder."): x for key, x in part.items() if key.startswith("encoder.")}
-            for name, part in parts
-        }
+        content = load_official(path)
+        stored = _read_run(path, content) if "format" in content else _read_foreign(path, content, which, overrides)
     try:
-        config = from_dict(ModelConfig, {**saved, **overrides})
+        config = from_dict(ModelConfig, {**stored.options, **overrides})
     except ConfigError as error:
-        file = path.parent / "model.json" if path.suffix == ".safetensors" else path
+        file = path.parent / "model.json" if path.suffix == ".safetensors" and not stored.foreign else path
         raise ConfigError(f"the model options in {file}: {error}") from None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run["seed"])
+        torch.manual_seed(stored.seed)
         encoder = build_encoder(config)
+    if which != "untrained" and which not in stored.weights:
+        raise ValueError(f"{path} has no {which} weights, only {', '.join(stored.weights)}")
+    if stored.foreign:
+        stored.foreign.check(encoder)
+        say(stored.foreign.describe(which))
+        stored.weights = dict.fromkeys(stored.weights, stored.foreign.weights)
     if which != "untrained":
-        if which not in weights:
-            raise ValueError(f"{path} has no {which} weights, only {', '.join(weights)}")
-        load_strict(encoder, weights[which], source=str(path))
-        encoder.epochs, encoder.num_images, encoder.images = epochs, data.get("num_images"), data.get("images")
-        encoder.total_epochs = total
+        load_strict(encoder, stored.weights[which], source=str(path))
+        for name, value in stored.training.items():
+            setattr(encoder, name, value)
     else:
         encoder.epochs = 0.0
     try:
-        encoder.decoding = from_dict(DecodingSettings, decoding)
+        encoder.decoding = from_dict(DecodingSettings, stored.decoding)
     except ConfigError as error:
         raise ConfigError(f"the decoding options in {path}: {error}") from None
     return encoder.eval()
 
 
-def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
-    """The weights, the options, and what `export_encoder` wrote about the run: seed, epochs, and
-    except in files of version 0.1 num_images, images and decoding."""
+def _read_run(path: Path, content: dict[str, Any]) -> _Stored:
+    """A training state."""
+    state = require_fields(_own_state(path, content), RUN, path=path, what="a training state", remedy=REMEDY)
+    run = state["config"]["run"]
+    steps_per_epoch = state.get("num_images", 0) // max(1, run["batch_size"])
+    training = {
+        "epochs": state["step"] / steps_per_epoch if steps_per_epoch else None,
+        "total_epochs": state["total_steps"] / steps_per_epoch if steps_per_epoch and state.get("total_steps") else None,
+        "num_images": state.get("num_images"),
+        "images": state.get("images"),
+    }
+    options = option_names(DecodingSettings)  # those of training are complete but for a range `data`
+    decoding = state.get("decoding") or {name: x for name, x in state["config"]["data"].items() if name in options}
+    weights: dict[str, dict[str, torch.Tensor]] = {
+        name: {key.removeprefix("encoder."): x for key, x in state[name].items() if key.startswith("encoder.")}
+        for name in ("teacher", "student")
+        if name in state
+    }
+    return _Stored(state["config"]["model"], run["seed"], weights, training, decoding)
+
+
+def _read_foreign(path: Path, content: dict[str, Any], which: str, overrides: dict[str, Any]) -> _Stored:
+    """A file of others. Its untrained encoder is that of seed 0."""
+    kind = "student" if which == "student" else "teacher"
+    found = recognize(content, which=kind, given=overrides, source=str(path))
+    training = {"epochs": found.epochs, "total_epochs": found.total_epochs}
+    return _Stored(found.options, 0, {kind: found.weights}, training, {}, found)
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a .safetensors file is an export of this tool, or none that can be read, which
+    `_read_export` says."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "run" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return (path.parent / "model.json").is_file()
+
+
+def _read_export(path: Path) -> _Stored:
+    """What `export_encoder` wrote; version 0.1 wrote no total_epochs, num_images, images and
+    decoding."""
     options = path.parent / "model.json"
     if not (path.is_file() and options.is_file()):
         raise FileNotFoundError(f"{path} needs to exist with model.json beside it: give a checkpoint of a run, or both files")
@@ -269,4 +311,5 @@ def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], d
         "seed": int, "epochs?": NUMBER, "total_epochs?": NUMBER, "num_images?": int, "images?": str, "decoding?": dict
     }  # fmt: skip
     run = require_fields(run, fields, path=path, what="an export of this tool", remedy=REMEDY)
-    return weights, saved, {"epochs": None, **run}
+    training = {name: run.get(name) for name in ("epochs", "total_epochs", "num_images", "images")}
+    return _Stored(saved, run["seed"], {"teacher": weights}, training, run.get("decoding") or {})

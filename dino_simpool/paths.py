@@ -52,8 +52,11 @@ def _check(path: str, kind: str, name: str, *, inside: str) -> None:
             _look_for_images(path)
         case "train" | "val":
             _look_for_images(find_split(path, inside=inside, option=f"--{name}", role=kind))
-        case "checkpoint" if not os.path.isfile(path):
-            raise FileNotFoundError(f"no checkpoint {path}: give last.pth, best.pth or backbone.safetensors of a run")
+        case "checkpoint" if not os.path.isfile(path) and not path.startswith("timm:"):
+            what = "it is a folder, give a file in it, such as" if os.path.isdir(path) else "give"
+            raise FileNotFoundError(f"no checkpoint {path}: {what} last.pth, best.pth or backbone.safetensors of a run")
+        case "weights" if not os.path.isfile(path) and path != "random":
+            raise FileNotFoundError(f"no weights {path}: give a file, or random")
         case "folder" if not os.path.isdir(path):
             raise FileNotFoundError(
                 f"{path} {'is no folder' if os.path.exists(path) else 'does not exist'}: give {name} a folder"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from dino_simpool import __version__, distributed
 from dino_simpool.config import EvalConfig, to_dict
 from dino_simpool.files import file_sha256, make_writable, write_atomically, write_json
 from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.weights import weights_sha256
 
 
 def result_name(evaluator: str, cfg: EvalConfig) -> str:
@@ -71,10 +73,20 @@ def versions() -> dict[str, str]:
     }
 
 
-def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any]:
+def origin_of(encoder: Encoder, checkpoint: str, weights: str = "") -> dict[str, Any]:
+    """Where the weights of an encoder are from, with the SHA-256 of the file: the checkpoint, or of
+    timm:NAME its weights (`TimmConfig.weights`). Without a file, that of the weights themselves."""
+    if not checkpoint.startswith("timm:"):
+        return {"checkpoint": os.path.abspath(checkpoint), "sha256": file_sha256(checkpoint)}
+    file = os.path.isfile(weights)
+    digest = file_sha256(weights) if file else weights_sha256(encoder)
+    return {"checkpoint": checkpoint, "weights": os.path.abspath(weights) if file else weights, "sha256": digest}
+
+
+def model_record(encoder: Encoder, checkpoint: str, which: str, *, weights: str = "") -> dict[str, Any]:
     """The encoder in the record: options, checkpoint with SHA-256, which weights; epochs so far and
     in all, number of images and their digest of its training, None where the file does not say."""
-    source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which}
+    source = origin_of(encoder, checkpoint, weights) | {"checkpoint": checkpoint, "which": which}
     training = {name: getattr(encoder, name) for name in ("epochs", "total_epochs", "num_images", "images")}
     return dataclasses.asdict(encoder.config) | source | training | {"decoding": to_dict(encoder.decoding)}
 

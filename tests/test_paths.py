@@ -25,6 +25,8 @@ MISTAKES = {
     "train --config none": "no recipe none",
     "knn --data images": "no checkpoint is given: give --checkpoint",
     "knn --checkpoint none.pth --data images": "no checkpoint none.pth: give last.pth",
+    "knn --checkpoint images --data images": "no checkpoint images: it is a folder, give a file in it, such as last.pth",
+    "knn --checkpoint timm:resnet18 --weights none --data images --out out": "no weights none: give a file, or random",
     "knn --features pixels": "no data is given: give --data DIR",
     "linear --checkpoint weights.pth --data none": "none does not exist: give data a folder",
     "linear --checkpoint weights.pth --data images": "images/val does not exist, only class",

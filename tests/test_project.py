@@ -366,7 +366,8 @@ def test_an_installed_recipe_is_found_by_name(tmp_path: Path) -> None:
 
 
 def test_dependencies_are_what_is_imported() -> None:
-    distributions = {"PIL": "pillow", "yaml": "pyyaml", "faiss": "faiss-cpu", "cv2": "opencv-python-headless"}
+    distributions = {"PIL": "pillow", "yaml": "pyyaml", "faiss": "faiss-cpu", "cv2": "opencv-python-headless",
+                         "huggingface_hub": "huggingface-hub"}  # fmt: skip
     imported = set()
     for path in SOURCES.values():
         for node in ast.walk(ast.parse(path.read_text())):

@@ -116,3 +116,11 @@ class ResourcesConfig(Checkpoint):
     """Side of the image in pixels. null: that of the model."""
     out: str = path("", "out")
     """Folder for resources.json. Empty: results/ beside the checkpoint, or no file without one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint.startswith("timm:"):
+            raise ValueError(
+                f"checkpoint is {self.checkpoint}: encoders of this tool are counted, give --model.arch for a ViT, ResNet or "
+                "ConvNeXt of timm"
+            )

@@ -36,6 +36,11 @@ class EvalConfig(Compute, Weights):
     """Seed of the probe's initialization, shuffling and augmentation. Untrained weights come from
     the seed of the run."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint.startswith("timm:") and not self.out:
+            raise ValueError(f"{self.checkpoint} has no folder for the results: give --out DIR")
+
     @property
     def variant(self) -> tuple[str, ...]:
         """Words that follow the evaluator's name in the file name, to keep results apart."""

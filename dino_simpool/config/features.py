@@ -59,7 +59,8 @@ class ExtractConfig(Decoding, Excluding, Loading, Square, Compute, Weights):
             raise ValueError("index is of all images, not of a shard: leave it out here and give it with --merge")
         if self.merge:
             allowed = ("merge", "out", "index", "index_kind", "parquet", "device")
-            given = [f.name for f in fields(self) if f.name not in allowed and getattr(self, f.name) != f.default]
+            usual = ExtractConfig()
+            given = [f.name for f in fields(self) if f.name not in allowed and getattr(self, f.name) != getattr(usual, f.name)]
             if given:
                 raise ValueError(f"merge takes all settings from the shards: leave out {', '.join(given)}")
         if self.resize is not None and self.view == "whole":

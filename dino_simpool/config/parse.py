@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
-from dino_simpool.config.words import explain_unknown
+from dino_simpool.config.words import TOLD, explain_unknown
 
 Config = TypeVar("Config")
 
@@ -40,6 +40,8 @@ def option_names(config: type) -> dict[str, str]:
 
 def _allowed(annotation: str) -> str:
     """The values that an option accepts, in words."""
+    if annotation.startswith("dict"):
+        return "options of the encoder by name, as in --model.heads 6; a file of weights is a --checkpoint"
     if choices := re.search(r"Literal\[(.*)\]", annotation):
         return "one of " + re.sub("['\"]", "", choices[1])
     for kind, word in (("int", "whole number"), ("float", "number"), ("str", "text")):
@@ -60,7 +62,8 @@ def _explain(message: str, config: type) -> str:
     unknown = unknown or re.search(r"(?:Option '|unrecognized arguments: (?:--)?)()([\w.-]+)", message)
     if unknown:
         given = f"{unknown[1]}.{unknown[2]}" if unknown[1] else unknown[2]
-        return f"unknown option {given}: {explain_unknown(given, list(names))}"
+        told = [f"model.{name}" for name in TOLD if names.get("model", "").startswith("dict")]
+        return f"unknown option {given}: {explain_unknown(given, [*names, *told])}"
     if group := re.search(r'Parser key "(\w+)": Unable to load config', message):
         first = next(name for name in names if name.startswith(f"{group[1]}."))
         return f"{group[1]} is a group of options: give each by its own name, as in --{first} VALUE"

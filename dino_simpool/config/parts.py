@@ -7,6 +7,7 @@ another default or another text for an option defines that option again.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
 from dataclasses import dataclass
@@ -48,9 +49,10 @@ def option(default: Any, *, most: float, least: float = -math.inf, above: float 
     return dataclasses.field(default=default, metadata={"limits": Limits(least, above, most, default is None)})
 
 
-PathKind = Literal["images", "train", "val", "checkpoint", "folder", "existing", "run", "out"]
-"""What an option names: a source of images; a part of `data`; weights; a folder; something that
-exists; the folder of a run; a folder to write to, which is made."""
+PathKind = Literal["images", "train", "val", "checkpoint", "weights", "folder", "existing", "run", "out"]
+"""What an option names: a source of images; a part of `data`; a checkpoint, or timm:NAME; a file of
+weights, or `random`; a folder; something that exists; the folder of a run; a folder to write to,
+which is made."""
 
 
 def path(default: Any, kind: PathKind, *, needed: str = "") -> Any:
@@ -103,12 +105,38 @@ class Weights(Checkpoint):
     checkpoint: str = path(
         "", "checkpoint", needed="no checkpoint is given: give --checkpoint RUN/last.pth (or backbone.safetensors)"
     )
-    """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors."""
+    """A training checkpoint (last.pth, best.pth) or an exported backbone.safetensors; a file of
+    SimPool, DINO, timm or torchvision, which is recognized; or timm:NAME, any encoder of timm."""
+    weights: str = path("", "weights")
+    """The weights of timm:NAME: a file, or random. Empty: those that timm downloads."""
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What a file of others does not say, or what is to be different, by the names of the options
+    `model` of train: --model.heads 6 --model.gamma 2.0."""
     which: Literal["teacher", "student", "untrained"] = "teacher"
     """Weights to use. untrained: the same encoder at its initialization, for comparison."""
     min_over: Literal["image", "batch"] = "image"
     """Range of SimPool's minimum, whatever the training used. batch repeats the released code,
     whose features depend on the other images of the batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights and not self.checkpoint.startswith("timm:"):
+            raise ValueError(
+                f"weights {self.weights} are those of a checkpoint timm:NAME: give one, or the file as --checkpoint"
+            )
+        from dino_simpool.config.train import ModelConfig  # which imports this module
+
+        names = {field.name for field in dataclasses.fields(ModelConfig)} - {"min_over"}
+        if unknown := [name for name in self.model if name not in names]:
+            near = difflib.get_close_matches(unknown[0], names, 1)
+            hint = (
+                "give --min_over"
+                if unknown[0] == "min_over"
+                else f"did you mean model.{near[0]}?"
+                if near
+                else "see train --help"
+            )
+            raise ValueError(f"unknown option model.{unknown[0]}: {hint}")
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,19 @@ SAME: dict[str, tuple[str, ...]] = {
     "workers": ("num_workers", "n_workers", "nworkers", "j", "dataloader_num_workers"),
     "k": ("nb_knn", "topk", "top_k", "num_neighbors", "n_neighbors", "recall_k"),
     "checkpoint": ("pretrained_weights", "pretrained", "weights", "ckpt", "ckpt_path", "checkpoint_path", "model_path",
-                   "model"),
-    "which": ("checkpoint_key",),
+                   "model", "timm_model", "backbone_weights", "init_checkpoint", "model_weights"),
+    "weights": ("pretrained_path", "weights_path", "weights_file", "timm_weights", "backbone_path"),
+    "model.heads": ("num_attention_heads", "n_heads", "nhead"),
+    "model.mean": ("image_mean", "pixel_mean", "norm_mean", "img_mean"),
+    "model.std": ("image_std", "pixel_std", "norm_std", "img_std"),
+    "model.pos_interp": ("interpolate_offset", "interpolate_antialias", "pos_embed_interp"),
+    "which": ("checkpoint_key", "use_ema", "model_ema"),
     "mass": ("threshold",),
 }  # fmt: skip
 """Option -> words for it. A command takes the first option that it has."""
+
+TOLD = ("arch", "gamma", "heads", "num_heads", "mean", "std", "pos_interp", "norm_order")
+"""Options of `model` that evaluators are told for files of weights that do not say them."""
 
 NONE: dict[tuple[str, ...], str] = {
     ("resume", "resume_from", "resume_from_checkpoint", "auto_resume", "checkpoint", "ckpt", "ckpt_path", "last"): (

@@ -43,9 +43,11 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
         raise ValueError("no checkpoint is given: give --checkpoint RUN/last.pth (or backbone.safetensors)")
     encoder = model = None
     if cfg.checkpoint:
-        encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
+        encoder = load_encoder(cfg.checkpoint, which=cfg.which, weights=cfg.weights, min_over=cfg.min_over, **cfg.model).to(
+            device
+        )
         # Before the evaluation: a training run may replace the file in the meantime.
-        model = model_record(encoder, cfg.checkpoint, cfg.which)
+        model = model_record(encoder, cfg.checkpoint, cfg.which, weights=cfg.weights)
     folder = results_folder(cfg.out, cfg.checkpoint)
     torch.manual_seed(cfg.seed)
     result = evaluate(encoder, cfg)

@@ -54,13 +54,13 @@ from dino_simpool.features.index import build_flat, build_ivfpq
 from dino_simpool.features.parquet import require_pyarrow, write_parquet
 from dino_simpool.features.rows import RowFile, StoredRows
 from dino_simpool.features.shards import merge
-from dino_simpool.files import file_sha256, write_atomically
+from dino_simpool.files import write_atomically
 from dino_simpool.logs import progress, say
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.pooling.simpool import SimPool
 from dino_simpool.models.weights import weights_sha256
 from dino_simpool.names import shown_lines
-from dino_simpool.results import versions
+from dino_simpool.results import origin_of, versions
 
 
 def main(cfg: ExtractConfig) -> None:
@@ -123,15 +123,13 @@ def _extract(cfg: ExtractConfig, folder: Path, shard: Shard | None, device: torc
     if cfg.labels and len(sources) > 1:
         raise ValueError(f"labels need one folder of class folders, given {len(sources)} sources: leave labels out")
     images = class_folder(sources[0], cfg.excluded) if cfg.labels else find_images(sources, cfg.excluded)
-    encoder = load_encoder(cfg.checkpoint, which=cfg.which, min_over=cfg.min_over).to(device)
+    encoder = load_encoder(cfg.checkpoint, which=cfg.which, weights=cfg.weights, min_over=cfg.min_over, **cfg.model).to(device)
     images = images.with_decoding(decoding_of(cfg, encoder, images))
     view = {"view": cfg.view, **preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)}
     if cfg.view == "whole":
         del view["resize"]
-    checkpoint = os.path.abspath(cfg.checkpoint)
     source = {
-        "checkpoint": checkpoint,
-        "sha256": file_sha256(checkpoint),
+        **origin_of(encoder, cfg.checkpoint, cfg.weights),
         "which": cfg.which,
         "data": [images.root] if cfg.labels else sources,
         "max_pixels": cfg.max_pixels,

@@ -30,6 +30,7 @@ from dino_simpool.features.rows import StoredRows
 from dino_simpool.files import Fields, check_digest, file_sha256, require_fields, write_atomically
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.weights import weights_sha256
 from dino_simpool.names import is_image, shown
 from dino_simpool.pictures import Tile, contact_sheet
 from dino_simpool.results import write_record
@@ -127,6 +128,14 @@ def open_index(folder: str) -> tuple[dict[str, Any], StoredRows, faiss.Index]:
 def encoder_of(cfg: SearchConfig, meta: dict[str, Any]) -> Encoder:
     """The encoder of an index. ValueError or OSError if its checkpoint was changed or moved."""
     source = meta["source"]
+    if source["checkpoint"].startswith("timm:"):
+        weights = cfg.checkpoint or source["weights"]
+        encoder = load_encoder(source["checkpoint"], which=source["which"], weights=weights, **meta["settings"]["model"])
+        if weights_sha256(encoder) != meta["settings"]["weights"]:
+            raise ValueError(
+                f"the weights of {source['checkpoint']} are not those of the index: extract again, or give their file"
+            )
+        return encoder
     path = cfg.checkpoint or source["checkpoint"]
     if not os.path.isfile(path):
         raise FileNotFoundError(f"the checkpoint of the index, {path}, does not exist: give its new place with --checkpoint")

@@ -123,20 +123,23 @@ class SubsampledConv(nn.Conv2d):
 
 
 def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
-    sizes = _stages(cfg, "layers")
+    sizes, simple = _stages(cfg, "layers"), isinstance(_on_meta(name).conv1, nn.Conv2d)
     if cfg.width:
-        if cfg.width % 2:
+        if cfg.width % 2 and not simple:
             raise ValueError(f"model.width is {cfg.width}: give an even number for {cfg.arch}")
-        # timm has a width for deep stems only; the single convolution is put back below.
-        sizes |= {"channels": tuple(cfg.width * 2**i for i in range(4)), "stem_width": cfg.width // 2, "stem_type": "deep"}
+        # timm has an even width for deep stems only; the single convolution is put back below.
+        stem = -(-cfg.width // 2)
+        sizes |= {"channels": tuple(cfg.width * 2**i for i in range(4)), "stem_width": stem, "stem_type": "deep"}
     trunk: Any = timm.create_model(
         name, num_classes=0, global_pool="", zero_init_last=False, drop_path_rate=cfg.drop_path, **sizes
     )
-    if cfg.stem == "small" or (cfg.width and isinstance(_on_meta(name).conv1, nn.Conv2d)):
+    if cfg.stem == "small" or (cfg.width and simple):
         last = trunk.conv1 if isinstance(trunk.conv1, nn.Conv2d) else trunk.conv1[-1]
         kernel, stride = (3, 1) if cfg.stem == "small" else (7, 2)
-        trunk.conv1 = nn.Conv2d(3, last.out_channels, kernel, stride, kernel // 2, bias=False)
+        trunk.conv1 = nn.Conv2d(3, cfg.width or last.out_channels, kernel, stride, kernel // 2, bias=False)
         nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if cfg.width and cfg.width % 2:
+        _narrow(trunk, cfg.width)
     if cfg.stem == "small":
         trunk.maxpool = nn.Identity()
     for module in trunk.modules():
@@ -146,6 +149,22 @@ def _resnet(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:
             module.__class__ = BatchNorm
     trunk.num_features = trunk.feature_info[-1]["num_chs"]
     return trunk, nn.Identity
+
+
+def _narrow(trunk: Any, width: int) -> None:
+    """Make what follows the stem of a ResNet take `width` channels in place of one more."""
+    first = trunk.layer1[0]
+    trunk.bn1 = nn.BatchNorm2d(width)
+    old = first.conv1
+    first.conv1 = nn.Conv2d(width, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False)
+    new = [first.conv1]
+    if first.bn1.num_features != width or hasattr(first, "conv3"):
+        first.downsample[0] = nn.Conv2d(width, first.downsample[0].out_channels, 1, bias=False)
+        new.append(first.downsample[0])
+    else:
+        first.downsample = None  # as many channels come in as go out
+    for convolution in new:
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _convnext(name: str, cfg: ModelConfig) -> tuple[Any, MakeNorm]:

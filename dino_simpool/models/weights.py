@@ -17,12 +17,15 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Collection, Mapping
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PosixPath
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 Layout = Literal["dino", "supervised"]
@@ -87,26 +90,65 @@ FAMILY_KEYS = {
     "downsample_layers.0.0.weight": "convnext",
 }
 COLUMNS = {"dino": 0, "supervised": 1, "ours": 2}
+OURS = ("encoder.trunk.", "trunk.")
+"""What names of ours begin with."""
 
 
-def load_official(path: str | Path) -> dict[str, Any]:
-    """The content of a published .pth file, with its tensors on the CPU.
+def read_file(path: str | Path) -> Any:
+    """The content of a file of weights (.pth and the like, .safetensors), its tensors on the CPU.
 
-    ValueError if it is broken, not a dictionary, or holds more than tensors and the plain values of
-    published files, since loading that could run code.
+    No code of the file is run: of old files a short list of plain types is let in, as which options
+    and learning rates were saved. FileNotFoundError, or ValueError in one line if the file is
+    broken or holds anything else, which is named.
     """
+    path = Path(path)
+    if not path.is_file():
+        what = "it is a folder, give a file in it, such as" if path.is_dir() else "give"
+        raise FileNotFoundError(f"no checkpoint {path}: {what} last.pth, best.pth or backbone.safetensors of a run")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} cannot be read (it is empty, 0 bytes): copy it again")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read (broken, or no safetensors file): {error}") from error
     # It makes NumPy scalars, as which learning rates were saved, in old files under another name.
     scalar: Any = np.float64(0).__reduce__()[0]
     scalars = [np.dtype, np.dtypes.Float64DType, scalar, (scalar, "numpy.core.multiarray.scalar")]
     try:
+        _check_crc(path)
         with torch.serialization.safe_globals([argparse.Namespace, PosixPath, *scalars]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {found[1]}, and loading it could run code" if found else "is not a checkpoint"
-        raise ValueError(f"{path} {what}: only tensors and plain values are loaded, get the file from its authors") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read, it is broken or not a checkpoint: copy it again") from error
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it holds {found[1]}, and loading it could run code: only tensors and plain values are loaded"
+            raise ValueError(f"{path} cannot be read ({reason}); get the file from its authors") from error
+        raise ValueError(f"{path} cannot be read (it is no checkpoint): give a file of weights") from error
+    except Exception as error:  # torch raises many kinds for broken files; the cause is kept
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path} cannot be read (it is TorchScript, which is code): give a file of weights") from error
+        reason = str(error).partition("\n")[0][:160]
+        raise ValueError(
+            f"{path} cannot be read (truncated, broken, or no checkpoint): {type(error).__name__} {reason}".strip()
+        ) from error
+
+
+def _check_crc(path: Path) -> None:
+    """BadZipFile if a part of a checkpoint does not match the CRC-32 that its zip format stores.
+
+    torch does not compare them when it loads. 500 MB take 0.2 s. Files of torch's older format,
+    which are no zip archives, have none.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+
+
+def load_official(path: str | Path) -> dict[str, Any]:
+    """The content of a published file, as `read_file` reads it. ValueError also if it is no
+    dictionary."""
+    content = read_file(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: give a dictionary of weights")
     return content
@@ -118,27 +160,39 @@ def from_official(checkpoint: Mapping[str, Any], *, which: Literal["teacher", "s
     which: of a supervised file, teacher is the moving average if there is one. ValueError for names
     that no table knows.
     """
-    state = {
-        name.replace("_orig_mod.", "").removeprefix("module."): value
-        for name, value in _choose(checkpoint, which).items()
-        if ".aux_bn." not in name
-    }
-    if any(name.startswith(("encoder.trunk.", "trunk.")) for name in state):
+    state = stripped(checkpoint, which)
+    if any(name.startswith(OURS) for name in state):
         ours = ("encoder.", "head.", "classifier.")
         return {name if name.startswith(ours) else f"encoder.{name}": value for name, value in state.items()}
-    if not any(name.startswith(("backbone.", "head.mlp.")) for name in state):  # an encoder or a head alone
-        prefix = "head." if "last_layer.weight_g" in state else "backbone."
-        state = {prefix + name: value for name, value in state.items()}
-    if stray := [name for name in state if not name.startswith(("backbone.", "head."))]:
-        raise ValueError(f"unknown names of weights: {_first(stray)}")
-    encoder, head = _section(state, "backbone."), _section(state, "head.")
+    encoder, head = split(state)
     result: dict[str, Tensor] = {}
     if encoder:
         renamed = _rename(_without_class_position(encoder), ENCODERS[_family(encoder)], "ours")
         result |= {name if name.startswith("classifier.") else f"encoder.{name}": value for name, value in renamed.items()}
     if head:
-        result |= {f"head.{name}": value for name, value in _rename(head, _head_rows(head), "ours").items()}
+        result |= {f"head.{name}": value for name, value in _rename(head, head_rows(head), "ours").items()}
     return result
+
+
+def stripped(checkpoint: Mapping[str, Any], which: str) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint, without what wrappers put before names, and without the
+    extra BatchNorms of a training with split ones."""
+    return {
+        name.replace("_orig_mod.", "").removeprefix("module."): value
+        for name, value in _choose(checkpoint, which).items()
+        if ".aux_bn." not in name
+    }
+
+
+def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Encoder and head of a state dict under published names, each without its prefix. ValueError
+    for names that belong to neither."""
+    if not any(name.startswith(("backbone.", "head.mlp.")) for name in state):  # an encoder or a head alone
+        prefix = "head." if "last_layer.weight_g" in state else "backbone."
+        state = {prefix + name: value for name, value in state.items()}
+    if stray := [name for name in state if not name.startswith(("backbone.", "head."))]:
+        raise ValueError(f"unknown names of weights: {first_names(stray)}")
+    return _section(state, "backbone."), _section(state, "head.")
 
 
 def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict[str, Tensor]:
@@ -157,7 +211,7 @@ def to_official(state: Mapping[str, Tensor], *, layout: Layout = "dino") -> dict
             raise ValueError("a supervised file has no place for a DINO head: convert the encoder only, or use layout dino")
         return renamed
     return {f"backbone.{name}": value for name, value in renamed.items()} | {
-        f"head.{name}": value for name, value in _rename(head, _head_rows(head), "dino").items()
+        f"head.{name}": value for name, value in _rename(head, head_rows(head), "dino").items()
     }
 
 
@@ -194,7 +248,9 @@ def _choose(checkpoint: Mapping[str, Any], which: str) -> Mapping[str, Tensor]:
     for place in places:
         if isinstance(checkpoint.get(place), Mapping):
             return checkpoint[place]
-    raise ValueError(f"the checkpoint has no {which}: it has {_first(checkpoint)}, and one of {', '.join(places)} is needed")
+    raise ValueError(
+        f"the checkpoint has no {which}: it has {first_names(checkpoint)}, and one of {', '.join(places)} is needed"
+    )
 
 
 def _section(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -204,11 +260,12 @@ def _section(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _family(names: Mapping[str, Tensor]) -> str:
     found = [family for name, family in FAMILY_KEYS.items() if name in names]
     if not found:
-        raise ValueError(f"no ViT, ResNet or ConvNeXt has these weights: {_first(names)}")
+        raise ValueError(f"no ViT, ResNet or ConvNeXt has these weights: {first_names(names)}")
     return found[0]
 
 
-def _head_rows(names: Mapping[str, Tensor]) -> tuple[Row, ...]:
+def head_rows(names: Mapping[str, Tensor]) -> tuple[Row, ...]:
+    """The table of the head that has these names."""
     if "mlp.weight" in names or ("fc1.weight" in names and "fc2.weight" not in names):
         return HEADS["one layer"]
     return HEADS["batch norm" if any(name.startswith("bn1.") or name.endswith("running_mean") for name in names) else "plain"]
@@ -232,15 +289,24 @@ def _rename(state: Mapping[str, Tensor], rows: tuple[Row, ...], target: str) -> 
     unknown: list[list[str]] = []
     for source in ("dino", "supervised") if target == "ours" else ("ours",):
         pairs = [(row[COLUMNS[source]], row[COLUMNS[target]]) for row in rows]
-        names = {name: _translate(name, pairs) for name in state}
+        names = {name: translate(name, pairs) for name in state}
         unknown.append([name for name, new in names.items() if new is None])
         if not unknown[-1]:
             assert len(set(names.values())) == len(names)
             return {new: state[name] for name, new in names.items() if new is not None}
-    raise ValueError(f"unknown names of weights: {_first(min(unknown, key=len))}")
+    raise ValueError(f"unknown names of weights: {first_names(min(unknown, key=len))}")
 
 
-def _translate(name: str, pairs: list[tuple[str, str]]) -> str | None:
+def rename_known(state: Mapping[str, Tensor], rows: tuple[Row, ...], source: Layout) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that a layout names, under our names, and the names that it does not know."""
+    pairs = [(row[COLUMNS[source]], row[COLUMNS["ours"]]) for row in rows]
+    names = {name: translate(name, pairs) for name in state}
+    known = {new: state[name] for name, new in names.items() if new is not None}
+    return known, [name for name, new in names.items() if new is None]
+
+
+def translate(name: str, pairs: Sequence[tuple[str, str]]) -> str | None:
+    """The name by the first pair (theirs, ours) that knows it."""
     for theirs, ours in pairs:
         pattern = re.escape(theirs).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)")
         if match := re.fullmatch(pattern, name):
@@ -248,5 +314,6 @@ def _translate(name: str, pairs: list[tuple[str, str]]) -> str | None:
     return None
 
 
-def _first(names: Collection[str]) -> str:
+def first_names(names: Collection[str]) -> str:
+    """The first five names."""
     return ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")

@@ -120,6 +120,8 @@ def network_of(model: dict[str, object]) -> str:
     """The paper's name of a network in its standard size; for any other network, its `arch`."""
     arch = str(model["arch"])
     standard = {"width": None, "depth": None, "heads": None, "stem": "standard", "patch_size": 16}
+    if arch.startswith("timm:"):  # as timm makes it
+        return arch
     changed = [f"{name} {model[name]}" for name, value in standard.items() if model.get(name, value) != value]
     if changed:
         return f"{arch} ({', '.join(changed)})"

@@ -169,10 +169,32 @@ def test_mistake_on_the_command_line(arguments: tuple[str, ...], words: str) -> 
         (("--resize", "0"), "resize is 0: allowed is 1 to 8,192, or null"),
         (("--max_pixels", "0"), "max_pixels is 0: allowed is 1 to 100,000,000,000"),
         (("--workers", "-1"), "workers is -1: allowed is 0 to 1,024, or null"),
+        (("--checkpoint", "timm:resnet18"), "timm:resnet18 has no folder for the results: give --out DIR"),
+        (
+            ("--checkpoint", "last.pth", "--weights", "random"),
+            "weights random are those of a checkpoint timm:NAME: give one, or the file as --checkpoint",
+        ),
+        (
+            ("--model", "last.pth"),
+            "model is last.pth: allowed is options of the encoder by name, as in --model.heads 6; a file of weights is a "
+            "--checkpoint",
+        ),
     ],
 )
 def test_mistake_in_an_evaluators_options(arguments: tuple[str, ...], said: str) -> None:
     assert refusal(*arguments, kind=KnnConfig) == said
+
+
+def test_resources_count_no_encoder_of_others() -> None:
+    said = refusal("--checkpoint", "timm:resnet18", kind=config.ResourcesConfig)
+    assert said.startswith("checkpoint is timm:resnet18: encoders of this tool are counted, give --model.arch")
+
+
+def test_evaluators_take_options_of_the_model_by_name() -> None:
+    given = ["--model.heads", "3", "--model.gamma", "null", "--model.mean", "[0.5, 0.5, 0.5]"]
+    cfg = parse(KnnConfig, given)
+    assert cfg.model == {"heads": 3, "gamma": None, "mean": [0.5, 0.5, 0.5]}
+    assert from_dict(KnnConfig, to_dict(cfg)) == cfg
 
 
 # -- values

@@ -74,7 +74,15 @@ def test_words_without_an_option_say_how_it_is_done(word: str) -> None:
     [
         (KnnConfig, "lr", "this command has none; of train it is optim.lr"),
         (KnnConfig, "patch_size", "this command has none; of train it is model.patch_size"),  # and not batch_size
-        (KnnConfig, "model.arch", "this command has none; of train it is model.arch"),
+        (KnnConfig, "heads", "did you mean model.heads?"),  # for files that do not say it
+        (KnnConfig, "architecture", "did you mean model.arch?"),
+        (KnnConfig, "image_mean", "did you mean model.mean?"),
+        (KnnConfig, "model.zebra", "see train --help"),
+        (KnnConfig, "model.headz", "did you mean model.heads?"),
+        (KnnConfig, "model.min_over", "give --min_over"),
+        (KnnConfig, "timm_model", "did you mean checkpoint?"),
+        (KnnConfig, "weights_file", "did you mean weights?"),
+        (KnnConfig, "use_ema", "did you mean which?"),
         (LinearConfig, "learning_rate", "did you mean lr?"),
         (KnnConfig, "pretrained_weights", "did you mean checkpoint?"),
         (KnnConfig, "nb_knn", "did you mean k?"),

@@ -35,6 +35,7 @@ from dino_simpool.features.extract import extract, level_of, main
 from dino_simpool.features.folder import settings_hash
 from dino_simpool.features.index import build_flat
 from dino_simpool.features.rows import RowFile
+from dino_simpool.files import file_sha256
 from dino_simpool.models.encoder import Encoder, build_encoder
 from dino_simpool.models.weights import weights_sha256
 
@@ -233,7 +234,7 @@ def test_what_is_beside_the_features(tmp_path: Path, images: Path, checkpoint: s
     settings, encoder = meta["settings"], module.load_encoder(checkpoint)
     assert meta["hash"] == settings_hash(settings) and meta["shape"] == [13, 32]
     assert meta["source"] == {
-        "checkpoint": checkpoint, "sha256": module.file_sha256(checkpoint), "which": "teacher", "data": [str(images)],
+        "checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": "teacher", "data": [str(images)],
         "exclude": [], "max_pixels": MAX_PIXELS,
     }  # fmt: skip
     assert settings["model"] == json.loads(json.dumps(dataclasses.asdict(encoder.config)))

@@ -262,7 +262,7 @@ def test_unknown_architectures_are_refused(arch: str, words: str) -> None:
         ({"arch": "vit_tiny", "width": 100, "heads": 3}, "divisor"),
         ({"arch": "vit_tiny", "heads": 5}, "divisor"),
         ({"arch": "vit_tiny", "depth": (1, 2)}, "stages"),
-        ({"arch": "resnet18", "width": 9}, "even"),
+        ({"arch": "resnet18d", "width": 9}, "even"),
         ({"arch": "resnet18", "depth": (1,)}, "two blocks"),
         ({"arch": "convnext_tiny", "depth": (1, 1, 1, 1, 1)}, "one to four"),
     ],
