@@ -80,8 +80,9 @@ class _Bank:
         # as large as possible.
         search, row_bytes = (_search_faiss, 4 * width) if on_cpu else (_search_blocked, 4 * (len(queries) + 2 * width))
         for block in chunks(len(self.rows), row_bytes, max_bytes=self.max_bytes):
-            unit = torch.div(self.rows[block], self.lengths[block, None].float()).float().to(queries.device)
-            similarity, place = search(queries, unit, min(count, len(unit)))
+            unit = self.rows[block].to(torch.float32, copy=True).div_(self.lengths[block, None].float())
+            similarity, place = search(queries, unit.to(queries.device), min(count, len(unit)))
+            del unit  # before the next one is made
             value, index = torch.cat([value, similarity], 1), torch.cat([index, place + block.start], 1)
             value, kept = value.topk(min(count, value.shape[1]))
             index = index.gather(1, kept)

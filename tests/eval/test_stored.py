@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +299,77 @@ def test_half_precision_is_a_loop_over_its_rows(width: int) -> None:
     given = torch.from_numpy(train), torch.from_numpy(test)
     assert np.array_equal(neighbors(*given, k=9)[1], nearest)
     assert np.array_equal(knn_rank(given[0], torch.from_numpy(labels), given[1], k=9, num_classes=5), ranks)
+
+
+MEASURE = """
+import sys, threading, time
+import numpy as np, torch
+from dino_simpool.eval.knn import vote_each_k
+from dino_simpool.features import neighbors
+
+def held():  # what the process holds of its own, without what it has mapped
+    lines = open("/proc/self/status").read().split("\\n")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+def watch():
+    while not done:
+        peak[0] = max(peak[0], held())
+        time.sleep(0.002)
+
+train, test = (torch.from_numpy(np.load(path, mmap_mode="r")) for path in sys.argv[1:3])
+labels = torch.arange(len(train)) % 1000
+vote_each_k(train[:100], labels[:100], test[:3], ks=(10,), temperature=0.07, num_classes=1000, top=5)
+neighbors.MAX_BYTES, neighbors.neighbors.__kwdefaults__["max_bytes"] = (int(sys.argv[3]),) * 2
+before, peak, done = held(), [0], False
+thread = threading.Thread(target=watch)
+thread.start()
+started = time.monotonic()
+voted = vote_each_k(train, labels, test, ks=(10, 20, 100, 200), temperature=0.07, num_classes=1000, top=5)
+seconds, done = time.monotonic() - started, True
+thread.join()
+assert (voted[10][0][:, 0] == torch.arange(len(test)) * 7 % 1000).all()
+print(peak[0] - before, seconds)
+"""
+
+
+def beyond_the_map(folder: Path, count: int, width: int, queries: int, dtype: type, max_bytes: int) -> tuple[float, float]:
+    """Bytes that k-NN in a mapped bank takes beyond it at its peak, in a new process, and its seconds. Query q is row 7 q of
+    the bank, hardly changed."""
+    rng = np.random.default_rng(0)
+    bank = np.lib.format.open_memmap(folder / "bank.npy", "w+", dtype, (count, width))
+    for start in range(0, count, 20_000):
+        part = bank[start : start + 20_000]
+        part[:] = rng.standard_normal(part.shape, np.float32)
+    bank.flush()
+    near = bank[7 * np.arange(queries)] + rng.normal(0, 0.01, (queries, width))
+    np.save(folder / "queries.npy", near.astype(dtype))
+    del bank, part
+    files = [str(folder / name) for name in ("bank.npy", "queries.npy")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURE, *files, str(max_bytes)], capture_output=True, text=True
+    )
+    (folder / "bank.npy").unlink()
+    assert done.returncode == 0, done.stderr
+    peak, seconds = map(float, done.stdout.split())
+    return peak, seconds
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="what a process holds of its own is told by Linux")
+
+
+@linux
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_memory_is_that_of_the_blocks(dtype: type, tmp_path: Path) -> None:
+    """A bank of 100 MB (float16: 50 MB) in blocks of 4 MB: never is even half of it held."""
+    peak, _ = beyond_the_map(tmp_path, 50_000, 500, 60, dtype, 2**22)
+    assert peak < 25e6, f"{peak / 1e6:.0f} MB"
+
+
+@linux
+@pytest.mark.long
+@pytest.mark.parametrize(("count", "width"), [(1_280_000, 384), (1_280_000, 2048)])
+def test_memory_of_imagenet(count: int, width: int, tmp_path: Path) -> None:
+    """At most 1 GB beyond the mapped file: 2 and 10.5 GB of bank. Needs as much disk."""
+    peak, seconds = beyond_the_map(tmp_path, count, width, 2_000, np.float32, 2**28)
+    print(f"{count:,} x {width}: {peak / 1e9:.2f} GB beyond the bank, {seconds:.0f} s")
+    assert peak < 1e9
