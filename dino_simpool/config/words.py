@@ -67,6 +67,7 @@ SAME: dict[str, tuple[str, ...]] = {
     "checkpoint": ("pretrained_weights", "pretrained", "weights", "ckpt", "ckpt_path", "checkpoint_path", "model_path",
                    "model"),
     "which": ("checkpoint_key",),
+    "features": ("load_features", "features_dir", "feature_path", "embeddings"),
     "mass": ("threshold",),
 }  # fmt: skip
 """Option -> words for it. A command takes the first option that it has."""

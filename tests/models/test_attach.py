@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import runpy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 
 from dino_simpool import attach_simpool, simpool_maps
 from dino_simpool.models.pooling.attach import _grid
 from dino_simpool.models.pooling.simpool import SimPool
+from dino_simpool.synthetic import write_dataset
 
 ROOT = Path(__file__).parents[2]
 vit = partial(timm.create_model, "vit_tiny_patch16_224", img_size=(48, 64), depth=1, embed_dim=24, num_heads=2, num_classes=5)
@@ -219,3 +224,20 @@ def test_tokens_that_are_no_grid() -> None:
 def test_the_options_arrive() -> None:
     pool = attach_simpool(vit(), gamma=1.25, num_heads=2, beta=True, min_over="batch")
     assert (pool.gamma, pool.num_heads, pool.min_over) == (1.25, 2, "batch") and pool.beta is not None
+
+
+def test_the_example_trains_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few small images: a loss for each epoch, a picture with three rows that differ, and a state that can be loaded."""
+    example = runpy.run_path(str(ROOT / "examples/attach_simpool.py"))
+    write_dataset(str(tmp_path / "data"), seed=1, train_per_class=8, val_per_class=2, size=32)
+    example["main"]([str(tmp_path), "--data", str(tmp_path / "data"), "--epochs", "3", "--size", "32"])
+    losses = [float(loss) for loss in re.findall(r"epoch \d: loss ([\d.]+), val [\d.]+ %", capsys.readouterr().out)]
+    assert len(losses) == 3 and losses[2] < losses[0]
+    picture = np.asarray(Image.open(tmp_path / "maps.png")).astype(int)
+    assert picture.shape == (3 * 128, 8 * 130, 3)
+    images, untrained, trained = np.split(picture, 3)
+    for one, other in ((images, untrained), (images, trained), (untrained, trained)):
+        assert np.abs(one - other).mean() > 3
+    model = timm.create_model("resnet10t", num_classes=10, channels=(32, 48, 64, 96), output_stride=8)
+    attach_simpool(model)
+    model.load_state_dict(torch.load(tmp_path / "classifier.pth", weights_only=True))

@@ -4,7 +4,7 @@ kind, with their classifier as it is. And the attention maps of such models.
 What a model pools, in which layout, and whether it uses what was put in, is seen in two passes of
 one black image through it. So a model that this does not fit is refused, and stays what it was.
 
-Letters: B images, N tokens, D width; (H, W) pixels, (h, w) positions.  This module needs torch only.
+Letters: B images, N tokens, D width; (H, W) pixels, (h, w) positions.   This needs torch only.
 """
 
 from __future__ import annotations
