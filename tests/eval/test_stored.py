@@ -277,6 +277,21 @@ def test_ids_that_a_line_cannot_show(made: Path, tmp_path: Path) -> None:
     assert torch.equal(stored.of(images, files=True), torch.from_numpy(np.load(out / "features.npy")))
 
 
+def test_features_of_version_0_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without checksums, which is said, and without what their weights were trained on."""
+    old = tmp_path / "old"
+    shutil.copytree(Path(__file__).parents[1] / "release_0_1/features", old)
+    assert run("recall", "--features", old) == 0
+    record = results(old / "results")
+    assert "is of version 0.1 or of another tool and has no checksum" in capsys.readouterr().err
+    assert record["counts"] == {"queries": 20, "classes": 10, "queries_without_positive": 0}
+    rows, labels = np.load(old / "features.npy").astype(np.float64), np.arange(20) // 2
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    nearest = (unit @ unit.T - 2 * np.eye(20)).argmax(1)
+    assert record["metrics"]["recall_1"] == pytest.approx(100 * (labels[nearest] == labels).mean())
+    assert record["model"]["epochs"] is None and record["features"][0]["sha256"] == file_sha256(old / "features.npy")
+
+
 # -- memory and precision
 
 
