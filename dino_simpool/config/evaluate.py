@@ -67,8 +67,10 @@ class FeaturesConfig(Decoding, Loading, Square, EvalConfig):
         if not self.stored:
             return
         fixed = {f.name for f in (*fields(Decoding), *fields(Square))} | {"batch_size", "precision"}
-        fixed |= set() if self.checkpoint else {"which", "min_over"}
-        if given := [f.name for f in fields(self) if f.name in fixed and getattr(self, f.name) != f.default]:
+        fixed |= set() if self.checkpoint else {"which", "min_over", "model"}
+        default = type(self)()
+        names = [f.name for f in fields(self) if f.name in fixed]
+        if given := [name for name in names if getattr(self, name) != getattr(default, name)]:
             raise ValueError(
                 f"the features in {self.features} are there, made with other options: leave out {', '.join(given)}"
             )

@@ -101,7 +101,7 @@ class StoredFeatures:
         settings, source = self.meta["settings"], self.meta["source"]
         told = {name: source.get(name) for name in ("checkpoint", "sha256", "which")}
         training = source.get("training") or dict.fromkeys(("epochs", "total_epochs", "num_images", "images"))
-        return settings["model"] | told | training | {"weights": settings["weights"], "decoding": self.decoding}
+        return settings["model"] | told | training | {"weights_sha256": settings["weights"], "decoding": self.decoding}
 
     def require_encoder(self, encoder: Encoder, checkpoint: str) -> None:
         """ValueError unless these are features of this encoder."""
