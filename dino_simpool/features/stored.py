@@ -131,6 +131,7 @@ class StoredFeatures:
         files. ValueError if there are none, or some are in no class folder."""
         prefix, names = "", list(self.names)
         if part:
+            part = part.rstrip("/")
             prefixes = (f"{part}/", f"{part}.tar/", f"{part}.zip/")
             prefix = next((each for each in prefixes if any(name.startswith(each) for name in names)), "")
             if not prefix:

@@ -122,7 +122,7 @@ def test_a_part_of_the_data(made: Path, tmp_path: Path) -> None:
 def test_val_that_is_train(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for data in ([], ["--data", made / "data"]):
         out = tmp_path / f"out{len(data)}"
-        assert run("knn", "--features", made / "one", "--val", "train", "--k", "[1]", "--out", out, *data) == 0
+        assert run("knn", "--features", made / "one", "--val", "train/", "--k", "[1]", "--out", out, *data) == 0
         record = results(out)
         assert record["metrics"]["top1_k1"] == 100 and record["overlap"]["same_folder"]
         assert "warning: train and val are the same folder\n" in capsys.readouterr().out
