@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels, a multiple of 8")
     options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
     data: Path = options.data or options.out / "data"
     if options.data is None:
         write_dataset(str(data), seed=0, train_per_class=200, val_per_class=50, size=options.size)

@@ -45,7 +45,7 @@ def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES
     similarity = torch.empty(len(test), k, dtype=torch.float64)
     nearest = torch.empty(len(test), k, dtype=torch.int64)
     most = None if test.device.type == "cpu" else 4096  # elsewhere all similarities of a block are in memory at once
-    for rows in chunks(len(test), 12 * test.shape[1] + 32 * count, max_bytes=max_bytes, most=most):
+    for rows in chunks(len(test), 12 * test.shape[1] + 40 * count, max_bytes=max_bytes // 2, most=most):
         queries = test[rows].double().div_(lengths[rows, None])
         lowest, index = bank.candidates(queries.float(), count)
         found = bank.settle(queries.cpu(), index, k)

@@ -230,14 +230,14 @@ def test_the_example_trains_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     """A few small images: a loss for each epoch, a picture with three rows that differ, and a state that can be loaded."""
     example = runpy.run_path(str(ROOT / "examples/attach_simpool.py"))
     write_dataset(str(tmp_path / "data"), seed=1, train_per_class=8, val_per_class=2, size=32)
-    example["main"]([str(tmp_path), "--data", str(tmp_path / "data"), "--epochs", "3", "--size", "32"])
+    example["main"]([str(tmp_path / "out"), "--data", str(tmp_path / "data"), "--epochs", "3", "--size", "32"])
     losses = [float(loss) for loss in re.findall(r"epoch \d: loss ([\d.]+), val [\d.]+ %", capsys.readouterr().out)]
     assert len(losses) == 3 and losses[2] < losses[0]
-    picture = np.asarray(Image.open(tmp_path / "maps.png")).astype(int)
+    picture = np.asarray(Image.open(tmp_path / "out/maps.png")).astype(int)
     assert picture.shape == (3 * 128, 8 * 130, 3)
     images, untrained, trained = np.split(picture, 3)
     for one, other in ((images, untrained), (images, trained), (untrained, trained)):
         assert np.abs(one - other).mean() > 3
     model = timm.create_model("resnet10t", num_classes=10, channels=(32, 48, 64, 96), output_stride=8)
     attach_simpool(model)
-    model.load_state_dict(torch.load(tmp_path / "classifier.pth", weights_only=True))
+    model.load_state_dict(torch.load(tmp_path / "out/classifier.pth", weights_only=True))
