@@ -24,7 +24,7 @@ from dino_simpool.config import KnnConfig, to_dict
 from dino_simpool.data import EvalTransform, ImageSet, class_numbers
 from dino_simpool.eval import balanced_accuracy, class_folders, find_overlap, per_class, run
 from dino_simpool.eval.stored import stored_class_folders
-from dino_simpool.features import chunks
+from dino_simpool.features import MAX_BYTES, chunks
 from dino_simpool.features.encode import Forward, device_of, extract_features, preprocessing
 from dino_simpool.features.neighbors import check_ks, neighbors
 from dino_simpool.logs import say
@@ -73,7 +73,7 @@ def vote_each_k(
     for k in ks:
         classes = torch.empty(len(test_x), top, dtype=torch.int64)
         votes = torch.empty(len(test_x), top, dtype=torch.float64)
-        for rows in chunks(len(test_x), 32 * num_classes):
+        for rows in chunks(len(test_x), 32 * num_classes, max_bytes=MAX_BYTES // 4):
             # A small temperature would overflow without the shift by the highest similarity, which
             # does not change the order.
             weight = ((similarity[rows, :k] - similarity[rows, :1]) / temperature).exp()
