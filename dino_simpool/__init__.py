@@ -10,7 +10,8 @@ _HOME = {
     "Encoder": "models.encoder",
     "build_encoder": "models.encoder",
     "SimPool": "models.pooling.simpool",
-    "attach_simpool": "models.pooling.simpool",
+    "attach_simpool": "models.pooling.attach",
+    "simpool_maps": "models.pooling.attach",
     "load_encoder": "checkpoint",
     "TrainConfig": "config",
 }

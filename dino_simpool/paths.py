@@ -61,6 +61,11 @@ def _check(path: str, kind: str, name: str, *, inside: str) -> None:
             raise FileNotFoundError(
                 f"{path} {'is no folder' if os.path.exists(path) else 'does not exist'}: give {name} a folder"
             )
+        case "features" if not os.path.isdir(path):
+            raise FileNotFoundError(
+                f"{path} {'is no folder' if os.path.exists(path) else 'does not exist'}: give {name} encoder, or a folder that "
+                "`extract` wrote (for knn also pixels)"
+            )
         case "existing" if not os.path.exists(path):
             raise FileNotFoundError(f"{path} does not exist: correct {name}")
         case "run" if not os.path.isfile(os.path.join(path, "config.yaml")):

@@ -29,7 +29,7 @@ def result_name(evaluator: str, cfg: EvalConfig) -> str:
     if cfg.needs_encoder and cfg.which != "teacher":
         parts.append(cfg.which)
     checkpoint = Path(cfg.checkpoint).stem
-    if cfg.needs_encoder and cfg.which != "untrained" and not cfg.out and checkpoint not in ("last", "backbone"):
+    if cfg.needs_encoder and cfg.which != "untrained" and not cfg.out and checkpoint not in ("", "last", "backbone"):
         parts.append(checkpoint)
     return "_".join(parts)
 
@@ -94,6 +94,8 @@ def model_record(encoder: Encoder, checkpoint: str, which: str, *, weights: str 
 def overlap_note(overlap: dict[str, Any]) -> str:
     """What a val set has in common with train (`eval.find_overlap`), in words; "" if nothing."""
     equal, same = overlap.get("equal_files"), overlap.get("same_folder")
+    if same and equal is None:  # of features whose images were not read
+        return "train and val are the same folder"
     found = f"{equal} of {overlap.get('val')} val images are also in train (same bytes)" if equal or same else ""
     return f"train and val are the same folder; {found}" if same else found
 

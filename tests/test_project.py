@@ -145,7 +145,7 @@ def test_no_module_for_odds_and_ends() -> None:
 def texts() -> Iterator[tuple[Path, str]]:
     """Every text file of the project."""
     suffixes = (".py", ".md", ".yaml", ".cfg", ".toml", ".sh", ".sbatch")
-    for pattern in ("*", "dino_simpool/**/*", "configs/*", "eval/*", "tests/**/*", "launch/*", ".ci/*"):
+    for pattern in ("*", "dino_simpool/**/*", "configs/*", "eval/*", "examples/*", "tests/**/*", "launch/*", ".ci/*"):
         for path in sorted(ROOT.glob(pattern)):
             if path.is_file() and (path.suffix in suffixes or path.name in ("Makefile", "run", ".gitignore")):
                 yield path, path.read_text()
@@ -323,7 +323,7 @@ def test_quickstart_trains_and_evaluates_what_it_makes() -> None:
 def test_files_that_the_pages_name_exist() -> None:
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cluster.md"):
         text = (ROOT / page).read_text()
-        named = set(re.findall(r"`((?:dino_simpool|tests|configs|eval|launch)/[\w/.]*)[` ]", text))
+        named = set(re.findall(r"`((?:dino_simpool|tests|configs|eval|examples|launch)/[\w/.]*)[` ]", text))
         missing = [name for name in sorted(named) if "NAME" not in name and not (ROOT / name).exists()]
         assert named and missing == [], page
 

@@ -16,8 +16,8 @@ appear at once.
 
 from dino_simpool.config.bench import BenchDataConfig, BenchKnnConfig, BenchStepConfig, ResourcesConfig
 from dino_simpool.config.data import CropsConfig, DataConfig
-from dino_simpool.config.evaluate import AttentionConfig, ClassificationConfig, EvalConfig, KnnConfig, LinearConfig
-from dino_simpool.config.evaluate import MasksConfig, RecallConfig, RetrievalConfig
+from dino_simpool.config.evaluate import AttentionConfig, ClassificationConfig, EvalConfig, FeaturesConfig, KnnConfig
+from dino_simpool.config.evaluate import LinearConfig, MasksConfig, RecallConfig, RetrievalConfig
 from dino_simpool.config.features import ExtractConfig, SearchConfig, parse_shard
 from dino_simpool.config.parse import ConfigError, dump, from_dict, option_names, parse, to_dict
 from dino_simpool.config.parts import DEFAULT_DECODING, MAX_PIXELS, DecodingSettings, Exclude, PixelValues

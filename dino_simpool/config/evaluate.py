@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from dino_simpool.config.parts import (
@@ -31,7 +32,8 @@ class EvalConfig(Compute, Weights):
     data: str = path("", "folder", needed="no data is given: give --data DIR, a folder with the class folders train/ and val/")
     """Folder with the class folders train/ and val/, or with archives of them (.tar, .zip)."""
     out: str = path("", "out")
-    """Folder where <evaluator>.json is written. Empty: results/ beside the checkpoint."""
+    """Folder where <evaluator>.json is written. Empty: results/ beside the checkpoint, or without
+    one in the folder of the features."""
     seed: int = option(0, least=0, most=MAX_SEED)
     """Seed of the probe's initialization, shuffling and augmentation. Untrained weights come from
     the seed of the run."""
@@ -51,9 +53,64 @@ class EvalConfig(Compute, Weights):
         """Whether the numbers depend on an encoder. If not, a checkpoint is optional."""
         return True
 
+    @property
+    def default_out(self) -> str:
+        """Where results go without `out` and without a checkpoint; "" for nowhere."""
+        return ""
+
 
 @dataclass(frozen=True)
-class ClassificationConfig(Decoding, Loading, Square, ClassFolders, EvalConfig):
+class FeaturesConfig(Decoding, Loading, Square, EvalConfig):
+    """What evaluators take that compute features of images, or are given those of `extract`."""
+
+    features: str = path("encoder", "features")
+    """encoder: of the images. Or a folder that `extract` wrote: then data is optional, and if it is
+    given, must be their images; so is checkpoint, and must be their encoder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stored:
+            return
+        fixed = {f.name for f in (*fields(Decoding), *fields(Square))} | {"batch_size", "precision"}
+        fixed |= set() if self.checkpoint else {"which", "min_over", "model"}
+        default = type(self)()
+        names = [f.name for f in fields(self) if f.name in fixed]
+        if given := [name for name in names if getattr(self, name) != getattr(default, name)]:
+            raise ValueError(
+                f"the features in {self.features} are there, made with other options: leave out {', '.join(given)}"
+            )
+        choice = [name for name in ("exclude", "subset_per_class") if getattr(self, name, None)]
+        if choice and not self.data:
+            raise ValueError(f"{choice[0]} chooses images, and only features are given: give data too, or leave it out")
+
+    @property
+    def stored(self) -> str:
+        """The folder of features that are there; "" to compute them."""
+        return "" if self.features in ("encoder", "pixels") else self.features
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """Features that were there have a file of their own."""
+        return ("features",) if self.stored else ()
+
+    @property
+    def default_out(self) -> str:
+        """results/ in the folder of the features."""
+        return os.path.join(self.stored, "results") if self.stored else ""
+
+    def needs(self, option: str) -> bool:
+        """Features that are there need no images and no checkpoint."""
+        if option == "features":
+            return bool(self.stored)
+        if self.stored and option in ("train", "val"):
+            return bool(self.data)
+        if self.stored and option in ("data", "checkpoint"):
+            return bool(getattr(self, option))
+        return super().needs(option)
+
+
+@dataclass(frozen=True)
+class ClassificationConfig(ClassFolders, FeaturesConfig):
     """What evaluators take that learn from labeled images and classify others."""
 
 
@@ -65,22 +122,25 @@ class KnnConfig(ClassificationConfig):
     """Numbers of neighbors; the first is the one reported (paper: 10)."""
     temperature: float = option(0.07, least=0.001, most=100)
     """A neighbor with cosine similarity s votes with weight exp(s / temperature)."""
-    features: Literal["encoder", "pixels"] = "encoder"
-    """pixels: the raw pixels of the image instead of the encoder's features, for comparison."""
+    features: str = path("encoder", "features")
+    """encoder: of the images. pixels: raw pixels in place of features, for comparison. Or a folder
+    that `extract` wrote, of a folder with train/ and val/, or that has FEATURES/train and
+    FEATURES/val: then data is optional, and if it is given, must be their images; so is checkpoint,
+    and must be their encoder."""
 
     @property
     def variant(self) -> tuple[str, ...]:
         """Raw pixels have a file of their own."""
-        return () if self.needs_encoder else ("pixels",)
+        return super().variant if self.needs_encoder else ("pixels",)
 
     @property
     def needs_encoder(self) -> bool:
         """Raw pixels need none."""
-        return self.features == "encoder"
+        return self.features != "pixels"
 
     def needs(self, option: str) -> bool:
-        """A checkpoint is needed for an encoder."""
-        return option != "checkpoint" or self.needs_encoder
+        """Raw pixels need no checkpoint."""
+        return super().needs(option) and (option != "checkpoint" or self.needs_encoder)
 
 
 @dataclass(frozen=True)
@@ -100,9 +160,17 @@ class LinearConfig(ClassificationConfig):
     """Learning rates of the grid protocol for a batch of 256; scaled by batch / 256."""
     held_out: float = option(0.1, above=0, most=0.9)
     """Share of each training class on which the learning rate of the grid is chosen."""
+    features: str = path("encoder", "features")
+    """encoder: of the images. Or, with protocol grid, a folder that `extract` wrote, of a folder
+    with train/ and val/, or that has FEATURES/train and FEATURES/val: then data is optional, and if
+    it is given, must be their images; so is checkpoint, and must be their encoder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.features == "pixels":
+            raise ValueError("features is pixels: that is for knn, give encoder or a folder that `extract` wrote")
+        if self.stored and self.protocol == "paper":
+            raise ValueError("protocol paper augments the images, so features cannot be there before: give --protocol grid")
         if not self.grid:
             raise ValueError("grid is empty: give learning rates")
 
@@ -147,7 +215,7 @@ class RetrievalConfig(Decoding, Workers, EvalConfig):
 
 
 @dataclass(frozen=True)
-class RecallConfig(Decoding, Loading, Square, EvalConfig):
+class RecallConfig(FeaturesConfig):
     """Fine-grained retrieval, Recall@k: each test image of a metric-learning set is a query."""
 
     data: str = path(
@@ -173,10 +241,22 @@ class RecallConfig(Decoding, Loading, Square, EvalConfig):
     tile: int | None = option(None, least=1, most=10**6)
     """Side of blocks of similarities in images; changes no result. null: 1024 on CPU, else 8192."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.features == "pixels":
+            raise ValueError("features is pixels: that is for knn, give encoder or a folder that `extract` wrote")
+        if self.stored and self.preset != "dino_eval":
+            raise ValueError(f"preset {self.preset} resizes in another way than `extract`: leave preset out")
+
     @property
     def variant(self) -> tuple[str, ...]:
         """Data set and preset."""
-        return (self.layout, self.preset)
+        return (self.layout, self.preset, *super().variant)
+
+    def needs(self, option: str) -> bool:
+        """Only class folders can be told from the ids of features; the lists of a data set are in
+        its folder."""
+        return super().needs(option) or (option == "data" and self.layout != "folder")
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ def option(default: Any, *, most: float, least: float = -math.inf, above: float 
     return dataclasses.field(default=default, metadata={"limits": Limits(least, above, most, default is None)})
 
 
-PathKind = Literal["images", "train", "val", "checkpoint", "weights", "folder", "existing", "run", "out"]
+PathKind = Literal["images", "train", "val", "checkpoint", "weights", "folder", "features", "existing", "run", "out"]
 """What an option names: a source of images; a part of `data`; a checkpoint, or timm:NAME; a file of
-weights, or `random`; a folder; something that exists; the folder of a run; a folder to write to,
-which is made."""
+weights, or `random`; a folder; one of features; something that exists; the folder of a run; a
+folder to write to, which is made."""
 
 
 def path(default: Any, kind: PathKind, *, needed: str = "") -> Any:

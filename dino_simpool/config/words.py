@@ -72,6 +72,7 @@ SAME: dict[str, tuple[str, ...]] = {
     "model.std": ("image_std", "pixel_std", "norm_std", "img_std"),
     "model.pos_interp": ("interpolate_offset", "interpolate_antialias", "pos_embed_interp"),
     "which": ("checkpoint_key", "use_ema", "model_ema"),
+    "features": ("load_features", "features_dir", "feature_path", "embeddings"),
     "mass": ("threshold",),
 }  # fmt: skip
 """Option -> words for it. A command takes the first option that it has."""

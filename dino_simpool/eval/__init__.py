@@ -2,10 +2,10 @@
 what evaluators share.
 
 An evaluator is a function evaluate(encoder, cfg) -> dict. The encoder is on its device; it is None
-only if cfg.needs_encoder is false and no checkpoint is given. Of the dict, numbers are metrics, in
-%, except for a `ratio`. Tensors are saved beside the results. Everything else (counts, split,
-preprocessing, curves, what a choice was based on) goes into the record as it is, and may replace a
-general entry that does not fit (evaluator, dataset).
+only if cfg.needs("checkpoint") is false and no checkpoint is given. Of the dict, numbers are
+metrics, in %, except for a `ratio`. Tensors are saved beside the results. Everything else (counts,
+split, preprocessing, curves, what a choice was based on) goes into the record as it is, and may
+replace a general entry that does not fit (evaluator, dataset).
 
 All processes call it together and all return the same; the main one writes. ValueError or OSError
 in one line, before anything is computed, if an input is missing.
@@ -39,7 +39,7 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
     """
     started = time.perf_counter()
     device = distributed.setup(cfg.device)
-    if cfg.needs_encoder and not cfg.checkpoint:
+    if cfg.needs("checkpoint") and not cfg.checkpoint:
         raise ValueError("no checkpoint is given: give --checkpoint RUN/last.pth (or backbone.safetensors)")
     encoder = model = None
     if cfg.checkpoint:
@@ -48,7 +48,7 @@ def run(name: str, evaluate: Callable[[Any, Any], dict[str, Any]], cfg: EvalConf
         )
         # Before the evaluation: a training run may replace the file in the meantime.
         model = model_record(encoder, cfg.checkpoint, cfg.which, weights=cfg.weights)
-    folder = results_folder(cfg.out, cfg.checkpoint)
+    folder = results_folder(cfg.out or ("" if cfg.checkpoint else cfg.default_out), cfg.checkpoint)
     torch.manual_seed(cfg.seed)
     result = evaluate(encoder, cfg)
     tensors = {key: value for key, value in result.items() if isinstance(value, Tensor)}

@@ -23,7 +23,8 @@ from dino_simpool import distributed
 from dino_simpool.config import KnnConfig, to_dict
 from dino_simpool.data import EvalTransform, ImageSet, class_numbers
 from dino_simpool.eval import balanced_accuracy, class_folders, find_overlap, per_class, run
-from dino_simpool.features import chunks
+from dino_simpool.eval.stored import stored_class_folders
+from dino_simpool.features import MAX_BYTES, chunks
 from dino_simpool.features.encode import Forward, device_of, extract_features, preprocessing
 from dino_simpool.features.neighbors import check_ks, neighbors
 from dino_simpool.logs import say
@@ -67,16 +68,16 @@ def vote_each_k(
     if not 0 <= int(train_y.min()) <= int(train_y.max()) < num_classes:
         raise ValueError(f"training labels are {int(train_y.min())} to {int(train_y.max())}: allowed is 0 to {num_classes - 1}")
     similarity, index = neighbors(train_x, test_x, k=min(max(ks), len(train_x)))
-    labels = train_y.cpu().long()[index]
+    labels = train_y.cpu().long()
     top, found = min(top, num_classes), {}
     for k in ks:
         classes = torch.empty(len(test_x), top, dtype=torch.int64)
         votes = torch.empty(len(test_x), top, dtype=torch.float64)
-        for rows in chunks(len(test_x), 32 * num_classes):
+        for rows in chunks(len(test_x), 32 * num_classes, max_bytes=MAX_BYTES // 4):
             # A small temperature would overflow without the shift by the highest similarity, which
             # does not change the order.
             weight = ((similarity[rows, :k] - similarity[rows, :1]) / temperature).exp()
-            sums = torch.zeros(len(weight), num_classes, dtype=torch.float64).scatter_add_(1, labels[rows, :k], weight)
+            sums = torch.zeros(len(weight), num_classes, dtype=torch.float64).scatter_add_(1, labels[index[rows, :k]], weight)
             ordered, order = sums.sort(dim=1, descending=True, stable=True)
             classes[rows], votes[rows] = order[:, :top], ordered[:, :top]
         found[k] = classes, votes
@@ -120,8 +121,7 @@ def knn_accuracy(
     """
     check_settings(ks, temperature)
     numbers = {"bank": train_set.labels, "val": class_numbers(val_set, train_set)}
-    if max(ks) > len(train_set):
-        say(f"warning: k = {max(ks)} is more than the {len(train_set)} training images; all of them vote")
+    _warn_of_large_k(ks, train_set)
     used: list[tuple[Tensor, Tensor, Tensor]] = []
     for (name, classes), images in zip(numbers.items(), (train_set, val_set), strict=True):
         broken: set[int] | None = set() if skip_broken else None
@@ -135,19 +135,42 @@ def knn_accuracy(
             intact = [number for number in range(len(images)) if number not in broken]
             features, labels, keys = features[intact], labels[intact], keys[intact]
         used.append((features, labels, keys))
-    (train_x, train_y, train_keys), (test_x, labels, val_keys) = used
-    mine = torch.arange(distributed.rank(), len(labels), distributed.world_size())
-    test_x = test_x[mine].to(device_of(encoder))
-    voted = vote_each_k(train_x, train_y, test_x, ks=ks, temperature=temperature, num_classes=len(train_set.classes), top=5)
-    own = [((classes == labels[mine, None]) & (votes > 0)) for classes, votes in voted.values()]
+    (*bank, train_keys), (*val, val_keys) = used
+    overlap = find_overlap(train_set, val_set, train_keys, val_keys)
+    how: dict[str, Any] = {"ks": ks, "temperature": temperature, "classes": train_set.classes}
+    return features_accuracy(*bank, *val, **how, overlap=overlap, device=device_of(encoder))
+
+
+def features_accuracy(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    classes: Sequence[str],
+    overlap: dict[str, Any],
+    device: torch.device,
+) -> KnnAccuracy:
+    """`knn_accuracy` of features (M, D) and (T, D), which may be mapped, and labels (M,) and (T,):
+    positions in `classes`."""
+    mine = torch.arange(distributed.rank(), len(test_y), distributed.world_size())
+    own_x = test_x[distributed.rank() :: distributed.world_size()].to(device)  # with one process no copy on a CPU
+    voted = vote_each_k(train_x, train_y, own_x, ks=ks, temperature=temperature, num_classes=len(classes), top=5)
+    own = [((found == test_y[mine, None]) & (votes > 0)) for found, votes in voted.values()]
     own_hits = torch.stack([torch.stack([hit[:, 0], hit.any(1)], 1) for hit in own], 1)
-    hits = distributed.gather_by_index(own_hits, mine, len(labels))  # (T, ks, 2): top-1 and top-5
+    hits = distributed.gather_by_index(own_hits, mine, len(test_y))  # (T, ks, 2): top-1 and top-5
     percent = {}
     for number, k in enumerate(voted):
         top1, top5 = (100 * hits[:, number].double().mean(0)).tolist()
-        percent[str(k)] = {"top1": top1, "balanced": balanced_accuracy(hits[:, number, 0], labels), "top5": top5}
-    classes_hit = per_class(hits[:, 0, 0], labels, train_set.classes)
-    return KnnAccuracy(percent, classes_hit, find_overlap(train_set, val_set, train_keys, val_keys))
+        percent[str(k)] = {"top1": top1, "balanced": balanced_accuracy(hits[:, number, 0], test_y), "top5": top5}
+    return KnnAccuracy(percent, per_class(hits[:, 0, 0], test_y, classes), overlap)
+
+
+def _warn_of_large_k(ks: Sequence[int], train_set: ImageSet) -> None:
+    if max(ks) > len(train_set):
+        say(f"warning: k = {max(ks)} is more than the {len(train_set)} training images; all of them vote")
 
 
 class Pixels(nn.Flatten):
@@ -169,6 +192,15 @@ def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
     ..., and the `counts` behind them; what val has in common with train (`overlap`), and for the
     first k the accuracy of each class (`per_class`)."""
     check_settings(cfg.k, cfg.temperature)
+    if cfg.stored:
+        (train_set, train_x), (val_set, val_x), about = stored_class_folders(cfg, encoder)
+        _warn_of_large_k(cfg.k, train_set)
+        labels = (torch.from_numpy(train_set.labels), torch.from_numpy(class_numbers(val_set, train_set)))
+        accuracy = features_accuracy(
+            train_x, labels[0], val_x, labels[1], ks=cfg.k, temperature=cfg.temperature, classes=train_set.classes,
+            overlap=about["overlap"], device=distributed.setup(cfg.device),
+        )  # fmt: skip
+        return _result(cfg, accuracy, train_set, val_set) | about
     settings = preprocessing(None if encoder is None else encoder.config, image_size=cfg.image_size, resize=cfg.resize)
     train_set, val_set = class_folders(cfg, encoder)
     features: nn.Module | None = encoder
@@ -177,11 +209,14 @@ def evaluate(encoder: Encoder | None, cfg: KnnConfig) -> dict[str, Any]:
     assert features is not None
     forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
     accuracy = knn_accuracy(features, train_set, val_set, forward, ks=cfg.k, temperature=cfg.temperature)
+    about = {"decoding": to_dict(train_set.decoding), "preprocessing": settings}
+    return _result(cfg, accuracy, train_set, val_set) | about
+
+
+def _result(cfg: KnnConfig, accuracy: KnnAccuracy, train_set: ImageSet, val_set: ImageSet) -> dict[str, Any]:
     metrics = {f"{name}_k{k}": value for k, names in accuracy.percent.items() for name, value in names.items()}
     return metrics | {
         "split": cfg.val,
-        "decoding": to_dict(train_set.decoding),
-        "preprocessing": settings,
         "counts": {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)},
         "image_digests": {"train": train_set.digest(), "val": val_set.digest()},
         "overlap": accuracy.overlap,

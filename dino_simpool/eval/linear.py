@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,8 +51,10 @@ from dino_simpool.data import (
 from dino_simpool.data.augment import CROP_NUMBERS, crop_box, to_tensor, uniforms
 from dino_simpool.data.decode import EncodedImage
 from dino_simpool.eval import balanced_accuracy, class_folders, find_overlap, per_class, run
+from dino_simpool.eval.stored import stored_class_folders
 from dino_simpool.features import chunks
 from dino_simpool.features.encode import Forward, device_of, encode, extract_features, preprocessing
+from dino_simpool.features.neighbors import lengths_of
 from dino_simpool.logs import progress, say
 from dino_simpool.models.encoder import Encoder
 
@@ -92,29 +95,29 @@ class Heads:
             parameter.sub_(rate * velocity)
         return distributed.all_sum(loss)
 
-    def fit(self, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, seed: int) -> Heads:
+    def fit(self, features: Tensor | _Part, labels: Tensor, *, epochs: int, batch_size: int, seed: int) -> Heads:
         """Train on features (M, D) and labels (M,) on any device, cosine to 0 by epoch."""
         device = self.bias.device
         with progress(epochs * math.ceil(len(features) / batch_size), 0, "linear probes", images_per_step=batch_size) as bar:
             for epoch in range(epochs):
                 for size, parts in _batches(len(features), epoch, seed=seed, batch_size=batch_size, forward_size=batch_size):
                     index = parts[0] if parts else np.empty(0, np.int64)
-                    x, y = features[index].to(device), labels[index].to(device)
+                    x, y = features[index].to(device, torch.float32), labels[index].to(device)
                     self.step(x, y, batch_size=size, decay=cosine(epoch, epochs))
                     bar.update()
         return self
 
-    def hits(self, features: Tensor, labels: Tensor) -> Tensor:
+    def hits(self, features: Tensor | _Part, labels: Tensor) -> Tensor:
         """Whether the class (M,) of each image is the first, and among the first five, of each head
         (M, H, 2), bool on the CPU; features may be on any device."""
         found = torch.empty(len(features), len(self.bias), 2, dtype=torch.bool)
         for rows in chunks(len(features), 16 * self.bias.numel()):
-            logits = self.logits(features[rows].to(self.weight.device))
+            logits = self.logits(features[rows].to(self.weight.device, torch.float32))
             best = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[rows].to(logits.device)[:, None, None]
             found[rows] = torch.stack([best[..., 0], best.any(2)], 2).cpu()
         return found
 
-    def accuracy(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def accuracy(self, features: Tensor | _Part, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Top-1 and top-5 accuracy in % of each head, both (H,); features may be on any device."""
         top1, top5 = 100 * self.hits(features, labels).sum(0).double().T / max(1, len(features))
         return top1, top5
@@ -146,7 +149,7 @@ def main(cfg: LinearConfig) -> None:
     run("linear", evaluate, cfg)
 
 
-def evaluate(encoder: Encoder, cfg: LinearConfig) -> dict[str, Any]:
+def evaluate(encoder: Encoder | None, cfg: LinearConfig) -> dict[str, Any]:
     """Accuracy in % of the linear probe on cfg.data (no top5 with fewer than 5 classes), its
     settings (`probe`), and the head: `weight` (C, D) and `bias` (C,).
 
@@ -155,22 +158,34 @@ def evaluate(encoder: Encoder, cfg: LinearConfig) -> dict[str, Any]:
     of held-out accuracies, and the head of the chosen rate. Both: the accuracy of each class (of
     the best epoch; `per_class`), and what val has in common with train (`overlap`).
     """
-    settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
-    train, val = class_folders(cfg, encoder)
-    forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
-    fit = _paper if cfg.protocol == "paper" else _grid
-    result, head = fit(encoder, cfg, train, val, partial(extract_features, encoder, forward=forward))
+    if cfg.stored:
+        (train, train_x), (val, val_x), about = stored_class_folders(cfg, encoder)
+        lengths_of(train_x)  # ValueError for features that are not finite, from which no rate could be chosen
+        result, head = _grid(cfg, train, val, train_x, val_x, distributed.setup(cfg.device))
+    else:
+        assert encoder is not None
+        settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
+        train, val = class_folders(cfg, encoder)
+        about = {"decoding": to_dict(train.decoding), "preprocessing": settings}
+        forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
+        features_of = partial(extract_features, encoder, forward=forward)
+        if cfg.protocol == "paper":
+            result, head = _paper(encoder, cfg, train, val, features_of)
+        else:
+            train_keys, val_keys = (torch.empty(len(images), dtype=torch.int64) for images in (train, val))
+            train_x, val_x = features_of(train, keys=train_keys), features_of(val, keys=val_keys)
+            result, head = _grid(cfg, train, val, train_x, val_x, device_of(encoder))
+            about["overlap"] = find_overlap(train, val, train_keys, val_keys)
     if len(train.classes) < 5:
         result = {key: value for key, value in result.items() if not key.endswith("top5")}
     return result | {
         "weight": head.weight[0].cpu(),
         "bias": head.bias[0].cpu(),
         "split": cfg.val,
-        "decoding": to_dict(train.decoding),
-        "preprocessing": settings,
         "counts": {"train": len(train), "val": len(val), "classes": len(train.classes)},
         "image_digests": {"train": train.digest(), "val": val.digest()},
         "classes": train.classes,
+        **about,
     }
 
 
@@ -243,22 +258,34 @@ def _paper(
     return result, heads
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of features, which stay where they are: all may be larger than the memory."""
+
+    features: Tensor
+    numbers: Tensor
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Tensor:
+        return self.features[self.numbers[rows]]
+
+
 def _grid(
-    encoder: Encoder, cfg: LinearConfig, train: ImageSet, val: ImageSet, features_of: Callable[..., Tensor]
+    cfg: LinearConfig, train: ImageSet, val: ImageSet, train_x: Tensor, val_x: Tensor, device: torch.device
 ) -> tuple[dict[str, Any], Heads]:
     train_y, val_y = torch.from_numpy(train.labels), torch.from_numpy(class_numbers(val, train))
     learn, held = split_held_out(train_y, cfg.held_out, seed=cfg.seed)
-    train_keys, val_keys = (torch.empty(len(images), dtype=torch.int64) for images in (train, val))
-    train_x, val_x = features_of(train, keys=train_keys), features_of(val, keys=val_keys)
     rates = sorted(set(cfg.grid))
     batch_size = _batch_size(cfg, len(learn))
     scaled = [rate * batch_size / 256 for rate in rates]
 
-    def fit(x: Tensor, y: Tensor, rates: list[float]) -> Heads:
-        heads = Heads(rates, len(train.classes), encoder.embed_dim, seed=cfg.seed, device=device_of(encoder))
+    def fit(x: Tensor | _Part, y: Tensor, rates: list[float]) -> Heads:
+        heads = Heads(rates, len(train.classes), train_x.shape[1], seed=cfg.seed, device=device)
         return heads.fit(x, y, epochs=cfg.epochs, batch_size=batch_size, seed=cfg.seed)
 
-    held_top1, _ = fit(train_x[learn], train_y[learn], scaled).accuracy(train_x[held], train_y[held])
+    held_top1, _ = fit(_Part(train_x, learn), train_y[learn], scaled).accuracy(_Part(train_x, held), train_y[held])
     chosen = int(held_top1.argmax())  # the first of equals
     heads = fit(train_x, train_y, scaled[chosen : chosen + 1])
     hits = heads.hits(val_x, val_y)
@@ -269,7 +296,6 @@ def _grid(
         "probe": {"lr": rates[chosen], "learning_rate": scaled[chosen], "batch_size": batch_size, "held_out": len(held)},
         "grid": [{"lr": rate, "held_out_top1": value} for rate, value in zip(rates, held_top1.tolist(), strict=True)],
         "per_class": per_class(hits[:, 0, 0], val_y, train.classes),
-        "overlap": find_overlap(train, val, train_keys, val_keys),
     }
     return result, heads
 

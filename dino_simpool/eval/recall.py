@@ -34,10 +34,12 @@ from dino_simpool import distributed
 from dino_simpool.config import RecallConfig, to_dict
 from dino_simpool.data import EvalTransform
 from dino_simpool.eval import run
+from dino_simpool.eval.stored import description
 from dino_simpool.features import chunks
 from dino_simpool.features.encode import Forward, decoding_of, device_of, extract_features, preprocessing
 from dino_simpool.features.neighbors import check_ks, neighbors
 from dino_simpool.features.ranking import NOTHING, Labeled, best_positive, count_nearer
+from dino_simpool.features.stored import StoredFeatures
 from dino_simpool.layouts import differing_counts, part_counts
 from dino_simpool.layouts.metric_learning import fine_grained
 from dino_simpool.logs import say
@@ -170,26 +172,38 @@ def main(cfg: RecallConfig) -> None:
     run("recall", evaluate, cfg)
 
 
-def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
+def evaluate(encoder: Encoder | None, cfg: RecallConfig) -> dict[str, Any]:
     """recall_<k>, r_precision and map_at_r in %, counts, the choices that the paper leaves open,
     and the tensor of `first_positive`."""
-    if not cfg.data:
+    if not cfg.data and cfg.needs("data"):
         raise ValueError(f"no data is given: give --data DIR, the folder that holds {cfg.layout} (layout folder: CLASS/IMAGE)")
     ks = cfg.k or KS[cfg.layout]
     check_ks(ks)
-    query_set, gallery_set = fine_grained(cfg.layout, cfg.data)
+    stored = StoredFeatures.open(cfg.stored) if cfg.stored else None
+    if stored is not None and not cfg.data:
+        query_set, gallery_set = stored.labeled(), None
+    else:
+        query_set, gallery_set = fine_grained(cfg.layout, cfg.data)
     sets = {"queries": query_set} | ({} if gallery_set is None else {"gallery": gallery_set})
     counts = part_counts(sets)
     for line in (warnings := differing_counts(cfg.layout, counts)):
         say(f"warning: {line}")
-    settings = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
-    settings["interpolation"] = INTERPOLATIONS[cfg.preset]
-    forward = Forward(EvalTransform(**settings), cfg.batch_size, cfg.workers, cfg.precision)
-    decoding = decoding_of(cfg, encoder, query_set)
-    features = {
-        name: extract_features(encoder, images.with_decoding(decoding), forward, description=name).to(device_of(encoder))
-        for name, images in sets.items()
-    }
+    if stored is not None:
+        device = distributed.setup(cfg.device)
+        about = description([stored], encoder, cfg)
+        prepared = about["preprocessing"] | {"interpolation": INTERPOLATIONS[cfg.preset]}  # that of `extract`
+        features = {name: stored.of(images, files=bool(cfg.data)).to(device) for name, images in sets.items()}
+    else:
+        assert encoder is not None
+        prepared = preprocessing(encoder.config, image_size=cfg.image_size, resize=cfg.resize)
+        prepared["interpolation"] = INTERPOLATIONS[cfg.preset]
+        forward = Forward(EvalTransform(**prepared), cfg.batch_size, cfg.workers, cfg.precision)
+        decoding = decoding_of(cfg, encoder, query_set)
+        about = {"decoding": to_dict(decoding)}
+        features = {
+            name: extract_features(encoder, images.with_decoding(decoding), forward, description=name).to(device_of(encoder))
+            for name, images in sets.items()
+        }
     labels = {name: torch.from_numpy(images.labels) for name, images in sets.items()}
     compared: dict[str, Any] = {"features": features["queries"], "labels": labels["queries"], "shared": True}
     compared |= {"gallery_features": features.get("gallery"), "gallery_labels": labels.get("gallery")}
@@ -199,14 +213,17 @@ def evaluate(encoder: Encoder, cfg: RecallConfig) -> dict[str, Any]:
     if cfg.map_at_r:
         both = precision_at_r(**compared)
         metrics |= {name: 100 * each.mean().item() for name, each in zip(("r_precision", "map_at_r"), both, strict=True)}
-    return metrics | {
-        "dataset": cfg.layout,
-        "split": "test",
-        "counts": counts | {"queries_without_positive": int((ranks == 0).sum())},
-        "count_warnings": warnings,
-        "k": list(ks),
-        "ties": ties,
-        "decoding": to_dict(decoding),
-        "preprocessing": {"preset": cfg.preset, **settings},
-        "first_positive": ranks,
-    }
+    return (
+        metrics
+        | about
+        | {
+            "dataset": cfg.layout,
+            "split": "test",
+            "counts": counts | {"queries_without_positive": int((ranks == 0).sum())},
+            "count_warnings": warnings,
+            "k": list(ks),
+            "ties": ties,
+            "preprocessing": {"preset": cfg.preset, **prepared},
+            "first_positive": ranks,
+        }
+    )

@@ -134,6 +134,7 @@ def _extract(cfg: ExtractConfig, folder: Path, shard: Shard | None, device: torc
         "data": [images.root] if cfg.labels else sources,
         "max_pixels": cfg.max_pixels,
         "exclude": list(cfg.exclude),
+        "training": {name: getattr(encoder, name) for name in ("epochs", "total_epochs", "num_images", "images")},
     }
     features = extract(
         encoder,

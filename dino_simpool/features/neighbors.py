@@ -5,6 +5,9 @@ more than k. Their cosines are then computed in float64 and rounded to 2**-30, s
 tie. Test images for which rounding could have hidden a neighbor (more than 32 near-ties) are
 searched again in float64. So the result does not depend on blocks, batches or processes.
 
+The bank may be a tensor over a mapped file: it is read in blocks and never copied as a whole. Rows
+of float16 are computed in float32 and float64 like all others.
+
 M training images (the bank), T test images, b of them at a time, D width.
 """
 
@@ -39,17 +42,18 @@ def neighbors(train: Tensor, test: Tensor, *, k: int, max_bytes: int = MAX_BYTES
     bank = _Bank(train.cpu(), lengths_of(train.cpu()), max_bytes)
     lengths = lengths_of(test)
     count = min(k + SPARE, len(train))
-    keys = torch.empty(len(test), k, dtype=torch.int64)
+    similarity = torch.empty(len(test), k, dtype=torch.float64)
+    nearest = torch.empty(len(test), k, dtype=torch.int64)
     most = None if test.device.type == "cpu" else 4096  # elsewhere all similarities of a block are in memory at once
-    for rows in chunks(len(test), 4 * test.shape[1] + 32 * count, max_bytes=max_bytes, most=most):
-        queries = test[rows].double() / lengths[rows, None]
+    for rows in chunks(len(test), 12 * test.shape[1] + 40 * count, max_bytes=max_bytes // 2, most=most):
+        queries = test[rows].double().div_(lengths[rows, None])
         lowest, index = bank.candidates(queries.float(), count)
         found = bank.settle(queries.cpu(), index, k)
         unsure = (found[:, -1] >> 32).double() / UNIT - lowest <= margin(test.shape[1])
         if count < len(train) and unsure.any():
             found[unsure] = bank.search_all(queries.cpu()[unsure], k)
-        keys[rows] = found
-    return (keys >> 32).double() / UNIT, INDEX - 1 - (keys & (INDEX - 1))
+        similarity[rows], nearest[rows] = (found >> 32).double() / UNIT, INDEX - 1 - (found & (INDEX - 1))
+    return similarity, nearest
 
 
 def check_ks(ks: Sequence[int]) -> None:
@@ -76,8 +80,9 @@ class _Bank:
         # as large as possible.
         search, row_bytes = (_search_faiss, 4 * width) if on_cpu else (_search_blocked, 4 * (len(queries) + 2 * width))
         for block in chunks(len(self.rows), row_bytes, max_bytes=self.max_bytes):
-            unit = (self.rows[block].float() / self.lengths[block, None].float()).to(queries.device)
-            similarity, place = search(queries, unit, min(count, len(unit)))
+            unit = self.rows[block].to(torch.float32, copy=True).div_(self.lengths[block, None].float())
+            similarity, place = search(queries, unit.to(queries.device), min(count, len(unit)))
+            del unit  # before the next one is made
             value, index = torch.cat([value, similarity], 1), torch.cat([index, place + block.start], 1)
             value, kept = value.topk(min(count, value.shape[1]))
             index = index.gather(1, kept)
@@ -154,7 +159,9 @@ def keys_of(similarity: Tensor, index: Tensor) -> Tensor:
 
 def lengths_of(features: Tensor) -> Tensor:
     """Lengths (M,) in float64, at least 1e-12, so that a zero vector is similar to nothing."""
-    lengths = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
+    lengths = torch.empty(len(features), dtype=torch.float64, device=features.device)
+    for rows in chunks(len(features), 8 * features.shape[1], max_bytes=MAX_BYTES // 8):  # a norm in float64 copies its input
+        lengths[rows] = torch.linalg.vector_norm(features[rows], dim=1, dtype=torch.float64)
     if not lengths.isfinite().all():
         raise ValueError(f"feature {int((~lengths.isfinite()).nonzero()[0])} is not finite: check the encoder and its input")
     return lengths.clamp_min(1e-12)

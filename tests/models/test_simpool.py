@@ -8,14 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-import timm
 import torch
-import torchvision
 from golden.load import assert_close, cases, load, meta, sub
 from torch import Tensor, nn
 
 from dino_simpool.models.pooling.basic import ClsPool, GapPool
-from dino_simpool.models.pooling.simpool import SimPool, attach_simpool
+from dino_simpool.models.pooling.simpool import SimPool
 
 GOLDEN = load("open_simpool")
 CASES = [case for case in cases(GOLDEN) if "heads" not in case]
@@ -295,47 +293,6 @@ def test_baselines() -> None:
     pooled, attention = ClsPool(8)(x, return_attention=True)
     assert torch.equal(pooled, x[:, 0]) and attention is None
     assert GapPool(8).out_dim == ClsPool(8).out_dim == SimPool(8).out_dim == 8
-
-
-def small_models() -> dict[str, nn.Module]:
-    return {
-        "timm ViT": timm.create_model("test_vit", num_classes=5),
-        "timm ResNet": timm.create_model("test_resnet", num_classes=5),
-        "timm ConvNeXt": timm.create_model("test_convnext", num_classes=5),
-        "timm EfficientNet": timm.create_model("test_efficientnet", num_classes=5),
-        "torchvision ResNet": torchvision.models.resnet18(num_classes=5),
-        "torchvision MobileNet": torchvision.models.mobilenet_v3_small(num_classes=5),
-    }
-
-
-@pytest.mark.parametrize("name", small_models())
-def test_attach_replaces_the_pooling(name: str) -> None:
-    """The logits change with the weights of SimPool, and all of its parameters are trained."""
-    model = small_models()[name].double()
-    x = torch.randn(2, 3, 160, 160, dtype=torch.float64)
-    pool = attach_simpool(model, gamma=2.0)
-    model.eval()
-    logits = model(x)
-    assert logits.shape == (2, 5)
-    logits.sum().backward()
-    assert all(parameter.grad is not None and parameter.dtype == torch.float64 for parameter in pool.parameters())
-    torch.testing.assert_close(model(x), logits, rtol=0, atol=0)
-    with torch.no_grad():
-        pool.norm.bias += 1 + torch.arange(len(pool.norm.bias))
-    assert not torch.allclose(model(x), logits)
-
-
-def test_attach_pools_like_simpool() -> None:
-    model = timm.create_model("test_resnet", num_classes=5).eval()
-    pool, x = attach_simpool(model, gamma=2.0), torch.randn(2, 3, 64, 96)
-    pooled, attention = pool(model.forward_features(x), return_attention=True)
-    torch.testing.assert_close(model(x), model.fc(pooled))
-    assert attention.shape == (2, 2, 3)
-
-
-def test_attach_refuses_what_has_no_pooling() -> None:
-    with pytest.raises(ValueError, match="Sequential"):
-        attach_simpool(nn.Sequential(nn.Linear(3, 3)))
 
 
 @pytest.mark.parametrize("dim", [8, 384, 2048])

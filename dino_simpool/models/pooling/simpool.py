@@ -1,4 +1,4 @@
-"""SimPool, attention-based pooling, and a function that puts it into other models.
+"""SimPool, attention-based pooling. (attach.py puts it into other models.)
 
 Source: Psomas et al., "Keep It SimPool: Who Said Supervised Transformers Suffer from Attention
 Deficit?", ICCV 2023, Algorithm 2, with X the tokens of one image, X' = LayerNorm(X) and m the
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -138,54 +138,3 @@ class SimPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, num_heads={self.num_heads}, min_over={self.min_over}"
-
-
-class _MapOut(nn.Module):
-    """A pooling with a map (B, D, 1, 1) as result, for heads that normalize or flatten it."""
-
-    def __init__(self, pool: SimPool) -> None:
-        super().__init__()
-        self.pool = pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(x)[..., None, None]
-
-
-def attach_simpool(
-    model: Any,
-    *,
-    gamma: float | None = None,
-    num_heads: int = 1,
-    beta: bool = False,
-    min_over: Literal["image", "batch"] = "image",
-) -> SimPool:
-    """Replaces the global pooling of a model with a new SimPool, in place, and returns the SimPool.
-
-    timm: ViTs (their prefix tokens stay but are not pooled) and CNNs with one global pooling.
-    torchvision: CNNs that average the last map. ValueError for any other model. The attention of a
-    timm CNN is `pool(model.forward_features(x), return_attention=True)[1]`.
-    """
-    parameter: Tensor = next(model.parameters())
-
-    def new(dim: int) -> SimPool:
-        return SimPool(dim, gamma=gamma, num_heads=num_heads, beta=beta, min_over=min_over).to(parameter)
-
-    if hasattr(model, "attn_pool") and hasattr(model, "num_prefix_tokens"):  # timm ViT
-        model.attn_pool = pool = new(model.num_features)
-        model.pool_include_prefix = False
-        return pool
-    for owner in (model, getattr(model, "head", model)):  # timm CNN: the pooling belongs to the model or to its head
-        old = getattr(owner, "global_pool", None)
-        if isinstance(old, nn.Module):
-            pool = new(model.num_features)
-            owner.global_pool = _MapOut(pool) if isinstance(old.flatten, nn.Identity) else pool
-            return pool
-    if isinstance(getattr(model, "avgpool", None), nn.AdaptiveAvgPool2d) and model.avgpool.output_size in (1, (1, 1)):
-        classifier = model.fc if hasattr(model, "fc") else model.classifier
-        pool = new(next(layer for layer in classifier.modules() if isinstance(layer, nn.Linear)).in_features)
-        model.avgpool = _MapOut(pool)
-        return pool
-    raise ValueError(
-        f"{type(model).__name__} has no global pooling that SimPool can replace: give a ViT or CNN from timm, or "
-        "a CNN from torchvision that averages its last map"
-    )
