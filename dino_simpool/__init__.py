@@ -12,6 +12,8 @@ _HOME = {
     "SimPool": "models.pooling.simpool",
     "attach_simpool": "models.pooling.simpool",
     "load_encoder": "checkpoint",
+    "from_pretrained": "hub",
+    "push_to_hub": "hub",
     "TrainConfig": "config",
 }
 __all__ = list(_HOME)
