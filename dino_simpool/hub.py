@@ -36,8 +36,8 @@ def from_pretrained(name: str | Path, *, revision: str | None = None, **override
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise FileNotFoundError(
-                f"{name} is no folder here, and the Hub does not give it ({type(error).__name__}: {reason}): give a folder with "
-                f"{' and '.join(FILES)}, or the name of a repository, USER/NAME"
+                f"{name} is no folder here, and the Hub does not give it ({type(error).__name__}: {reason}): give "
+                f"a folder with {' and '.join(FILES)}, or the name of a repository, USER/NAME"
             ) from error
     return load_encoder(folder / FILES[0], **overrides)
 

@@ -35,9 +35,11 @@ class SimPoolModel(nn.Module):
     num_classes: 0 for features.   drop_rate: dropout before the classifier.
     """
 
-    def __init__(self, config: ModelConfig, *, num_classes: int = 0, drop_rate: float = 0.0) -> None:
+    def __init__(self, cfg: ModelConfig, *, num_classes: int = 0, drop_rate: float = 0.0, in_chans: int = 3) -> None:
         super().__init__()
-        self.encoder: Encoder = build_encoder(config)
+        if in_chans != 3:
+            raise ValueError(f"in_chans is {in_chans}: these models take images of 3 channels")
+        self.encoder: Encoder = build_encoder(cfg)
         self.num_features = self.head_hidden_size = self.encoder.embed_dim
         self.drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
@@ -128,8 +130,6 @@ def _register(arch: str) -> None:
         pretrained_cfg_overlay: Any = None,
         cache_dir: Any = None,
     ) -> SimPoolModel:
-        if in_chans != 3:
-            raise ValueError(f"in_chans is {in_chans}: these models take images of 3 channels")
         given = {
             "gamma": None if gamma == "none" else gamma, "beta": beta, "num_heads": num_heads, "min_over": min_over,
             "norm_order": norm_order, "pos_interp": pos_interp, "image_size": img_size, "patch_size": patch_size,
@@ -149,6 +149,7 @@ def _register(arch: str) -> None:
             model_cfg=config,
             num_classes=num_classes,
             drop_rate=drop_rate,
+            in_chans=in_chans,
         )
 
     create.__name__ = create.__qualname__ = f"{arch}_simpool"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,6 @@ def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _need_onnx() -> None:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript
-    except ImportError as error:
-        raise ValueError(f"--to onnx needs {error.name}: pip install dino-simpool[onnx]") from None
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install dino-simpool[onnx]")
