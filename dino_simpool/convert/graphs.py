@@ -74,7 +74,7 @@ def trace(outputs: Outputs, size: tuple[int, int]) -> ExportedProgram:
     """The graph of the outputs."""
     free: dict[int, Any] = {0: Dim("batch")}
     if is_dynamic(outputs.encoder):
-        free |= {2: Dim("height", min=32), 3: Dim("width", min=32)}
+        free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # torch finds the smallest size itself
     return torch.export.export(outputs, (torch.zeros(2, 3, *size),), dynamic_shapes={"images": free})
 
 
