@@ -116,7 +116,7 @@ class Encoder(nn.Module):
             weights = self.pool(x, return_attention="heads" if per_head else True)[1]
         if weights is None:
             raise ValueError(f"model.pool {self.config.pool} has no attention maps: use one that has, such as simpool")
-        maps = weights.reshape(len(weights), -1, *grid)
+        maps = weights.reshape(weights.shape[0], -1, *grid)
         return maps if per_head else maps[:, 0]
 
     def pool_input(self, images: Tensor) -> tuple[Tensor, Grid]:
@@ -141,7 +141,7 @@ class Encoder(nn.Module):
                 f"least {patch} pixels a side, or set a smaller model.patch_size"
             )
         x = trunk.patch_embed(images[..., : grid[0] * patch, : grid[1] * patch]).flatten(1, 2)
-        prefix = [token.expand(len(x), -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None]
         if trunk.pos_embed is not None:
             rows = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
             for_prefix, for_patches = trunk.pos_embed[0].split([rows, trunk.pos_embed.shape[1] - rows])
