@@ -13,6 +13,8 @@ _HOME = {
     "attach_simpool": "models.pooling.attach",
     "simpool_maps": "models.pooling.attach",
     "load_encoder": "checkpoint",
+    "from_pretrained": "hub",
+    "push_to_hub": "hub",
     "TrainConfig": "config",
 }
 __all__ = list(_HOME)

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "table": (config.TableConfig, "report.table:main", "results beside the numbers of the paper, table by table"),
     "extract": (config.ExtractConfig, "features.extract:main", "write the features of any images to a folder"),
     "search": (config.SearchConfig, "features.search:main", "find the most similar images of an extracted set"),
+    "convert": (config.ConvertConfig, "convert:main", "weights of others to ours and back, to timm, ONNX and torch.export"),
     "check-data": (config.CheckDataConfig, "check_data:main", "list broken images, or what a public data set lacks"),
     "report": (config.ReportConfig, "report:main", "one HTML page about a run: curves, results, attention"),
     "bench data": (

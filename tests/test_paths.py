@@ -46,6 +46,8 @@ MISTAKES = {
     "extract --checkpoint weights.pth --data notes --out out": "no images in notes (left out: 1 .txt)",
     "search --index none --query images --out out": "none does not exist: give index a folder",
     "check-data notes": "no images in notes (left out: 1 .txt)",
+    "convert --checkpoint none.pth --to onnx --out out": "no checkpoint none.pth: give last.pth",
+    "convert --checkpoint weights.pth --to onnx": "no folder is given: give --out DIR",
     "report notes": "notes holds no run",
     "bench data none": "none does not exist: give a folder of images",
     "bench knn --out weights.pth": "cannot write to weights.pth (Not a directory): give another --out",

@@ -32,10 +32,10 @@ LEVELS = (
     {"config", "distributed", "signals", "pictures", "files", "names", "failures"},
     {"logs", "paths"},
     {"data", "models", "synthetic", "lock"},
-    {"checkpoint", "dino", "layouts", "results"},
+    {"checkpoint", "dino", "layouts", "results", "timm_models"},
     {"features"},
     {"eval", "check_data", "learners"},
-    {"train", "report", "bench"},
+    {"train", "report", "bench", "convert", "hub"},
     {"cli"},
     {"submit"},
     {"__main__"},
@@ -378,8 +378,10 @@ def test_dependencies_are_what_is_imported() -> None:
     declared = {re.split(r"[<>=]", line)[0] for line in setup()["options"]["install_requires"].split()}
     # docstring-parser: of jsonargparse, for the strings under the options. tensorboard: of torch.utils.tensorboard.
     # torchvision: of timm, and its version must fit torch's.
-    optional = {"pyarrow"}  # imported where it is used, by an option that says how to install it
-    assert all(f"{name}>=" in setup()["options.extras_require"]["parquet"] for name in optional)
+    optional = {"pyarrow", "onnxruntime"}  # imported where it is used, by an option that says how to install it
+    assert all(
+        f"{name}>=" in setup()["options.extras_require"]["parquet" if name == "pyarrow" else "onnx"] for name in optional
+    )
     assert needed - declared == optional and declared - needed <= {"docstring-parser", "tensorboard", "torchvision"}
 
 

@@ -9,7 +9,7 @@ appear at once.
     parts.py     options that several commands share     train.py     of a training run
     data.py      of its data                             evaluate.py  of the evaluators
     features.py  of extract and search                   bench.py     of benchmarks and resources
-    tools.py     of check-data, synthetic, report, table, submit
+    tools.py     of check-data, convert, synthetic, report, table, submit
     parse.py     recipes and command line <-> dataclass
     words.py     what other tools call an option
 """
@@ -21,6 +21,7 @@ from dino_simpool.config.evaluate import LinearConfig, MasksConfig, RecallConfig
 from dino_simpool.config.features import ExtractConfig, SearchConfig, parse_shard
 from dino_simpool.config.parse import ConfigError, dump, from_dict, option_names, parse, to_dict
 from dino_simpool.config.parts import DEFAULT_DECODING, MAX_PIXELS, DecodingSettings, Exclude, PixelValues
-from dino_simpool.config.tools import CheckDataConfig, ReportConfig, SubmitConfig, SyntheticConfig, TableConfig, minutes_of
+from dino_simpool.config.tools import CheckDataConfig, ConvertConfig, ReportConfig, SubmitConfig, SyntheticConfig
+from dino_simpool.config.tools import TableConfig, minutes_of
 from dino_simpool.config.train import IMAGENET_MEAN, IMAGENET_STD, HeadConfig, LossConfig, ModelConfig
 from dino_simpool.config.train import OptimConfig, RunConfig, TeacherConfig, TrainConfig, is_vit, parse_duration

@@ -7,7 +7,18 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_simpool.config.parts import MAX_SEED, DecodingSettings, Device, Excluding, Options, Workers, option, path
+from dino_simpool.config.parts import (
+    MAX_SEED,
+    MAX_SIZE,
+    DecodingSettings,
+    Device,
+    Excluding,
+    Options,
+    Weights,
+    Workers,
+    option,
+    path,
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,28 @@ class ReportConfig(Device):
     """Folder with held-out images in val/ or val.tar (and masks, if any, in masks/val/) to show."""
     num_images: int = option(12, least=1, most=1000)
     """Held-out images to show."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig(Weights):
+    """Weights in another form: for the official scripts, for timm, or as a graph that runs alone."""
+
+    to: Literal["official", "ours", "timm", "onnx", "program"] = "ours"
+    """official: a checkpoint for the scripts of DINO and SimPool. ours: backbone.safetensors, and
+    with a head also weights.pth. timm: for timm.create_model. onnx: for onnxruntime. program: for
+    torch.export.load."""
+    out: str = path("", "out", needed="no folder is given: give --out DIR, a new folder for what is written")
+    """Folder to write to, with convert.json about how. Files that are there are never replaced."""
+    size: tuple[int, int] | None = option(None, least=1, most=MAX_SIZE)
+    """Height and width in pixels of the images of onnx and program, fixed for ViTs. null: the
+    model's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and self.to not in ("onnx", "program"):
+            raise ValueError(f"size is for onnx and program, and `to` is {self.to}: leave it out")
+        if self.which == "untrained" and self.to in ("official", "ours"):
+            raise ValueError(f"which untrained has no file to be made of with `to` {self.to}: give teacher or student")
 
 
 def minutes_of(time: str) -> int:

@@ -148,7 +148,7 @@ class Encoder(nn.Module):
             weights = self.pool(x, return_attention="heads" if per_head else True)[1]
         if weights is None:
             raise ValueError(f"model.pool {self.config.pool} has no attention maps: use one that has, such as simpool")
-        maps = weights.reshape(len(weights), -1, *grid)
+        maps = weights.reshape(weights.shape[0], -1, *grid)
         return maps if per_head else maps[:, 0]
 
     def pool_input(self, images: Tensor) -> tuple[Tensor, Grid]:
@@ -170,7 +170,7 @@ class Encoder(nn.Module):
                 f"least {patch} pixels a side, or set a smaller model.patch_size"
             )
         x = self._patches(images[..., : grid[0] * patch, : grid[1] * patch], grid)
-        prefix = [token.expand(len(x), -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None]
         if trunk.pos_embed is not None:
             rows = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
             for_prefix, for_patches = trunk.pos_embed[0].split([rows, trunk.pos_embed.shape[1] - rows])
@@ -182,10 +182,10 @@ class Encoder(nn.Module):
     def _patches(self, images: Tensor, grid: Grid) -> Tensor:
         """Embedded patches (B, N, D), row by row. A convolution whose stride is its kernel is a
         product of matrices, and as such faster (on an H200 by 2.5 of 60 ms of a step)."""
-        embed = self.trunk.patch_embed
+        embed, patch = self.trunk.patch_embed, self.config.patch_size
         if type(embed) is not PatchEmbed:
             return embed(images).flatten(1, 2)
-        rows = images.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1)).permute(0, 2, 4, 1, 3, 5)
+        rows = images.unflatten(3, (grid[1], patch)).unflatten(2, (grid[0], patch)).permute(0, 2, 4, 1, 3, 5)
         return embed.norm(F.linear(rows.flatten(3).flatten(1, 2), embed.proj.weight.flatten(1), embed.proj.bias))
 
     def _positions(self, embedding: Tensor, grid: Grid) -> Tensor:
