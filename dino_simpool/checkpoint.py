@@ -149,7 +149,9 @@ def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -
     # If one of these differs, a position in the run means other images: epochs would be skipped or
     # repeated unnoticed.
     order = [c for c in changed if c[:2] in (("run", "batch_size"), ("run", "seed"), ("data", "subset_per_class"))]
-    for kind, different in (("of another model", fixed), ("with another order of images", order)):
+    start = [c for c in changed if c[:2] == ("run", "init")]
+    kinds = (("of another model", fixed), ("with another order of images", order), ("that started from other weights", start))
+    for kind, different in kinds:
         if different:
             lines = ", ".join(f"{group}.{name} {old} -> {new}" for group, name, old, new in different)
             raise ValueError(f"{where} holds a run {kind} ({lines}): give another run.out, or the options of that run")
@@ -165,12 +167,13 @@ def export_encoder(
     total_epochs: float | None = None,
     num_images: int | None = None,
     images: str | None = None,
+    init: dict[str, Any] | None = None,
 ) -> None:
     """Write OUT/backbone.safetensors and OUT/model.json.
 
     seed: the one that made the initial weights, for comparisons. epochs, total_epochs, num_images,
     images: of training behind the weights and when the run is done, how many images it had, and
-    their digest; None if unknown.
+    their digest; None if unknown. init: the weights that the training started from, if not random.
     """
     # One entry: several would come in random order, and equal runs would write unequal files.
     run = {
@@ -179,6 +182,7 @@ def export_encoder(
         "total_epochs": total_epochs,
         "num_images": num_images,
         "images": images,
+        "init": init,
         "decoding": to_dict(encoder.decoding),
     }
     about = {"run": json.dumps(run)}
@@ -228,7 +232,7 @@ def load_encoder(
             raise ValueError(f"{path} has no {which} weights, only {', '.join(weights)}")
         load_strict(encoder, weights[which], source=str(path))
         encoder.epochs, encoder.num_images, encoder.images = epochs, data.get("num_images"), data.get("images")
-        encoder.total_epochs = total
+        encoder.total_epochs, encoder.init = total, data.get("init")
     else:
         encoder.epochs = 0.0
     try:
@@ -255,7 +259,8 @@ def _read_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], d
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be read (truncated, or not of this tool): {error}") from error
     fields: Fields = {
-        "seed": int, "epochs?": NUMBER, "total_epochs?": NUMBER, "num_images?": int, "images?": str, "decoding?": dict
+        "seed": int, "epochs?": NUMBER, "total_epochs?": NUMBER, "num_images?": int, "images?": str, "decoding?": dict,
+        "init?": dict,
     }  # fmt: skip
     run = require_fields(run, fields, path=path, what="an export of this tool", remedy=REMEDY)
     return weights, saved, {"epochs": None, **run}

@@ -75,7 +75,7 @@ def model_record(encoder: Encoder, checkpoint: str, which: str) -> dict[str, Any
     """The encoder in the record: options, checkpoint with SHA-256, which weights; epochs so far and
     in all, number of images and their digest of its training, None where the file does not say."""
     source = {"checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": which}
-    training = {name: getattr(encoder, name) for name in ("epochs", "total_epochs", "num_images", "images")}
+    training = {name: getattr(encoder, name) for name in ("epochs", "total_epochs", "num_images", "images", "init")}
     return dataclasses.asdict(encoder.config) | source | training | {"decoding": to_dict(encoder.decoding)}
 
 
