@@ -142,7 +142,9 @@ def check_same_run(config: dict[str, Any], saved: dict[str, Any], where: Path) -
     # If one of these differs, a position in the run means other images: epochs would be skipped or
     # repeated unnoticed.
     order = [c for c in changed if c[:2] in (("run", "batch_size"), ("run", "seed"), ("data", "subset_per_class"))]
-    for kind, different in (("of another model", fixed), ("with another order of images", order)):
+    start = [c for c in changed if c[:2] == ("run", "init")]
+    kinds = (("of another model", fixed), ("with another order of images", order), ("that started from other weights", start))
+    for kind, different in kinds:
         if different:
             lines = ", ".join(f"{group}.{name} {old} -> {new}" for group, name, old, new in different)
             raise ValueError(f"{where} holds a run {kind} ({lines}): give another run.out, or the options of that run")
@@ -158,12 +160,13 @@ def export_encoder(
     total_epochs: float | None = None,
     num_images: int | None = None,
     images: str | None = None,
+    init: dict[str, Any] | None = None,
 ) -> None:
     """Write OUT/backbone.safetensors and OUT/model.json.
 
     seed: the one that made the initial weights, for comparisons. epochs, total_epochs, num_images,
     images: of training behind the weights and when the run is done, how many images it had, and
-    their digest; None if unknown.
+    their digest; None if unknown. init: the weights that the training started from, if not random.
     """
     # One entry: several would come in random order, and equal runs would write unequal files.
     run = {
@@ -172,6 +175,7 @@ def export_encoder(
         "total_epochs": total_epochs,
         "num_images": num_images,
         "images": images,
+        "init": init,
         "decoding": to_dict(encoder.decoding),
     }
     about = {"run": json.dumps(run)}
@@ -191,7 +195,7 @@ class _Stored:
     weights: dict[str, dict[str, torch.Tensor]]
     """By which."""
     training: dict[str, Any]
-    """Of `Encoder`: epochs, total_epochs, num_images, images."""
+    """Of `Encoder`: epochs, total_epochs, num_images, images, init."""
     decoding: dict[str, Any]
     foreign: Recognized | None = None
     """What a file of others was recognized as."""
@@ -262,6 +266,7 @@ def _read_run(path: Path, content: dict[str, Any]) -> _Stored:
         "total_epochs": state["total_steps"] / steps_per_epoch if steps_per_epoch and state.get("total_steps") else None,
         "num_images": state.get("num_images"),
         "images": state.get("images"),
+        "init": state.get("init"),
     }
     options = option_names(DecodingSettings)  # those of training are complete but for a range `data`
     decoding = state.get("decoding") or {name: x for name, x in state["config"]["data"].items() if name in options}
@@ -308,8 +313,9 @@ def _read_export(path: Path) -> _Stored:
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be read (truncated, or not of this tool): {error}") from error
     fields: Fields = {
-        "seed": int, "epochs?": NUMBER, "total_epochs?": NUMBER, "num_images?": int, "images?": str, "decoding?": dict
+        "seed": int, "epochs?": NUMBER, "total_epochs?": NUMBER, "num_images?": int, "images?": str, "decoding?": dict,
+        "init?": dict,
     }  # fmt: skip
     run = require_fields(run, fields, path=path, what="an export of this tool", remedy=REMEDY)
-    training = {name: run.get(name) for name in ("epochs", "total_epochs", "num_images", "images")}
+    training = {name: run.get(name) for name in ("epochs", "total_epochs", "num_images", "images", "init")}
     return _Stored(saved, run["seed"], {"teacher": weights}, training, run.get("decoding") or {})

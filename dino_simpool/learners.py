@@ -6,18 +6,25 @@ it batches, logs what it returns, saves its state, and evaluates its encoder.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dino_simpool.config import TrainConfig
+from dino_simpool.checkpoint import load_encoder
+from dino_simpool.config import TrainConfig, to_dict
 from dino_simpool.data import ImageSet
 from dino_simpool.data.feed import Batch
-from dino_simpool.dino.learner import build_dino
+from dino_simpool.dino.learner import Start, build_dino
+from dino_simpool.dino.model import DinoHead
 from dino_simpool.dino.plan import Plan
+from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.weights import from_official, load_official, weights_sha256
 
 
 class Learner(Protocol):
@@ -73,6 +80,57 @@ class Learner(Protocol):
         """Take over a state, strictly. ValueError if it does not fit."""
 
 
-def build_learner(cfg: TrainConfig, images: ImageSet, device: torch.device) -> Learner:
-    """The learner of a run on these images, at step 0. ValueError for options that do not fit."""
-    return build_dino(cfg, len(images), device)
+def build_learner(cfg: TrainConfig, images: ImageSet, device: torch.device, start: Start | None = None) -> Learner:
+    """The learner of a run on these images, at step 0. ValueError for options that do not fit.
+
+    start: weights in place of random ones (`read_start`).
+    """
+    return build_dino(cfg, len(images), device, start)
+
+
+FREE = {"drop_path", "resize", "min_over"}
+"""Options of a model that may differ from those of run.init: they belong to a training or an
+evaluation. So may the image_size of a CNN, of which no weight depends."""
+
+
+def read_start(cfg: TrainConfig) -> tuple[Start, dict[str, Any]]:
+    """The weights of run.init, and what is kept about them: checkpoint, sha256 of the encoder, its
+    epochs, and whether the head is of the file. ValueError if it is not of this model.
+
+    Student and teacher begin as the file's teacher, which is what was evaluated.
+    """
+    path = str(cfg.run.init)
+    encoder = load_encoder(path)
+    free = FREE if cfg.model.is_vit else FREE | {"image_size"}
+    theirs, ours = to_dict(encoder.config), to_dict(cfg.model)
+    different = {name: value for name, value in theirs.items() if value != ours[name]}
+    if wrong := [name for name in different if name not in free]:
+        options = " ".join(f"--model.{name} {shlex.quote(json.dumps(different[name]).strip(chr(34)))}" for name in wrong)
+        lines = ", ".join(f"model.{name} {ours[name]}, there {different[name]}" for name in wrong)
+        raise ValueError(f"run.init {path} is of another model ({lines}): give {options}")
+    for name, value in different.items():
+        say(f"run.init: model.{name} was {value} there, now {ours[name]}")
+    head, center = _head_of(path)
+    with torch.device("meta"):
+        wanted = DinoHead(encoder.embed_dim, **dataclasses.asdict(cfg.head)).state_dict()
+    about: dict[str, Any] = {"checkpoint": path, "sha256": weights_sha256(encoder), "epochs": encoder.epochs}
+    if {name: x.shape for name, x in head.items()} != {name: x.shape for name, x in wanted.items()}:
+        why = "has no head" if not head else "has a head of other size or layers"
+        say(f"run.init {path}: starts from its encoder; it {why}, so that a new one learns first (optim.freeze_encoder)")
+        return Start(encoder.state_dict()), about | {"head": "new"}
+    fits = center is not None and center.shape == (1, cfg.head.out_dim)
+    say(f"run.init {path}: starts from its encoder and head, at step 0; to resume a run, give its run.out instead")
+    return Start(encoder.state_dict(), head, center if fits else None), about | {"head": "of the file"}
+
+
+def _head_of(path: str) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The teacher's head and the center of the loss in a file; empty and None without."""
+    if path.endswith(".safetensors"):
+        return {}, None
+    content = load_official(path)
+    if "teacher" not in content:
+        return {}, None
+    state = from_official(content)
+    head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
+    loss = content.get("loss") or content.get("dino_loss") or {}
+    return head, loss.get("center") if isinstance(loss, dict) else None

@@ -87,7 +87,7 @@ def model_record(encoder: Encoder, checkpoint: str, which: str, *, weights: str 
     """The encoder in the record: options, checkpoint with SHA-256, which weights; epochs so far and
     in all, number of images and their digest of its training, None where the file does not say."""
     source = origin_of(encoder, checkpoint, weights) | {"checkpoint": checkpoint, "which": which}
-    training = {name: getattr(encoder, name) for name in ("epochs", "total_epochs", "num_images", "images")}
+    training = {name: getattr(encoder, name) for name in ("epochs", "total_epochs", "num_images", "images", "init")}
     return dataclasses.asdict(encoder.config) | source | training | {"decoding": to_dict(encoder.decoding)}
 
 

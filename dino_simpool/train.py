@@ -48,7 +48,7 @@ from dino_simpool.failures import MISSING_COMPILER, NonFiniteLoss, non_finite_na
 from dino_simpool.features.encode import Forward, try_sizes
 from dino_simpool.features.maps import attention_of
 from dino_simpool.files import make_writable, require_fields, write_atomically, write_json
-from dino_simpool.learners import Learner, build_learner
+from dino_simpool.learners import Learner, build_learner, read_start
 from dino_simpool.lock import Lock, locked
 from dino_simpool.logs import RunLog, progress, say, writer_errors_raised_once
 from dino_simpool.models.weights import weights_sha256
@@ -57,6 +57,8 @@ from dino_simpool.pictures import overlay, strip, unnormalize
 from dino_simpool.results import overlap_note
 from dino_simpool.signals import KINDS, Stopped, job_ends_soon, stop_after_the_step
 
+FALL = 3.0
+"""Points of k-NN accuracy below the start of a run from run.init that are warned about."""
 KEPT = "before_nan.pth"
 """The last checkpoint from before bad steps, kept while they go on, and if they end the run."""
 WINDOW, EPOCH = 0, 1
@@ -113,7 +115,8 @@ class Run:
     out: Path
     facts: dict[str, Any]
     """About data, processes and length, for the checkpoint: num_images, images (digest), decoding
-    (with numbers for a value range `data`), world_size, total_steps."""
+    (with numbers for a value range `data`), world_size, total_steps; init: the weights that it
+    started from (`read_start`), with their k-NN accuracy in %, or None."""
     means: Means
     epoch_open: bool = False
     """All steps of the last epoch are done, but it is not yet evaluated and logged."""
@@ -168,6 +171,9 @@ def _train(run: Run, saved: dict[str, Any], started: float) -> Path:
             (run.out / name).unlink(missing_ok=True)
         write_atomically(run.out / "config.yaml", lambda path: path.write_text(dump(cfg)))
     _open(run, saved)
+    if run.facts["init"] and not saved:
+        _log_start(run)
+        _save(run)  # from now on the run does not need the file
     now = saved_at = time.monotonic()
     stop, number = False, 0
     bar = progress(plan.total_steps, first, "train", images_per_step=cfg.run.batch_size)
@@ -268,7 +274,8 @@ def _prepare(cfg: TrainConfig) -> Run:
         )
         knn_sets = bank.with_decoding(decoding), val.with_decoding(decoding)
     _images_of_one_pass(cfg)
-    learner = build_learner(cfg, images, device)
+    start, init = read_start(cfg) if cfg.run.init and not cfg.run.resumes else (None, None)
+    learner = build_learner(cfg, images, device, start)
     learner.encoder.decoding = decoding
     sizes = {cfg.crops.global_size, cfg.model.image_size} | ({cfg.crops.local_size} if cfg.crops.num_local else set())
     try_sizes(learner.encoder, sorted(sizes))
@@ -281,6 +288,7 @@ def _prepare(cfg: TrainConfig) -> Run:
         "decoding": to_dict(decoding),
         "world_size": distributed.world_size(),
         "total_steps": learner.plan.total_steps,
+        "init": init,
     }
     return Run(cfg, device, images, knn_sets, learner, out, facts, Means(learner.metrics, device))
 
@@ -294,7 +302,7 @@ def _load(run: Run) -> dict[str, Any]:
     if saved:
         _resume(run, saved)
     # No process writes until all have read, and have read the same.
-    weights = weights_sha256(run.learner.network)[:8] if saved and distributed.world_size() > 1 else ""
+    weights = weights_sha256(run.learner.network)[:8] if (saved or run.facts["init"]) and distributed.world_size() > 1 else ""
     what = "the images, and the step and the weights to go on from"
     distributed.require_agreement(what, (len(run.images), run.facts["images"][:8], run.learner.steps, weights))
     return saved
@@ -317,7 +325,7 @@ def _resume(run: Run, saved: dict[str, Any]) -> None:
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(f"{run.out}/{saved['file']} does not fit this run ({said}): give another run.out") from error
-    run.epoch_open, run.best = saved["epoch_open"], saved["best"]
+    run.epoch_open, run.best, run.facts["init"] = saved["epoch_open"], saved["best"], saved.get("init")
     run.bad_steps = list(saved.get("bad_steps", []))  # version 0.1 stopped at one
     if before != now:  # perhaps of other files with the same names
         changes.append(f"value range of the images: {before} -> {now}")
@@ -358,8 +366,9 @@ def _announce(run: Run) -> str:
         *(f"suggestion: {text}" for text in plan.suggestions),
         *(f"warning: {text}" for text in (advice, small_images(sides, cfg)) if text),
     ]
-    if run.learner.steps:
-        lines.append(f"resuming after step {run.learner.steps} of {plan.total_steps}")
+    if run.learner.steps or (cfg.run.init and cfg.run.resumes):
+        again = f"; run.init {cfg.run.init} is not read again" * bool(cfg.run.init)
+        lines.append(f"resuming after step {run.learner.steps} of {plan.total_steps}{again}")
     return "\n".join(lines)
 
 
@@ -494,6 +503,26 @@ def _program() -> str:
     return f"torchrun {nodes}--nproc_per_node {here} -m dino_simpool"
 
 
+def _log_start(run: Run) -> None:
+    """The line of a run from run.init before its first step: what it starts from, and its k-NN."""
+    record: dict[str, Any] = {"kind": "start", "step": 0, **run.facts["init"]}
+    if run.knn_sets is not None:
+        transform = _eval_transform(run)
+        found = knn_accuracy(
+            run.learner.encoder, *run.knn_sets, Forward(transform, 128, run.cfg.data.workers), skip_broken=True
+        )
+        record["k-NN"] = found.percent
+        run.facts["init"]["knn"] = top1 = found.percent["10"]["top1"]
+        say(f"start: k-NN (k = 10) {top1:.2f} %, of {run.cfg.run.init}")
+    run.log.write(record)
+
+
+def _eval_transform(run: Run) -> EvalTransform:
+    """What the images of evaluations go through."""
+    model = run.cfg.model
+    return EvalTransform(model.image_size, resize=model.resize, mean=model.mean, std=model.std)
+
+
 def _end_epoch(run: Run) -> None:
     """Evaluate if it is due, write the epoch's line, and keep checkpoints. Its steps are saved."""
     cfg, learner, plan, encoder = run.cfg, run.learner, run.learner.plan, run.learner.encoder
@@ -509,7 +538,7 @@ def _end_epoch(run: Run) -> None:
         "bad_files": len(run.feed.bad_files.found),
     }
     due = cfg.run.knn_every > 0 and (epoch % cfg.run.knn_every == 0 or run.done)
-    transform = EvalTransform(cfg.model.image_size, resize=cfg.model.resize, mean=cfg.model.mean, std=cfg.model.std)
+    transform = _eval_transform(run)
     if due and distributed.is_main():
         shown = run.knn_sets[1] if run.knn_sets is not None else run.images
         run.log.image("attention", _attention_strip(run, shown, transform), learner.steps)
@@ -519,12 +548,18 @@ def _end_epoch(run: Run) -> None:
         top1, balanced = (found.percent["10"][name] for name in ("top1", "balanced"))
         shared = overlap_note(found.overlap)
         say(f"epoch {epoch}: k-NN (k = 10) {top1:.2f} %, balanced {balanced:.2f} %{f'; warning: {shared}' if shared else ''}")
+        first = (run.facts["init"] or {}).get("knn")
+        if first is not None and top1 < first - FALL:
+            say(
+                f"warning: k-NN is {first - top1:.1f} points below the {first:.2f} % of the start: lower optim.lr, or raise "
+                "teacher.momentum or optim.freeze_encoder"
+            )
         if top1 > run.best:
             run.best = top1
             if distributed.is_main():
                 keep_state(run.out, "best.pth")
     if distributed.is_main():
-        data = {name: run.facts[name] for name in ("num_images", "images")}
+        data = {name: run.facts[name] for name in ("num_images", "images", "init")}
         epochs, total = (steps / plan.steps_per_epoch for steps in (learner.steps, plan.total_steps))
         export_encoder(run.out, encoder, seed=cfg.run.seed, epochs=epochs, total_epochs=total, **data)
         if cfg.run.keep_every and (epoch + 1) % cfg.run.keep_every == 0:

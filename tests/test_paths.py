@@ -22,6 +22,7 @@ MISTAKES = {
     "train --data.root images": "run.out is empty: give the folder of this run",
     "train --data.root images --run.out weights.pth": "cannot write to weights.pth (Not a directory): give another run.out",
     "train --data.root images --run.out out --run.knn_train none --run.knn_val images": "none does not exist, only images",
+    "train --data.root images --run.out out --run.init none.pth": "no checkpoint none.pth: give last.pth",
     "train --config none": "no recipe none",
     "knn --data images": "no checkpoint is given: give --checkpoint",
     "knn --checkpoint none.pth --data images": "no checkpoint none.pth: give last.pth",

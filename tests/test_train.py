@@ -44,7 +44,7 @@ from dino_simpool.config import (
     dump,
     parse,
 )
-from dino_simpool.data import EvalTransform, ImageSet, evenly, find_images
+from dino_simpool.data import EvalTransform, ImageSet, evenly, find_images, labeled_sets
 from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.feed import Batch, Feed, build_feed
 from dino_simpool.data.loaders import TrainBatches
@@ -52,9 +52,12 @@ from dino_simpool.dino.learner import DinoLearner, build_dino
 from dino_simpool.dino.plan import StepValues, make_plan
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.failures import NonFiniteLoss, UnequalGradients
-from dino_simpool.features.encode import Forward
+from dino_simpool.features.encode import Forward, preprocessing
+from dino_simpool.learners import read_start
 from dino_simpool.logs import TIMING_FIELDS, progress, read_log
+from dino_simpool.models.weights import weights_sha256
 from dino_simpool.pictures import strip
+from dino_simpool.results import model_record
 from dino_simpool.signals import Stopped
 from dino_simpool.train import EPOCH, WINDOW, Means, train
 
@@ -1113,3 +1116,113 @@ def test_a_single_slurm_task_is_the_same_run(whole: TrainConfig, tmp_path: Path,
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     train(changed(whole, out=tmp_path))
     assert_same_run(tmp_path, Path(whole.run.out))
+
+
+def parts(out: Path, name: str) -> list[dict[str, Tensor]]:
+    """Student and teacher of a checkpoint: the encoder, with BatchNorm's statistics, or the head."""
+    state = read_state(out / "last.pth")
+    return [{key: x for key, x in state[who].items() if key.startswith(f"{name}.")} for who in ("student", "teacher")]
+
+
+def continued(whole: TrainConfig, out: Path, *, out_dim: int = 24, frozen: str | None = "3it", **run: Any) -> TrainConfig:
+    """A run from the weights of a finished one, with a head of another size."""
+    cfg = changed(whole, out=out, init=str(Path(whole.run.out) / "last.pth"), **run)
+    head = dataclasses.replace(cfg.head, out_dim=out_dim)
+    return dataclasses.replace(cfg, head=head, optim=dataclasses.replace(cfg.optim, freeze_encoder=frozen))
+
+
+@pytest.mark.parametrize("model", [VIT, CNN], ids=["vit", "cnn"])
+@pytest.mark.parametrize("name", ["adamw", "lars", "sgd"])
+def test_the_encoder_of_run_init_stays_bit_for_bit_until_a_new_head_has_learned(
+    images: Path, tmp_path: Path, model: ModelConfig, name: Any
+) -> None:
+    source = config(images, tmp_path / "source", model=model, epochs=1, optim=OptimConfig(name=name, lr=0.05, warmup="2it"))
+    train(source)
+    start, head = parts(tmp_path / "source", "encoder")[1], parts(tmp_path / "source", "head")[1]
+    for steps, same in ((1, True), (3, True), (4, False)):
+        out = tmp_path / str(steps)
+        train(continued(source, out, epochs=2, stop_after_steps=steps, knn_every=0))
+        for encoder in parts(out, "encoder"):
+            assert all(torch.equal(encoder[key], start[key]) for key in start) == same, steps
+        if steps == 3:
+            student = parts(out, "head")[0]
+            assert not torch.equal(student["head.fc1.weight"], head["head.fc1.weight"])
+            moments = read_state(out / "last.pth")["optimizer"]["state"]
+            assert 0 < len(moments) <= len(head), "only parameters of the head have moments"
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_run_from_weights_resumes_exactly_and_without_them(
+    whole: TrainConfig, tmp_path: Path, stop: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(whole.run.out, source)
+    whole = changed(whole, out=source)
+    once, twice = continued(whole, tmp_path / "once"), continued(whole, tmp_path / "twice")
+    train(once)
+    train(changed(twice, stop_after_steps=stop))
+    shutil.rmtree(source)
+    capsys.readouterr()
+    train(twice)
+    assert f"resuming after step {stop} of 6; run.init {twice.run.init} is not read again" in capsys.readouterr().err
+    assert_same_run(tmp_path / "twice", tmp_path / "once")
+    with pytest.raises(ValueError, match=r"started from other weights \(run.init .*: give another run.out"):
+        train(changed(twice, init=str(source / "best.pth")))
+
+
+def test_the_head_of_the_file_is_used_if_it_fits(whole: TrainConfig, tmp_path: Path) -> None:
+    """The teacher's, by both networks, with the center; then nothing is frozen. Momentum 1 keeps the teacher at its start."""
+    cfg = continued(whole, tmp_path / "own", out_dim=whole.head.out_dim, frozen=None, stop_after_steps=1)
+    train(dataclasses.replace(cfg, teacher=dataclasses.replace(cfg.teacher, momentum=1.0)))
+    source = read_state(Path(whole.run.out) / "last.pth")
+    state = read_state(tmp_path / "own" / "last.pth")
+    for name, _ in load_encoder(Path(whole.run.out) / "last.pth").named_parameters():
+        assert torch.equal(state["teacher"][f"encoder.{name}"], source["teacher"][f"encoder.{name}"])
+    for name in ("head.fc1.weight", "head.last_layer.parametrizations.weight.original1"):
+        assert torch.equal(state["teacher"][name], source["teacher"][name])
+    assert (state["init"]["head"], state["new_head"]) == ("of the file", False)
+    learner = build_dino(cfg, NUM_IMAGES, torch.device("cpu"), read_start(cfg)[0])
+    assert torch.equal(learner.loss.center, source["loss"]["center"]) and not learner.plan.values(0).freeze_encoder
+    assert_equal_states(learner.student.state_dict(), source["teacher"])
+
+
+def test_what_a_run_started_from_is_recorded_and_a_fall_is_warned_about(
+    whole: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, export = tmp_path / "out", str(Path(whole.run.out) / "backbone.safetensors")
+    monkeypatch.setattr("dino_simpool.train.FALL", -101.0)
+    cfg = changed(continued(whole, out, frozen=None, out_dim=whole.head.out_dim), init=export)
+    train(cfg)
+    said = capsys.readouterr().err
+    first, *_ = log_of(out)
+    source = load_encoder(export)
+    knn = knn_accuracy(source, *labeled(whole), Forward(EvalTransform(**preprocessing(source.config)), 128, 0)).percent
+    assert first["kind"] == "start" and first["k-NN"] == knn and first["head"] == "new", "an export has no head"
+    assert f"start: k-NN (k = 10) {knn['10']['top1']:.2f} %" in said
+    assert said.count("points below the") == 2, "once for each evaluation"
+    for file in ("last.pth", "backbone.safetensors"):
+        init = load_encoder(out / file).init
+        assert init is not None and init["checkpoint"] == export and init["sha256"] == weights_sha256(source)
+    assert model_record(load_encoder(out / "last.pth"), str(out / "last.pth"), "teacher")["init"]["knn"] == knn["10"]["top1"]
+
+
+def labeled(cfg: TrainConfig) -> tuple[ImageSet, ImageSet]:
+    """The sets of the k-NN evaluation."""
+    return labeled_sets(str(cfg.run.knn_train), str(cfg.run.knn_val), options=("a", "b"))
+
+
+def test_weights_of_another_model_are_refused_before_anything_is_written(whole: TrainConfig, tmp_path: Path) -> None:
+    cfg = continued(whole, tmp_path / "out")
+    wrong = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, gamma=1.25, width=16, drop_path=0.0))
+    with pytest.raises(
+        ValueError, match=r"gamma 1.25, there 2.0, .*width 16, there 8\): give --model.gamma 2.0 --model.width 8$"
+    ):
+        train(wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_from_weights_stopped_and_resumed(pair: TrainConfig, tmp_path: Path) -> None:
+    once = continued(pair, tmp_path / "once")
+    twice = continued(pair, tmp_path / "twice")
+    values(run_processes(train_each, [once, changed(twice, stop_after_steps=2), twice], environments=group()))
+    assert_same_run(tmp_path / "twice", tmp_path / "once")

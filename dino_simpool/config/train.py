@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from dino_simpool.config.data import CropsConfig, DataConfig
@@ -202,11 +203,16 @@ class OptimConfig(Options):
     """Largest L2 norm of the gradient of each parameter tensor. 0: no clipping."""
     freeze_last_layer: Duration = 1
     """How long the prototypes stay at their initial values (duration)."""
+    freeze_encoder: Duration | None = None
+    """How long the encoder of run.init stays as it is, bit for bit, while the head learns
+    (duration). null: 10% for a new head, 0 for the head of the file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_duration("optim.warmup", self.warmup)
         _check_duration("optim.freeze_last_layer", self.freeze_last_layer)
+        if self.freeze_encoder is not None:
+            _check_duration("optim.freeze_encoder", self.freeze_encoder)
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,9 @@ class RunConfig(Options):
     group = "run."
     out: str = path("", "out", needed="run.out is empty: give the folder of this run")
     """Folder of this run. Run the same command again to resume."""
+    init: str | None = path(None, "checkpoint")
+    """Weights to start from: a checkpoint or an export, of a model with the same options. Its head
+    is used if it has one of this size. It is read once: a run that is resumed does not need it."""
     epochs: Duration = 100
     """Length of the training (duration, not a share)."""
     batch_size: int = option(256, least=1, most=10**7)
@@ -271,6 +280,15 @@ class RunConfig(Options):
         check_device("run.device", self.device)
         _check_duration("run.epochs", self.epochs, share=False)
 
+    @property
+    def resumes(self) -> bool:
+        """Whether `out` has a checkpoint to go on from, so that `init` is not read."""
+        return bool(self.out) and any((Path(self.out) / name).exists() for name in ("last.pth", "prev.pth"))
+
+    def needs(self, option: str) -> bool:
+        """Whether the path of this option is used as `path` declares it."""
+        return option != "init" or not self.resumes
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -286,6 +304,10 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        if self.optim.freeze_encoder is not None and not self.run.init and parse_duration(self.optim.freeze_encoder)[0]:
+            raise ValueError(
+                f"optim.freeze_encoder {self.optim.freeze_encoder} would keep random weights: give run.init, or leave it out"
+            )
         if self.model.is_vit:
             for name, size in (("global_size", self.crops.global_size), ("local_size", self.crops.local_size)):
                 if size % self.model.patch_size and (name == "global_size" or self.crops.num_local):

@@ -55,6 +55,9 @@ SAME: dict[str, tuple[str, ...]] = {
     "run.out": ("output_dir", "out", "out_dir", "output", "save_dir", "log_dir", "logdir", "work_dir", "checkpoint_dir",
                 "exp_name", "default_root_dir"),
     "out": ("output_dir", "out_dir", "output", "save_dir", "log_dir", "logdir", "work_dir", "dump_features", "results_file"),
+    "run.init": ("pretrained", "pretrained_weights", "weights", "init", "finetune", "fine_tune", "from_pretrained", "init_from",
+                 "init_checkpoint", "load_weights", "load_from", "warm_start"),
+    "optim.freeze_encoder": ("freeze_backbone", "freeze_trunk", "freeze_epochs", "freeze"),
     "run.log_every": ("print_freq", "log_interval", "log_every_n_steps", "log_freq"),
     "run.keep_every": ("saveckp_freq", "save_freq", "save_every", "save_interval", "checkpoint_frequency", "save_period"),
     "run.knn_every": ("knn_freq", "eval_freq", "val_freq", "eval_every", "val_interval", "check_val_every_n_epoch"),
@@ -83,9 +86,6 @@ TOLD = ("arch", "gamma", "heads", "num_heads", "mean", "std", "pos_interp", "nor
 NONE: dict[tuple[str, ...], str] = {
     ("resume", "resume_from", "resume_from_checkpoint", "auto_resume", "checkpoint", "ckpt", "ckpt_path", "last"): (
         "a run is resumed by the same command with the same run.out"
-    ),
-    ("pretrained", "pretrained_weights", "weights", "init", "finetune", "from_pretrained"): (
-        "training starts from random weights; evaluators take weights with --checkpoint"
     ),
     ("in_chans", "in_channels", "input_channels", "num_channels", "channels", "in_ch"): (
         "encoders have three channels; gray images fill all three, and data.extra_band says what to do with a fourth"

@@ -53,6 +53,17 @@ from dino_simpool.models.stream import can_stream, run_block
 from dino_simpool.models.weights import load_strict
 
 
+@dataclass(frozen=True)
+class Start:
+    """Weights that student and teacher begin with, both the same."""
+
+    encoder: dict[str, Tensor]
+    head: dict[str, Tensor] | None = None
+    """None: a new head."""
+    center: Tensor | None = None
+    """(1, K) center of the loss, that fits the head."""
+
+
 @dataclass
 class DinoLearner:
     """Everything that a step changes, and the options that it follows (see learners.Learner)."""
@@ -116,6 +127,13 @@ class DinoLearner:
         norm = norms.norm().to(summed.dtype)
         finite = norm.isfinite()
         put_back(statistics, before, unless=finite)
+        if values.freeze_encoder:  # without gradients there are neither moments nor weight decay
+            encoders = self.student.encoder, self.teacher.encoder
+            kept = {id(buffer) for encoder in encoders for buffer in encoder.buffers()}
+            for now, old in zip(statistics, before, strict=True):
+                if id(now) in kept:
+                    now.copy_(old)
+            self.student.encoder.zero_grad(set_to_none=True)
         if values.freeze_last_layer:
             drop_last_layer_gradients(self.student)
         set_hyperparameters(self.optimizer, values.lr, values.weight_decay)
@@ -124,7 +142,8 @@ class DinoLearner:
         before = copies([self.loss.center])
         self.loss.update_center(batch_center)
         put_back([self.loss.center], before, unless=finite)
-        ema_update(self.teacher, self.student, values.momentum, only_if=finite)
+        moving = [self.teacher.head, self.student.head] if values.freeze_encoder else [self.teacher, self.student]
+        ema_update(*moving, values.momentum, only_if=finite)
         self.steps += 1
         # Gradients that overflow in float16 are how the scaler finds its scale.
         bad = ~summed[0].isfinite() if self.scaler.is_enabled() else ~finite
@@ -265,7 +284,7 @@ class DinoLearner:
     def state(self) -> dict[str, Any]:
         """As tensors and plain values."""
         names = ("student", "teacher", "loss", "optimizer", "scaler", "monitor")
-        return {name: getattr(self, name).state_dict() for name in names} | {"step": self.steps}
+        return {name: getattr(self, name).state_dict() for name in names} | {"step": self.steps, "new_head": self.plan.new_head}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a stored state, strictly."""
@@ -282,11 +301,13 @@ class DinoLearner:
         if state["scaler"]:  # empty unless the precision was fp16
             self.scaler.load_state_dict(state["scaler"])
         self.steps = state["step"]
+        self.plan = dataclasses.replace(self.plan, new_head=state.get("new_head", False))  # version 0.1 had no run.init
 
 
-def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoLearner:
+def build_dino(cfg: TrainConfig, num_images: int, device: torch.device, start: Start | None = None) -> DinoLearner:
     """Student, teacher, loss, optimizer and plan of a run on that many images, at step 0.
 
+    start: weights in place of random ones.
     ValueError for options that do not fit each other, the images or the architecture.
     """
     plan = make_plan(cfg, num_images)
@@ -297,6 +318,11 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
     torch.manual_seed(cfg.run.seed)
     encoder = build_encoder(cfg.model)
     head = DinoHead(encoder.embed_dim, **dataclasses.asdict(cfg.head))
+    if start is not None:
+        load_strict(encoder, start.encoder, source=f"the encoder of {cfg.run.init}")
+        if start.head is not None:
+            load_strict(head, start.head, source=f"the head of {cfg.run.init}")
+        plan = dataclasses.replace(plan, new_head=start.head is None)
     # Convolutions are faster with the channels last (1.3 times in a CPU step of a small ResNet);
     # transformers do not care. What BatchNorm would lose: models/batch_norm.py.
     student = DinoModel(encoder, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -310,6 +336,8 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device) -> DinoL
             compile_blocks(model)
     temperature, momentum = cfg.loss.student_temperature, cfg.loss.center_momentum
     loss = DinoLoss(cfg.head.out_dim, student_temp=temperature, center_momentum=momentum).to(device)
+    if start is not None and start.center is not None:
+        loss.center.copy_(start.center)
     forward: nn.Module = student
     if distributed.world_size() > 1:
         forward = DistributedDataParallel(student, gradient_as_bucket_view=True)

@@ -30,6 +30,8 @@ SHARPEST = 0.01
 """Below this temperature the teacher's target is one prototype; published are 0.04 to 0.07."""
 WARMUP_SHARES = {"optim.warmup": 0.1, "teacher.warmup": 0.3}
 """Published warm-ups as shares of the run: 10 and 30 of 100 epochs."""
+NEW_HEAD = "10%"
+"""For how much of a run a new head learns alone, before the encoder of run.init does."""
 
 
 def cosine_schedule(
@@ -83,6 +85,7 @@ class StepValues:
     """Of the teacher's moving average."""
     teacher_temperature: float
     freeze_last_layer: bool
+    freeze_encoder: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Plan:
     freeze_steps: int
     peak_lr: float
     cfg: TrainConfig
+    new_head: bool = False
+    """Whether the run started from weights without a head of its size (run.init)."""
     warnings: tuple[str, ...] = ()
     """What was changed or looks wrong, one sentence each."""
     suggestions: tuple[str, ...] = ()
@@ -115,6 +120,15 @@ class Plan:
         """Steps for which the temperature of the warm-up stays the same: an epoch, or 1."""
         return self.steps_per_epoch if self.teacher_warmup_steps >= self.steps_per_epoch else 1
 
+    @property
+    def frozen_encoder_steps(self) -> int:
+        """Steps at the start in which the encoder of run.init does not change."""
+        duration = self.cfg.optim.freeze_encoder
+        if duration is None:
+            duration = NEW_HEAD if self.new_head else 0
+        sizes = {"steps_per_epoch": self.steps_per_epoch, "total_steps": self.total_steps, "batch_size": self.batch_size}
+        return duration_steps(duration, name="optim.freeze_encoder", **sizes)
+
     def values(self, step: int) -> StepValues:
         """The schedules at a step, 0 to total_steps - 1."""
         optim, teacher, total, hold = self.cfg.optim, self.cfg.teacher, self.total_steps, self.temperature_steps
@@ -126,6 +140,7 @@ class Plan:
                 step // hold, self.teacher_warmup_steps // hold, teacher.warmup_temperature, teacher.temperature
             ),
             freeze_last_layer=step < self.freeze_steps,
+            freeze_encoder=step < self.frozen_encoder_steps,
         )
 
     def table(self) -> str:
@@ -134,6 +149,7 @@ class Plan:
         points = {  # where two coincide, the later name stays
             "middle": self.total_steps // 2,
             "prototypes free": self.freeze_steps,
+            **({"encoder free": frozen} if (frozen := self.frozen_encoder_steps) else {}),
             "temperature reached": max(0, self.teacher_warmup_steps - self.temperature_steps),
             "peak rate": max(0, self.warmup_steps - 1),
             "start": 0,
@@ -150,6 +166,7 @@ class Plan:
             lines.append(
                 f"{names[step]:20}{step:>9}{step // self.steps_per_epoch:>8}{v.lr:>12.4g}{v.weight_decay:>10.4g}"
                 f"{v.momentum:>11.6f}{v.teacher_temperature:>13.4f}  {'frozen' if v.freeze_last_layer else 'free'}"
+                f"{', encoder frozen' if v.freeze_encoder else ''}"
             )
         return "\n".join(lines)
 

@@ -100,6 +100,7 @@ class StoredFeatures:
         stored."""
         settings, source = self.meta["settings"], self.meta["source"]
         told = {name: source.get(name) for name in ("checkpoint", "sha256", "which")}
+        told |= {name: source[name] for name in ("weights",) if name in source}  # the file of timm:NAME
         training = source.get("training") or dict.fromkeys(("epochs", "total_epochs", "num_images", "images"))
         return settings["model"] | told | training | {"weights_sha256": settings["weights"], "decoding": self.decoding}
 

@@ -87,6 +87,8 @@ class Encoder(nn.Module):
     """The number of images that these epochs went over, if it says so."""
     images: str | None = None
     """`ImageSet.digest` of them, if it says so."""
+    init: dict[str, Any] | None = None
+    """The weights that its training started from (checkpoint, sha256, epochs), if not random."""
     decoding: DecodingSettings = DEFAULT_DECODING
     """How the images of the training were decoded."""
 

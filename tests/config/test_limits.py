@@ -14,7 +14,7 @@ from dino_simpool import cli
 from dino_simpool.config import ConfigError, TrainConfig, option_names, parse
 from dino_simpool.dino.plan import make_plan
 
-DURATIONS = {"run.epochs", "optim.warmup", "optim.freeze_last_layer", "teacher.warmup"}
+DURATIONS = {"run.epochs", "optim.warmup", "optim.freeze_last_layer", "optim.freeze_encoder", "teacher.warmup"}
 TEXT = re.compile(r"str( \| None)?|(str \| )?tuple\[str, \.\.\.\]")
 """Annotations of options that take any text: names of files, and of architectures, which only timm knows."""
 DEVICES = {"device", "run.device"}
