@@ -153,7 +153,7 @@ def _register(arch: str) -> None:
         )
 
     create.__name__ = create.__qualname__ = f"{arch}_simpool"
-    create.__doc__ = f"{arch} with SimPool. gamma: a number, or 'none' for the plain average (timm drops None)."
+    create.__doc__ = f"{arch} with SimPool. gamma: a number, or 'none' for the plain average."  # timm drops None
     register_model(create)
 
 

@@ -87,7 +87,7 @@ class ReportConfig(Device):
 
 @dataclass(frozen=True)
 class ConvertConfig(Weights):
-    """Weights in another form: for the official scripts, for timm, or as a graph that runs alone."""
+    """Weights in another form: for the official scripts, for timm, or as a graph of its own."""
 
     to: Literal["official", "ours", "timm", "onnx", "program"] = "ours"
     """official: a checkpoint for the scripts of DINO and SimPool. ours: backbone.safetensors, and

@@ -75,8 +75,9 @@ def main(cfg: ConvertConfig) -> None:
 
 
 def _checked(path: Path, write: Callable[[Path], object], compare: Callable[[Path], float]) -> float:
-    """Write a file, read it and compare; the file gets its name only then. ValueError if the largest
-    difference is above TOLERANCE."""
+    """Write a file, read it and compare; the file gets its name only then.
+
+    ValueError if the largest difference is above TOLERANCE."""
     difference = torch.inf
 
     def write_and_compare(temporary: Path) -> None:

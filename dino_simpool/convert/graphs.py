@@ -54,7 +54,7 @@ def is_dynamic(encoder: Encoder) -> bool:
 
 
 def at_size(encoder: Encoder, size: tuple[int, int]) -> Encoder:
-    """A copy of an encoder; of a ViT of ours with the position embedding of this size as its own."""
+    """A copy of an encoder; a ViT of ours has the position embedding of this size as its own."""
     encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
     if is_dynamic(encoder) or isinstance(encoder, TimmEncoder):
         return encoder
@@ -105,8 +105,9 @@ def run_program(path: Path, images: Tensor) -> list[Tensor]:
 
 
 def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference of any output, relative to the largest value of that output. ValueError
-    for other shapes."""
+    """The largest difference of any output, relative to the largest value of that output.
+
+    ValueError for other shapes."""
     if [x.shape for x in found] != [x.shape for x in expected]:
         raise ValueError(f"shapes {[tuple(x.shape) for x in found]}, expected {[tuple(x.shape) for x in expected]}")
     relative = [((a - b).abs().max() / b.abs().max()).nan_to_num(torch.inf) for a, b in zip(found, expected, strict=True)]
