@@ -17,7 +17,7 @@ from torch import Tensor
 from dino_simpool import __version__, distributed
 from dino_simpool.config import EvalConfig, to_dict
 from dino_simpool.files import file_sha256, make_writable, write_atomically, write_json
-from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.encoder import TRAINING, Encoder
 from dino_simpool.models.weights import weights_sha256
 
 
@@ -87,7 +87,7 @@ def model_record(encoder: Encoder, checkpoint: str, which: str, *, weights: str 
     """The encoder in the record: options, checkpoint with SHA-256, which weights; epochs so far and
     in all, number of images and their digest of its training, None where the file does not say."""
     source = origin_of(encoder, checkpoint, weights) | {"checkpoint": checkpoint, "which": which}
-    training = {name: getattr(encoder, name) for name in ("epochs", "total_epochs", "num_images", "images", "init")}
+    training = {name: getattr(encoder, name) for name in TRAINING}
     return dataclasses.asdict(encoder.config) | source | training | {"decoding": to_dict(encoder.decoding)}
 
 

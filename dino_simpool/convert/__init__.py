@@ -29,7 +29,7 @@ from dino_simpool.convert import graphs
 from dino_simpool.convert.graphs import largest_difference
 from dino_simpool.files import make_writable, write_atomically
 from dino_simpool.logs import say
-from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.encoder import TRAINING, Encoder
 from dino_simpool.models.foreign import TimmEncoder
 from dino_simpool.models.trunk import find_arch
 from dino_simpool.models.weights import from_official, load_official, load_strict, to_official
@@ -178,7 +178,7 @@ def _official(encoder: Encoder, cfg: ConvertConfig, out: Path) -> dict[str, Any]
 def _ours(encoder: Encoder, cfg: ConvertConfig, out: Path) -> dict[str, Any]:
     """Our export, and with a head also a file for `train --run.init`."""
     parts, content = _parts(cfg, encoder)
-    training = {name: getattr(encoder, name) for name in ("epochs", "total_epochs", "num_images", "images")}
+    training = {name: getattr(encoder, name) for name in TRAINING}
     own = content.get("config", {}).get("run", {}) if "format" in content else {}
     heads = [part for part in parts.values() if any(name.startswith("head.") for name in part)]
     if heads:

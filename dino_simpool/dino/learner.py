@@ -142,8 +142,9 @@ class DinoLearner:
         before = copies([self.loss.center])
         self.loss.update_center(batch_center)
         put_back([self.loss.center], before, unless=finite)
-        moving = [self.teacher.head, self.student.head] if values.freeze_encoder else [self.teacher, self.student]
-        ema_update(*moving, values.momentum, only_if=finite)
+        both: tuple[nn.Module, nn.Module] = self.teacher, self.student
+        teacher, student = (self.teacher.head, self.student.head) if values.freeze_encoder else both
+        ema_update(teacher, student, values.momentum, only_if=finite)
         self.steps += 1
         # Gradients that overflow in float16 are how the scaler finds its scale.
         bad = ~summed[0].isfinite() if self.scaler.is_enabled() else ~finite

@@ -56,7 +56,7 @@ from dino_simpool.features.rows import RowFile, StoredRows
 from dino_simpool.features.shards import merge
 from dino_simpool.files import write_atomically
 from dino_simpool.logs import progress, say
-from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.encoder import TRAINING, Encoder
 from dino_simpool.models.pooling.simpool import SimPool
 from dino_simpool.models.weights import weights_sha256
 from dino_simpool.names import shown_lines
@@ -134,7 +134,7 @@ def _extract(cfg: ExtractConfig, folder: Path, shard: Shard | None, device: torc
         "data": [images.root] if cfg.labels else sources,
         "max_pixels": cfg.max_pixels,
         "exclude": list(cfg.exclude),
-        "training": {name: getattr(encoder, name) for name in ("epochs", "total_epochs", "num_images", "images")},
+        "training": {name: getattr(encoder, name) for name in TRAINING},
     }
     features = extract(
         encoder,

@@ -26,7 +26,7 @@ from dino_simpool.data.index import Index, Strings
 from dino_simpool.features.folder import differences, read_meta, sizes_hash
 from dino_simpool.files import check_digest, file_sha256
 from dino_simpool.logs import say
-from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.encoder import TRAINING, Encoder
 from dino_simpool.models.weights import weights_sha256
 
 _AGAIN = "extract again"
@@ -101,7 +101,7 @@ class StoredFeatures:
         settings, source = self.meta["settings"], self.meta["source"]
         told = {name: source.get(name) for name in ("checkpoint", "sha256", "which")}
         told |= {name: source[name] for name in ("weights",) if name in source}  # the file of timm:NAME
-        training = source.get("training") or dict.fromkeys(("epochs", "total_epochs", "num_images", "images"))
+        training = source.get("training") or dict.fromkeys(TRAINING)
         return settings["model"] | told | training | {"weights_sha256": settings["weights"], "decoding": self.decoding}
 
     def require_encoder(self, encoder: Encoder, checkpoint: str) -> None:

@@ -70,6 +70,10 @@ def _cached_position_matrix(native: Grid, grid: Grid, rule: str, device: torch.d
         return matrix.view(rows, -1).T.contiguous().to(dtype).to(device)
 
 
+TRAINING = ("epochs", "total_epochs", "num_images", "images", "init")
+"""What an `Encoder` knows of the training behind its weights."""
+
+
 class Encoder(nn.Module):
     """A timm trunk with a pooling and a final norm: images in, one feature per image out.
 
