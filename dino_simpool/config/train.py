@@ -236,7 +236,8 @@ class RunConfig(Options):
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N."""
     compile: bool = False
-    """torch.compile for trunk blocks and device augmentation. The first steps take minutes."""
+    """torch.compile for trunk blocks, pooling and device augmentation; on one GPU also a CUDA graph
+    of forward, loss and backward. The first step takes a minute or so."""
     seed: int = option(0, least=0, most=MAX_SEED)
     """Seed that determines every random number of the run."""
     threads: int | None = option(None, least=1, most=4096)

@@ -236,7 +236,7 @@ def test_what_is_beside_the_features(tmp_path: Path, images: Path, checkpoint: s
     assert meta["source"] == {
         "checkpoint": checkpoint, "sha256": file_sha256(checkpoint), "which": "teacher", "data": [str(images)],
         "exclude": [], "max_pixels": MAX_PIXELS,
-        "training": dict.fromkeys(("epochs", "total_epochs", "num_images", "images")),  # not told by this export
+        "training": dict.fromkeys(("epochs", "total_epochs", "num_images", "images", "init")),  # not told by this export
     }  # fmt: skip
     assert settings["model"] == json.loads(json.dumps(dataclasses.asdict(encoder.config)))
     assert settings["weights"] == weights_sha256(encoder)

@@ -24,7 +24,7 @@ from dino_simpool.models import stream
 from dino_simpool.models.encoder import Encoder, build_encoder, position_matrix
 from dino_simpool.models.pooling import build_pool
 from dino_simpool.models.pooling.simpool import as_tokens
-from dino_simpool.models.trunk import SHORT_NAMES, build_trunk, find_arch
+from dino_simpool.models.trunk import SHORT_NAMES, PatchConv, build_trunk, find_arch
 
 TINY: dict[str, dict[str, Any]] = {
     "vit": {"arch": "vit_tiny", "width": 32, "heads": 2, "depth": 2, "patch_size": 4, "image_size": 32},
@@ -373,7 +373,7 @@ def test_positions_at_the_native_grid_are_the_stored_ones(rule: str, pool: str) 
     stored = encoder.trunk.pos_embed[0, prefix:]
     for height, width in ((32, 32), (32, 35), (34, 33)):
         images = torch.randn(2, 3, height, width, dtype=torch.float64)
-        patches = encoder._patches(images[..., :32, :32], (8, 8))
+        patches = encoder.trunk.patch_embed(images[..., :32, :32]).flatten(1, 2)
         ours = encoder._embed(images)[0][:, prefix:]
         if rule == "dino_always":
             published = F.interpolate(stored.T.reshape(1, 32, 8, 8), scale_factor=(8.1 / 8, 8.1 / 8), mode="bicubic")
@@ -554,7 +554,7 @@ def test_views_are_grouped_by_size_and_come_back_view_by_view() -> None:
     model, sizes = student("resnet").double().eval(), (32, 32, 16, 16, 16)
     views = [torch.randn(3, 3, size, size, dtype=torch.float64) for size in sizes]
     calls: list[tuple[int, ...]] = []
-    model.encoder.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
+    model.encoder.trunk.conv1.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
     features = model(views)
     assert calls == [(6, 3, 32, 32), (9, 3, 16, 16)]
     assert features.shape == (5, 3, 8)
@@ -707,3 +707,19 @@ def test_stochastic_depth_of_images_of_several_sizes():
     encoder.trunk.blocks[1].attn.proj.weight.data.zero_()
     encoder.trunk.blocks[1].attn.proj.bias.data.zero_()
     torch.testing.assert_close(dropped, torch.cat([encoder(each) for each in images]))
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_patches_are_those_of_the_convolution(memory: torch.memory_format):
+    layer = torch.nn.Conv2d(3, 5, 4, 4).double()
+    images = torch.randn(2, 3, 8, 12, dtype=torch.float64, requires_grad=True)
+    expected = layer(images)
+    expected.square().sum().backward()
+    gradients = [images.grad, layer.weight.grad, layer.bias.grad]
+    images.grad = layer.weight.grad = layer.bias.grad = None
+    layer.__class__ = PatchConv
+    found = layer.to(memory_format=memory)(images.contiguous(memory_format=memory))
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    for ours, theirs in zip([images.grad, layer.weight.grad, layer.bias.grad], gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
