@@ -55,15 +55,18 @@ def test_every_word_leads_to_an_option_that_exists() -> None:
         ("gradient_clip_val", "optim.clip"),
         ("optim.batch_size", "run.batch_size"),
         ("train.lr", "optim.lr"),
+        ("pretrained_weights", "run.init"),
+        ("model.pretrained", "run.init"),
+        ("finetune", "run.init"),
+        ("init", "run.init"),
+        ("freeze_backbone", "optim.freeze_encoder"),
     ],
 )
 def test_words_of_other_tools_lead_to_ours(word: str, options: str) -> None:
     assert said(TrainConfig, word) == f"unknown option {word}: did you mean {options}?"
 
 
-@pytest.mark.parametrize(
-    "word", ["resume", "pretrained", "in_chans", "devices", "gpus", "wandb", "model.pretrained", "num_nodes"]
-)
+@pytest.mark.parametrize("word", ["resume", "in_chans", "devices", "gpus", "wandb", "num_nodes"])
 def test_words_without_an_option_say_how_it_is_done(word: str) -> None:
     text = said(TrainConfig, word)
     assert text.startswith(f"unknown option {word}: there is none, ") and "did you mean" not in text
