@@ -388,6 +388,8 @@ def _log_step(run: Run, bar: tqdm[Any]) -> None:
         **dataclasses.asdict(learner.plan.values(learner.steps - 1)),
         **feed.timings("window"),
     }
+    if run.facts["init"] is None:  # nothing to freeze: the fields of such runs stay those of version 0.1
+        record.pop("freeze_encoder", None)
     run.log.write(record)
     waiting = record["data_wait_percent"]
     shown = learner.shown.replace("_over_", "/")

@@ -78,7 +78,8 @@ def build_report(out: Path, *, data: str, num_images: int, device: torch.device)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{out}/config.yaml is not that of a run ({' '.join(str(error).split())[:300]})") from None
     records = read_log(out / "log.jsonl") if (out / "log.jsonl").is_file() else []
-    steps, epochs = ([record for record in records if record["kind"] == kind] for kind in ("step", "epoch"))
+    steps = [record for record in records if record["kind"] == "step"]
+    evaluated = [record for record in records if record["kind"] in ("start", "epoch")]
     fields: Fields = {f"{name}?": dict for name in ("metrics", "model", "versions", "overlap")}
     what, remedy = "a result of an evaluator", "move it away, or evaluate again"
     files = sorted((out / "results").glob("*.json"))
@@ -94,7 +95,7 @@ def build_report(out: Path, *, data: str, num_images: int, device: torch.device)
         f'<h1>{page.escape(name)}</h1><p class="soft">{page.escape(_lead(cfg, state))}</p>',
         f'<div class="tiles">{_tiles(cfg, steps, metrics)}</div>',
         page.section("Results", _results(out, data, results), "Frozen features of held-out images."),
-        page.section("Curves", _curves(steps, epochs, metrics), _curves_note(steps)),
+        page.section("Curves", _curves(steps, evaluated, metrics), _curves_note(steps)),
         page.section("Attention on held-out images", _attention(out, data, num_images, device)),
         page.section("Crops", _crops(cfg)),
         page.section("Settings", _settings(options, results, state)),
@@ -185,11 +186,11 @@ def _curves_note(steps: list[Record]) -> str:
     return note
 
 
-def _curves(steps: list[Record], epochs: list[Record], metrics: dict[str, Record]) -> str:
+def _curves(steps: list[Record], evaluated: list[Record], metrics: dict[str, Record]) -> str:
     """Small charts over the steps of training; fields that CURVES does not name are folded."""
     if not steps:
         return page.missing("No step is in log.jsonl yet.")
-    cards = [_knn_card(epochs, metrics)]
+    cards = [_knn_card(evaluated, metrics)]
     for title, note, names in CURVES:
         series = {label: _points(steps, name) for name, label in names.items()}
         chart = line_chart(series) if any(series.values()) else page.missing(f"log.jsonl has no {' and no '.join(names)}.")
@@ -200,9 +201,10 @@ def _curves(steps: list[Record], epochs: list[Record], metrics: dict[str, Record
     return page.charts(cards) + (page.folded("More curves", page.charts(more)) if more else "")
 
 
-def _knn_card(epochs: list[Record], metrics: dict[str, Record]) -> str:
-    """k-NN accuracy of the teacher during training, with the untrained encoder and raw pixels."""
-    points = [(record["step"], record["k-NN"]["10"]["top1"]) for record in epochs if record.get("k-NN")]
+def _knn_card(evaluated: list[Record], metrics: dict[str, Record]) -> str:
+    """k-NN accuracy of the teacher during training, from its start with run.init on, with the
+    untrained encoder and raw pixels."""
+    points = [(record["step"], record["k-NN"]["10"]["top1"]) for record in evaluated if record.get("k-NN")]
     if not points:
         return page.card("k-NN", "", page.missing("No k-NN was run during training: set run.knn_train and run.knn_val."))
     chart = line_chart({"teacher": points}, references=_baselines(metrics, "knn", "top1_k10"))

@@ -21,7 +21,7 @@ DEVICES = {"device", "run.device"}
 ZERO = {
     "crops.flip", "crops.grayscale", "crops.jitter_probability", "crops.num_local", "data.max_bad_share", "data.workers",
     "gpus", "loader_seconds", "loss.center_momentum", "model.drop_path", "noise", "num_classes", "optim.clip",
-    "optim.freeze_last_layer",
+    "optim.freeze_encoder", "optim.freeze_last_layer",
     "optim.min_lr", "optim.momentum", "optim.warmup", "optim.weight_decay", "optim.weight_decay_end", "run.keep_every",
     "run.knn_every", "run.save_minutes", "run.seed", "run.verify_every", "seed", "teacher.drop_path", "teacher.momentum",
     "teacher.warmup", "workers",

@@ -56,7 +56,11 @@ def test_every_word_leads_to_an_option_that_exists() -> None:
         ("optim.batch_size", "run.batch_size"),
         ("train.lr", "optim.lr"),
         ("pretrained", "run.init"),
+        ("pretrained_weights", "run.init"),
         ("model.pretrained", "run.init"),
+        ("finetune", "run.init"),
+        ("init", "run.init"),
+        ("freeze_backbone", "optim.freeze_encoder"),
     ],
 )
 def test_words_of_other_tools_lead_to_ours(word: str, options: str) -> None:
