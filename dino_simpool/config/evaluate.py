@@ -53,6 +53,10 @@ class EvalConfig(Compute, Weights):
         """Whether the numbers depend on an encoder. If not, a checkpoint is optional."""
         return True
 
+    def needs(self, option: str) -> bool:
+        """A checkpoint is needed for an encoder."""
+        return super().needs(option) and (option != "checkpoint" or self.needs_encoder)
+
     @property
     def default_out(self) -> str:
         """Where results go without `out` and without a checkpoint; "" for nowhere."""
@@ -137,10 +141,6 @@ class KnnConfig(ClassificationConfig):
     def needs_encoder(self) -> bool:
         """Raw pixels need none."""
         return self.features != "pixels"
-
-    def needs(self, option: str) -> bool:
-        """Raw pixels need no checkpoint."""
-        return super().needs(option) and (option != "checkpoint" or self.needs_encoder)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,10 @@ class CapturedPass:
         return self._results
 
     def _capture(self, views: Sequence[Tensor]) -> None:
-        """Run the pass three times, which compiles, chooses algorithms and fills caches, then record
-        it. Nothing but the places of the gradients changes."""
+        """Record the pass, after three runs that compile, choose algorithms and fill caches.
+
+        Nothing changes but the places of the gradients.
+        """
         self._views = [view.clone() for view in views]
         self._temperature = torch.ones((), device=views[0].device)
         summed = [None if p.grad is None else p.grad.clone() for p in self._parameters]

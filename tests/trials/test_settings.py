@@ -105,7 +105,7 @@ def test_a_longer_run_that_goes_on_with_another_rate_is_warned_of(tool: Tool, pi
 
 @pytest.mark.parametrize(
     ("word", "answer"),
-    [("resume", "there is none, a run is resumed by the same command"), ("pretrained", "there is none"),
+    [("resume", "there is none, a run is resumed by the same command"), ("pretrained", "run.init"),
      ("devices", "torchrun"), ("in_chans", "three channels"), ("wandb", "log.jsonl"), ("img_size", "crops.global_size")],
 )  # fmt: skip
 def test_options_of_other_tools_are_understood(tool: Tool, word: str, answer: str) -> None:
