@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -206,6 +206,7 @@ def load_encoder(
     *,
     which: Literal["teacher", "student", "untrained"] = "teacher",
     weights: str | Path | None = None,
+    answers: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Encoder:
     """The encoder of a checkpoint, in evaluation mode on the CPU, with every weight matched.
@@ -216,7 +217,8 @@ def load_encoder(
     (models/foreign.py). weights: for timm:NAME, a file or "random"; None for those that timm
     downloads. which: the weights; `untrained` is the encoder as the
     run's seed initialized it (0 for files of others). overrides: ModelConfig options to change
-    (gamma=2.0), or that a file of others cannot say. FileNotFoundError or ValueError in one line if
+    (gamma=2.0), or that a file of others cannot say. answers: those that count only if it does not
+    say them. FileNotFoundError or ValueError in one line if
     the file is missing, is broken, does not fit, or does not say enough.
     """
     if str(path).startswith(PREFIX):
@@ -228,7 +230,7 @@ def load_encoder(
         stored = _read_export(path)
     else:
         content = load_official(path)
-        stored = _read_run(path, content) if "format" in content else _read_foreign(path, content, which, overrides)
+        stored = _read_run(path, content) if "format" in content else _read_foreign(path, content, which, overrides, answers)
     try:
         config = from_dict(ModelConfig, {**stored.options, **overrides})
     except ConfigError as error:
@@ -278,12 +280,15 @@ def _read_run(path: Path, content: dict[str, Any]) -> _Stored:
     return _Stored(state["config"]["model"], run["seed"], weights, training, decoding)
 
 
-def _read_foreign(path: Path, content: dict[str, Any], which: str, overrides: dict[str, Any]) -> _Stored:
+def _read_foreign(
+    path: Path, content: dict[str, Any], which: str, overrides: dict[str, Any], answers: Mapping[str, Any] | None
+) -> _Stored:
     """A file of others. Its untrained encoder is that of seed 0."""
     kind = "student" if which == "student" else "teacher"
-    found = recognize(content, which=kind, given=overrides, source=str(path))
+    found = recognize(content, which=kind, given=overrides, answers=answers, source=str(path))
     training = {"epochs": found.epochs, "total_epochs": found.total_epochs}
-    return _Stored(found.options, 0, {kind: found.weights}, training, {}, found)
+    answered = {name: value for name, value in found.given.items() if name not in overrides}
+    return _Stored(found.options | answered, 0, {kind: found.weights}, training, {}, found)
 
 
 def _is_export(path: Path) -> bool:

@@ -100,7 +100,8 @@ def read_start(cfg: TrainConfig) -> tuple[Start, dict[str, Any]]:
     Student and teacher begin as the file's teacher, which is what was evaluated.
     """
     path = str(cfg.run.init)
-    encoder = load_encoder(path)
+    unsaid = ("gamma", "mean", "std") if cfg.model.heads is None else ("gamma", "mean", "std", "heads")
+    encoder = load_encoder(path, answers={name: getattr(cfg.model, name) for name in unsaid})  # for files of others
     free = FREE if cfg.model.is_vit else FREE | {"image_size"}
     theirs, ours = to_dict(encoder.config), to_dict(cfg.model)
     different = {name: value for name, value in theirs.items() if value != ours[name]}

@@ -111,14 +111,20 @@ class Recognized:
     notes: list[str] = field(default_factory=list)
     epochs: float | None = None
     total_epochs: float | None = None
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the caller for what the file does not tell."""
 
     def set(self, name: str, value: Any, why: str) -> None:
         """An option that is known."""
         self.options[name], self.why[name] = value, why
 
     def ask(self, name: str, reason: str, example: str) -> None:
-        """ValueError unless the caller gave this option, which the file does not tell."""
-        if name not in self.given:
+        """Take the caller's word for an option that the file does not tell. ValueError without."""
+        if name in self.given:
+            return
+        if name in self.answers:
+            self.given = {**self.given, name: self.answers[name]}
+        else:
             option = example.replace("=", " ")
             raise ValueError(f"{self.source} does not say {name} ({reason}): give {example}, in a command --model.{option}")
 
@@ -171,14 +177,17 @@ class Recognized:
 _SIZES = ("arch", "width", "depth", "heads", "patch_size", "image_size", "pool", "beta")
 
 
-def recognize(content: Mapping[str, Any], *, which: str, given: Mapping[str, Any], source: str) -> Recognized:
+def recognize(
+    content: Mapping[str, Any], *, which: str, given: Mapping[str, Any], source: str, answers: Mapping[str, Any] | None = None
+) -> Recognized:
     """What the content of a file of others (`load_official`) is.
 
     which: teacher (of a supervised file the moving average, if there is one) or student. given:
-    options of `ModelConfig` that the caller knows. source: the file, for messages. ValueError in
-    one line if it is no ViT, ResNet or ConvNeXt, or if something must be given.
+    options of `ModelConfig` that the caller knows; answers: for those alone that the file does not
+    tell. source: the file, for messages. ValueError in one line if it is no ViT, ResNet or
+    ConvNeXt, or if something must be given.
     """
-    found = Recognized(source, given)
+    found = Recognized(source, given, answers=answers or {})
     try:
         state = stripped(content, which)
         encoder, found.head = _parts(state)

@@ -462,6 +462,7 @@ def test_exported_sizes_may_vary() -> None:
         torch.testing.assert_close(program(images), encoder(images))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.6 does not export with onnxscript 0.5.4")
 def test_positions_after_an_export_to_onnx() -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -214,8 +214,10 @@ def test_gamma_of_a_cnn_is_in_its_arguments_or_asked_for(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"does not say gamma .*: give gamma=2\.0, in a command --model\.gamma 2\.0$"):
         load_encoder(path)
     assert torch.equal(load_encoder(path, gamma=2.0)(PICTURES), encoder(PICTURES))
+    assert load_encoder(path, answers={"gamma": 2.0}).config == load_encoder(path, gamma=2.0).config
     torch.save(published(backbone(encoder), gamma=None), path)
     assert load_encoder(path).config.gamma is None
+    assert load_encoder(path, answers={"gamma": 2.0}).config.gamma is None  # the file says it
 
 
 def test_positions_of_early_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
