@@ -17,7 +17,8 @@ from dino_simpool import __version__
 from dino_simpool.checkpoint import export_encoder, load_encoder
 from dino_simpool.config import to_dict
 from dino_simpool.files import NUMBER, Fields, read_json, write_atomically
-from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.encoder import TRAINING, Encoder
+from dino_simpool.models.foreign import TimmEncoder
 
 FILES = ("backbone.safetensors", "model.json")
 RESULT: Fields = {"evaluator": str, "dataset?": str, "split?": str, "metrics": dict, "model?": dict}
@@ -59,18 +60,14 @@ def push_to_hub(
 def write_folder(
     encoder: Encoder, folder: str | Path, *, name: str, results: str | Path | None = None, license: str | None = None
 ) -> None:
-    """Write what `push_to_hub` sends to a folder, from which `from_pretrained` reads it."""
+    """Write what `push_to_hub` sends to a folder, from which `from_pretrained` reads it.
+    ValueError for a model of timm."""
+    if isinstance(encoder, TimmEncoder):
+        raise ValueError(f"{encoder.config.arch} is timm's own model, which timm itself puts on the Hub: give one of this tool")
     card = model_card(encoder, name=name, results=results, license=license)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    export_encoder(
-        folder,
-        encoder,
-        epochs=encoder.epochs,
-        total_epochs=encoder.total_epochs,
-        num_images=encoder.num_images,
-        images=encoder.images,
-    )
+    export_encoder(folder, encoder, **{name: getattr(encoder, name) for name in TRAINING})
     write_atomically(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 
 

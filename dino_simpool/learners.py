@@ -24,6 +24,7 @@ from dino_simpool.dino.model import DinoHead
 from dino_simpool.dino.plan import Plan
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
+from dino_simpool.models.foreign import PREFIX
 from dino_simpool.models.weights import from_official, load_official, weights_sha256
 
 
@@ -100,6 +101,11 @@ def read_start(cfg: TrainConfig) -> tuple[Start, dict[str, Any]]:
     Student and teacher begin as the file's teacher, which is what was evaluated.
     """
     path = str(cfg.run.init)
+    if path.startswith(PREFIX):
+        raise ValueError(
+            f"run.init {path} is timm's own model, which is not trained here: give a file of its weights, which is recognized "
+            "if it is of a ViT, ResNet or ConvNeXt"
+        )
     unsaid = ("gamma", "mean", "std") if cfg.model.heads is None else ("gamma", "mean", "std", "heads")
     encoder = load_encoder(path, answers={name: getattr(cfg.model, name) for name in unsaid})  # for files of others
     free = FREE if cfg.model.is_vit else FREE | {"image_size"}
@@ -119,6 +125,12 @@ def read_start(cfg: TrainConfig) -> tuple[Start, dict[str, Any]]:
         why = "has no head" if not head else "has a head of other size or layers"
         say(f"run.init {path}: starts from its encoder; it {why}, so that a new one learns first (optim.freeze_encoder)")
         return Start(encoder.state_dict()), about | {"head": "new"}
+    lengths = head["last_layer.parametrizations.weight.original0"]
+    if cfg.head.norm_last_layer and not bool((lengths == 1).all()):
+        say(
+            f"warning: prototypes of {path} have lengths {lengths.min():.3g} to {lengths.max():.3g}, which stay while "
+            "head.norm_last_layer is true: false lets them learn, as where they are from"
+        )
     fits = center is not None and center.shape == (1, cfg.head.out_dim)
     say(f"run.init {path}: starts from its encoder and head, at step 0; to resume a run, give its run.out instead")
     return Start(encoder.state_dict(), head, center if fits else None), about | {"head": "of the file"}

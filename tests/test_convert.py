@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torchvision.models import VisionTransformer
 
 import dino_simpool.timm_models  # noqa: F401 (registers its models)
 from dino_simpool import cli, convert, hub
@@ -17,6 +18,7 @@ from dino_simpool.checkpoint import export_encoder, load_encoder
 from dino_simpool.config import ModelConfig
 from dino_simpool.convert import graphs
 from dino_simpool.dino.model import DinoHead, DinoModel
+from dino_simpool.files import file_sha256
 from dino_simpool.models.encoder import build_encoder
 from dino_simpool.models.weights import load_official, to_official
 
@@ -192,6 +194,48 @@ def test_what_cannot_be_said_elsewhere_is_refused(
     assert words in capsys.readouterr().err
 
 
+def test_what_an_official_file_does_not_say_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the options of the note it is read as the encoder that it is of, and without them as another."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"width": 64, "depth": 1, "heads": 2, "image_size": 32, "num_heads": 2, "gamma": 2.0}
+    encoder = build_encoder(ModelConfig(**sizes, mean=(0.5, 0.5, 0.5))).eval()
+    export_encoder(tmp_path, encoder)
+    assert run("--checkpoint", tmp_path / "backbone.safetensors", "--to", "official", "--out", tmp_path / "official") == 0
+    options = "--model.gamma 2.0 --model.num_heads 2 --model.heads 2 --model.pos_interp size --model.mean '[0.5, 0.5, 0.5]'"
+    assert f"the file does not say, or is read as published without: {options}\n" in capsys.readouterr().err
+    path, images = tmp_path / "official" / "checkpoint.pth", torch.randn(2, 3, 32, 32)
+    given: dict[str, Any] = {"gamma": 2.0, "num_heads": 2, "heads": 2, "pos_interp": "size", "mean": [0.5, 0.5, 0.5]}
+    assert torch.equal(load_encoder(path, **given)(images), encoder(images))
+    assert not torch.equal(load_encoder(path)(images), encoder(images))
+
+
+@pytest.mark.parametrize("to", ["ours", "official"])
+def test_files_of_torchvision_can_be_converted(tmp_path: Path, to: str) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(image_size=32, patch_size=8, num_layers=1, num_heads=1, hidden_dim=64, mlp_dim=256).eval()
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    assert run("--checkpoint", tmp_path / "vit.pth", "--to", to, "--out", tmp_path / "out") == 0
+    model.heads = torch.nn.Sequential()
+    written, images = tmp_path / "out" / convert.FILES[to][0], torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(load_encoder(written)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_published_model_needs_no_such_note(tmp_path: Path) -> None:
+    official(tmp_path / "a.pth", "convnext")
+    assert run("--checkpoint", tmp_path / "a.pth", "--to", "official", "--out", tmp_path / "out") == 0
+    notes = json.loads((tmp_path / "out" / "convert.json").read_text())["notes"]
+    assert notes == ["no optimizer: the official script begins with a new one"]
+
+
+def test_the_file_of_the_weights_of_an_encoder_of_timm_is_recorded(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), file)
+    options = ("--checkpoint", "timm:resnet10t", "--weights", file, "--to", "program", "--size", "[32,32]")
+    assert run(*options, "--out", tmp_path / "out") == 0
+    model = json.loads((tmp_path / "out" / "convert.json").read_text())["model"]
+    assert (model["weights"], model["sha256"]) == (str(file), file_sha256(file))
+
+
 def test_files_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = exported(tmp_path / "run", "vit")
     before = path.read_bytes()
@@ -201,7 +245,7 @@ def test_files_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_folder_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = network("vit", 3).encoder
-    encoder.epochs, encoder.num_images = 100.0, 1000
+    encoder.epochs, encoder.num_images, encoder.init = 100.0, 1000, {"checkpoint": "start.pth"}
     results = tmp_path / "results"
     results.mkdir()
     record = {"evaluator": "knn", "dataset": "imagenet", "split": "val", "metrics": {"top1": 61.234}, "model": None}
@@ -226,6 +270,9 @@ def test_a_folder_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "| knn | imagenet | val | none | top1 | 61.23 |" in card and "license: mit" in card and "epochs 100" in card
     found, images = hub.from_pretrained(tmp_path / "repo"), torch.randn(1, 3, 64, 64)
     assert torch.equal(found(images), encoder(images)) and found.epochs == 100
+    assert found.init == encoder.init
+    with pytest.raises(ValueError, match=r"timm:resnet10t is timm's own model"):
+        hub.push_to_hub(load_encoder("timm:resnet10t", weights="random"), "me/other")
 
 
 def test_a_hub_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,13 +49,15 @@ from dino_simpool.data.bad_files import BadFiles
 from dino_simpool.data.feed import Batch, Feed, build_feed
 from dino_simpool.data.loaders import TrainBatches
 from dino_simpool.dino.learner import DinoLearner, build_dino
+from dino_simpool.dino.model import DinoHead
 from dino_simpool.dino.plan import StepValues, make_plan
 from dino_simpool.eval.knn import knn_accuracy
 from dino_simpool.failures import NonFiniteLoss, UnequalGradients
 from dino_simpool.features.encode import Forward, preprocessing
 from dino_simpool.learners import read_start
 from dino_simpool.logs import TIMING_FIELDS, progress, read_log
-from dino_simpool.models.weights import weights_sha256
+from dino_simpool.models.encoder import build_encoder
+from dino_simpool.models.weights import to_official, weights_sha256
 from dino_simpool.pictures import strip
 from dino_simpool.results import model_record
 from dino_simpool.signals import Stopped
@@ -1219,6 +1221,29 @@ def test_weights_of_another_model_are_refused_before_anything_is_written(whole: 
     ):
         train(wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_run_init_cannot_know_of_a_published_file_is_the_callers_word(
+    whole: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads, which are width / 64 by custom only; and prototypes whose length is not 1 are warned about."""
+    model = ModelConfig(arch="vit_small", width=64, depth=1, heads=2, patch_size=8, image_size=32, pos_interp="dino")
+    torch.manual_seed(0)
+    encoder, head = build_encoder(model), DinoHead(64, **dataclasses.asdict(whole.head))
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    path = tmp_path / "official.pth"
+    torch.save({"teacher": to_official(state)}, path)
+    cfg = dataclasses.replace(changed(whole, init=str(path), out=str(tmp_path / "out")), model=model)
+    start, about = read_start(cfg)
+    assert about["sha256"] == weights_sha256(encoder) and start.head is not None
+    assert "prototypes" not in capsys.readouterr().err
+    state["head.last_layer.parametrizations.weight.original0"][0] = 3
+    torch.save({"teacher": to_official(state)}, path)
+    read_start(cfg)
+    assert "have lengths 1 to 3, which stay while head.norm_last_layer is true" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"run.init timm:resnet18 is timm's own model"):
+        read_start(changed(cfg, init="timm:resnet18"))
 
 
 def test_two_processes_from_weights_stopped_and_resumed(pair: TrainConfig, tmp_path: Path) -> None:

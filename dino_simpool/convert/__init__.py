@@ -13,6 +13,8 @@ beside it says how it was made.
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from dino_simpool.files import make_writable, write_atomically
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import TRAINING, Encoder
 from dino_simpool.models.foreign import TimmEncoder
+from dino_simpool.models.recognize import TORCHVISION_ONLY, recognize
 from dino_simpool.models.trunk import find_arch
 from dino_simpool.models.weights import from_official, load_official, load_strict, to_official
 from dino_simpool.results import model_record, write_record
@@ -63,7 +66,7 @@ def main(cfg: ConvertConfig) -> None:
         "official": _official, "ours": _ours, "timm": _timm, "onnx": _graph, "program": _graph
     }  # fmt: skip
     said = writers[cfg.to](encoder, cfg, out)
-    source = model_record(encoder, cfg.checkpoint, cfg.which)
+    source = model_record(encoder, cfg.checkpoint, cfg.which, weights=cfg.weights)
     record = {"evaluator": "convert", "to": cfg.to, **said, "tolerance": TOLERANCE, "model": source}
     write_record(out / "convert.json", record, cfg)
     if distributed.is_main():
@@ -113,10 +116,12 @@ def _difference(found: Callable[[Tensor], Tensor], encoder: Encoder) -> float:
 
 def _parts(cfg: ConvertConfig, encoder: Encoder) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Student and teacher under our names, as far as the file has them, and its content."""
+    own = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     if Path(cfg.checkpoint).suffix == ".safetensors":
-        own = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
         return {cfg.which: own}, {}
     content = load_official(cfg.checkpoint)
+    if content.keys() & TORCHVISION_ONLY:  # names that only the encoder was read by
+        return {cfg.which: own}, content
     names: tuple[Any, ...] = tuple(name for name in ("student", "teacher") if isinstance(content.get(name), dict))
     parts = {name: from_official(content, which=name) for name in names}
     return parts or {cfg.which: from_official(content)}, content
@@ -170,9 +175,25 @@ def _official(encoder: Encoder, cfg: ConvertConfig, out: Path) -> dict[str, Any]
         return _difference(load_encoder(path, which=cfg.which, **given), encoder)
 
     difference = _checked(out / "checkpoint.pth", lambda path: torch.save(file, path), compare)
+    if other := _read_otherwise(out / "checkpoint.pth", cfg.which, encoder):
+        notes.append(f"the file does not say, or is read as published without: {other}")
     for note in notes:
         say(note)
     return {"largest difference": difference, "notes": notes}
+
+
+def _read_otherwise(path: Path, which: str, encoder: Encoder) -> str:
+    """The options that an official file does not say, or says otherwise, as they are to be given
+    when it is read."""
+    own = to_dict(encoder.config)
+    found = recognize(load_official(path), which=which, given={}, answers=own | {"heads": None}, source=str(path))
+    read = to_dict(ModelConfig()) | found.options
+    if encoder.config.is_vit:
+        own["heads"], width = encoder.trunk.blocks[0].attn.num_heads, encoder.trunk.num_features
+        read["heads"] = None if width % 64 else width // 64
+    names = ("gamma", "num_heads", "heads", "pos_interp", "resize", "mean", "std")
+    different = {name: json.dumps(own[name]).strip('"') for name in names if own[name] != json.loads(json.dumps(read[name]))}
+    return " ".join(f"--model.{name} {shlex.quote(value)}" for name, value in different.items())
 
 
 def _ours(encoder: Encoder, cfg: ConvertConfig, out: Path) -> dict[str, Any]:

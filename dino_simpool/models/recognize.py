@@ -85,6 +85,8 @@ TORCHVISION: tuple[tuple[str, str], ...] = (
     ("classifier.2.*", "head.fc.*"),
 )
 """torchvision's names of ViTs and ConvNeXts, and timm's. Those of ResNets are the same."""
+TORCHVISION_ONLY = {"conv_proj.weight", "encoder.pos_embedding", "features.0.0.weight", "features.0.1.weight"}
+"""Names by which files of them are told."""
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 OTHER = "for any encoder of timm, give the checkpoint timm:NAME and the file with --weights"
@@ -193,7 +195,7 @@ def recognize(
         encoder, found.head = _parts(state)
     except ValueError as error:
         raise ValueError(f"{source} holds no encoder of others: {error}") from None
-    torchvision = encoder.keys() & {"conv_proj.weight", "encoder.pos_embedding", "features.0.0.weight", "features.0.1.weight"}
+    torchvision = encoder.keys() & TORCHVISION_ONLY
     if torchvision:
         encoder = {
             translate(name, TORCHVISION) or name: value.flatten() if name.endswith("layer_scale") else value
@@ -355,7 +357,7 @@ def _vit(found: Recognized, *, simpool: bool, supervised: bool, args: Mapping[st
     if not arch:
         found.set("width", width, "from its shapes")
         found.set("depth", depth, "from its shapes")
-        if width % 64:
+        if width % 64 or found.answers.get("heads"):  # the caller's word counts more than a custom
             found.ask("heads", f"no shape tells it, and the width {width} is no multiple of 64", "heads=3")
         else:
             found.set("heads", width // 64, "width / 64, as in all published sizes")
