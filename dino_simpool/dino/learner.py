@@ -312,10 +312,11 @@ def build_dino(cfg: TrainConfig, num_images: int, device: torch.device, start: S
     ValueError for options that do not fit each other, the images or the architecture.
     """
     plan = make_plan(cfg, num_images)
-    if device.type == "cuda" and cfg.run.precision != "fp32":
+    if device.type == "cuda":
         # TF32 for what stays in float32 beside half precision, the prototypes' products above all:
-        # its 10 bits are more than those of bfloat16, and sums and results keep 23.
-        torch.set_float32_matmul_precision("high")
+        # its 10 bits are more than those of bfloat16, and sums and results keep 23. Not in fp32,
+        # also after a run in half precision in the same process.
+        torch.set_float32_matmul_precision("highest" if cfg.run.precision == "fp32" else "high")
     torch.manual_seed(cfg.run.seed)
     encoder = build_encoder(cfg.model)
     head = DinoHead(encoder.embed_dim, **dataclasses.asdict(cfg.head))
