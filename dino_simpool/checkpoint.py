@@ -49,7 +49,7 @@ from dino_simpool.files import (
     write_json,
 )
 from dino_simpool.logs import say
-from dino_simpool.models.encoder import Encoder, build_encoder
+from dino_simpool.models.encoder import TRAINING, Encoder, build_encoder
 from dino_simpool.models.foreign import PREFIX, load_timm
 from dino_simpool.models.recognize import Recognized, recognize
 from dino_simpool.models.weights import load_official, load_strict, read_file
@@ -195,7 +195,7 @@ class _Stored:
     weights: dict[str, dict[str, torch.Tensor]]
     """By which."""
     training: dict[str, Any]
-    """Of `Encoder`: epochs, total_epochs, num_images, images, init."""
+    """What the file says of `TRAINING`."""
     decoding: dict[str, Any]
     foreign: Recognized | None = None
     """What a file of others was recognized as."""
@@ -215,11 +215,10 @@ def load_encoder(
     file of others, which are recognized (models/recognize.py) and said: checkpoints of SimPool and
     DINO, state dicts of timm and torchvision; or timm:NAME for any encoder of timm, as it is
     (models/foreign.py). weights: for timm:NAME, a file or "random"; None for those that timm
-    downloads. which: the weights; `untrained` is the encoder as the
-    run's seed initialized it (0 for files of others). overrides: ModelConfig options to change
-    (gamma=2.0), or that a file of others cannot say. answers: those that count only if it does not
-    say them. FileNotFoundError or ValueError in one line if
-    the file is missing, is broken, does not fit, or does not say enough.
+    downloads. which: the weights; `untrained` is the encoder as the run's seed initialized it (0
+    for files of others). overrides: ModelConfig options to change (gamma=2.0), or that a file of
+    others cannot say. answers: those that count only if it does not say them. FileNotFoundError or
+    ValueError in one line if the file is missing, is broken, does not fit, or does not say enough.
     """
     if str(path).startswith(PREFIX):
         return load_timm(str(path), weights=str(weights or ""), which=which, overrides=overrides)
@@ -322,5 +321,5 @@ def _read_export(path: Path) -> _Stored:
         "init?": dict,
     }  # fmt: skip
     run = require_fields(run, fields, path=path, what="an export of this tool", remedy=REMEDY)
-    training = {name: run.get(name) for name in ("epochs", "total_epochs", "num_images", "images", "init")}
+    training = {name: run.get(name) for name in TRAINING}
     return _Stored(saved, run["seed"], {"teacher": weights}, training, run.get("decoding") or {})

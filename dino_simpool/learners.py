@@ -25,7 +25,7 @@ from dino_simpool.dino.plan import Plan
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder
 from dino_simpool.models.foreign import PREFIX
-from dino_simpool.models.weights import from_official, load_official, weights_sha256
+from dino_simpool.models.weights import center_of, from_official, load_official, weights_sha256
 
 
 class Learner(Protocol):
@@ -145,5 +145,4 @@ def _head_of(path: str) -> tuple[dict[str, Tensor], Tensor | None]:
         return {}, None
     state = from_official(content)
     head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
-    loss = content.get("loss") or content.get("dino_loss") or {}
-    return head, loss.get("center") if isinstance(loss, dict) else None
+    return head, center_of(content)

@@ -46,6 +46,12 @@ def check_paths(cfg: Any, prefix: str = "") -> None:
             _check(path, kind, name, inside="" if prefix else getattr(cfg, "data", ""))
 
 
+def no_checkpoint(path: str | Path) -> str:
+    """The line for a checkpoint that is no file."""
+    what = "it is a folder, give a file in it, such as" if os.path.isdir(path) else "give"
+    return f"no checkpoint {path}: {what} last.pth, best.pth or backbone.safetensors of a run"
+
+
 def _check(path: str, kind: str, name: str, *, inside: str) -> None:
     match kind:
         case "images":
@@ -53,8 +59,7 @@ def _check(path: str, kind: str, name: str, *, inside: str) -> None:
         case "train" | "val":
             _look_for_images(find_split(path, inside=inside, option=f"--{name}", role=kind))
         case "checkpoint" if not os.path.isfile(path) and not path.startswith("timm:"):
-            what = "it is a folder, give a file in it, such as" if os.path.isdir(path) else "give"
-            raise FileNotFoundError(f"no checkpoint {path}: {what} last.pth, best.pth or backbone.safetensors of a run")
+            raise FileNotFoundError(no_checkpoint(path))
         case "weights" if not os.path.isfile(path) and path != "random":
             raise FileNotFoundError(f"no weights {path}: give a file, or random")
         case "folder" if not os.path.isdir(path):

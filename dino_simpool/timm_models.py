@@ -53,8 +53,7 @@ class SimPoolModel(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of `forward_features`; pre_logits: features (B, D)."""
-        pooled = self.encoder.pool(x)
-        feature = pooled if self.encoder.config.norm_order == "norm_then_pool" else self.encoder.norm(pooled)
+        feature = self.encoder.pooled(x)
         return feature if pre_logits else self.fc(self.drop(feature))
 
     def attention(self, x: Tensor) -> Tensor:
@@ -97,8 +96,10 @@ def _config(**statistics: Any) -> dict[str, Any]:
 FIRST = {"vit": "patch_embed.proj", "resnet": "conv1", "convnext": "stem.0"}
 default_cfgs = generate_default_cfgs(
     {
-        f"{arch}_simpool": _config(first_conv=f"encoder.trunk.{FIRST[arch.rstrip('0158').partition('_')[0]]}")
+        f"{arch}_simpool": _config(first_conv=f"encoder.trunk.{layer}")
         for arch in ARCHITECTURES
+        for family, layer in FIRST.items()
+        if arch.startswith(family)
     }
 )
 

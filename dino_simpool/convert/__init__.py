@@ -35,7 +35,7 @@ from dino_simpool.models.encoder import TRAINING, Encoder
 from dino_simpool.models.foreign import TimmEncoder
 from dino_simpool.models.recognize import TORCHVISION_ONLY, recognize
 from dino_simpool.models.trunk import find_arch
-from dino_simpool.models.weights import from_official, load_official, load_strict, to_official
+from dino_simpool.models.weights import center_of, from_official, load_official, load_strict, to_official
 from dino_simpool.results import model_record, write_record
 
 TOLERANCE = 1e-4
@@ -157,9 +157,8 @@ def _official(encoder: Encoder, cfg: ConvertConfig, out: Path) -> dict[str, Any]
         file[name] = {prefix + key: value for key, value in to_official(part).items()}
     if epoch is not None:
         file["epoch"] = round(epoch)
-    center = content.get("dino_loss", content.get("loss"))
-    if isinstance(center, dict) and "center" in center:
-        file["dino_loss"] = {"center": center["center"]}
+    if (center := center_of(content)) is not None:
+        file["dino_loss"] = {"center": center}
     if heads:
         file["args"] = argparse.Namespace(**args)
         notes.append("no optimizer: the official script begins with a new one")
@@ -208,9 +207,8 @@ def _ours(encoder: Encoder, cfg: ConvertConfig, out: Path) -> dict[str, Any]:
         state = {"format": FORMAT, "config": config, "step": 0, **parts}
         if isinstance(content.get("epoch"), int):
             state["epoch"] = content["epoch"]
-        center = content.get("dino_loss", content.get("loss"))
-        if isinstance(center, dict) and "center" in center:
-            state["loss"] = {"center": center["center"]}
+        if (center := center_of(content)) is not None:
+            state["loss"] = {"center": center}
 
         def again(path: Path) -> float:
             return _difference(load_encoder(path, which=cfg.which, min_over=encoder.config.min_over), encoder)

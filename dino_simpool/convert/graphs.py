@@ -45,7 +45,7 @@ class Outputs(nn.Module):
         else:
             pooled, weights = encoder.pool(x, return_attention=True)
             tokens, attention = as_tokens(x), weights.reshape(-1, *grid)
-        return (pooled if encoder.config.norm_order == "norm_then_pool" else encoder.norm(pooled)), tokens, attention
+        return encoder.normed(pooled), tokens, attention
 
 
 def is_dynamic(encoder: Encoder) -> bool:

@@ -2,7 +2,7 @@
 
 A step of a small network is thousands of short kernels, and a host queues them more slowly than a
 GPU computes them. A graph is queued in one call. It reads and writes fixed places in memory: views
-and temperature are copied there, and gradients are added up there.
+and temperature are copied there, and gradients are left there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Pass = Callable[[Sequence[Tensor], float | Tensor], tuple[Tensor, Tensor]]
 
 
 class CapturedPass:
-    """Does what `run` does, from the second call on with a graph of the first.
+    """Does what `run` does with one graph, which the first call records.
 
     run: without synchronization of the host, on a GPU.   parameters: those whose gradients it
     makes.   buffers: what else it changes.   add: calls add to the gradients, otherwise they set

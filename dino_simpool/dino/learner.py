@@ -117,8 +117,9 @@ class DinoLearner:
         if self.verify_every and (self.steps + 1) % self.verify_every == 0:
             batches = list(batches)
             self._verify(batches, values)
-        statistics = [*self.student.buffers(), *self.teacher.buffers()]
-        before = copies(statistics)
+        of_encoders = [*self.student.encoder.buffers(), *self.teacher.encoder.buffers()]
+        of_heads = [*self.student.head.buffers(), *self.teacher.head.buffers()]
+        encoders_before, heads_before = copies(of_encoders), copies(of_heads)
         summed, batch_center = self._backward(batches, values)
         self.scaler.unscale_(self.optimizer)
         named = [(name, p) for name, p in self.student.named_parameters() if p.grad is not None]
@@ -126,13 +127,9 @@ class DinoLearner:
         self.norms = [name for name, _ in named], norms
         norm = norms.norm().to(summed.dtype)
         finite = norm.isfinite()
-        put_back(statistics, before, unless=finite)
+        put_back(of_encoders, encoders_before, unless=finite & (not values.freeze_encoder))
+        put_back(of_heads, heads_before, unless=finite)
         if values.freeze_encoder:  # without gradients there are neither moments nor weight decay
-            encoders = self.student.encoder, self.teacher.encoder
-            kept = {id(buffer) for encoder in encoders for buffer in encoder.buffers()}
-            for now, old in zip(statistics, before, strict=True):
-                if id(now) in kept:
-                    now.copy_(old)
             self.student.encoder.zero_grad(set_to_none=True)
         if values.freeze_last_layer:
             drop_last_layer_gradients(self.student)

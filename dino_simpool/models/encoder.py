@@ -127,7 +127,11 @@ class Encoder(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """Features (B, embed_dim) of what is pooled (see `pool_input`)."""
-        pooled = self.pool(x)
+        return self.normed(self.pool(x))
+
+    def normed(self, pooled: Tensor) -> Tensor:
+        """Features of the result of the pooling, which the final norm follows, unless it came
+        before."""
         return pooled if self.config.norm_order == "norm_then_pool" else self.norm(pooled)
 
     def _of_vit(self, tokens: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from dino_simpool.config import ConfigError, from_dict
 from dino_simpool.config.parts import Options
 from dino_simpool.logs import say
 from dino_simpool.models.encoder import Encoder, Grid
-from dino_simpool.models.weights import load_official, load_strict, read_file
+from dino_simpool.models.weights import load_official, load_strict, read_file, unwrapped
 
 PREFIX = "timm:"
 RANDOM = "random"
@@ -342,8 +342,7 @@ def _state_in(content: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(content.get(place), Mapping):
             content = content[place]
             break
-    names = {name: name.replace("_orig_mod.", "").removeprefix("module.") for name in content}
-    return {names[name]: value for name, value in content.items() if isinstance(value, Tensor)}
+    return {unwrapped(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def _load(model: Any, state: dict[str, Tensor], *, source: str) -> None:

@@ -357,7 +357,7 @@ def _vit(found: Recognized, *, simpool: bool, supervised: bool, args: Mapping[st
     if not arch:
         found.set("width", width, "from its shapes")
         found.set("depth", depth, "from its shapes")
-        if width % 64 or found.answers.get("heads"):  # the caller's word counts more than a custom
+        if width % 64 or found.answers.get("heads"):  # the caller's word counts more than a convention
             found.ask("heads", f"no shape tells it, and the width {width} is no multiple of 64", "heads=3")
         else:
             found.set("heads", width // 64, "width / 64, as in all published sizes")

@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dino_simpool.paths import no_checkpoint
+
 Layout = Literal["dino", "supervised"]
 Row = tuple[str, str, str]
 
@@ -103,8 +105,7 @@ def read_file(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        what = "it is a folder, give a file in it, such as" if path.is_dir() else "give"
-        raise FileNotFoundError(f"no checkpoint {path}: {what} last.pth, best.pth or backbone.safetensors of a run")
+        raise FileNotFoundError(no_checkpoint(path))
     if not path.stat().st_size:
         raise ValueError(f"{path} cannot be read (it is empty, 0 bytes): copy it again")
     if path.suffix == ".safetensors":
@@ -177,11 +178,18 @@ def from_official(checkpoint: Mapping[str, Any], *, which: Literal["teacher", "s
 def stripped(checkpoint: Mapping[str, Any], which: str) -> dict[str, Tensor]:
     """The state dict inside a checkpoint, without what wrappers put before names, and without the
     extra BatchNorms of a training with split ones."""
-    return {
-        name.replace("_orig_mod.", "").removeprefix("module."): value
-        for name, value in _choose(checkpoint, which).items()
-        if ".aux_bn." not in name
-    }
+    return {unwrapped(name): value for name, value in _choose(checkpoint, which).items() if ".aux_bn." not in name}
+
+
+def unwrapped(name: str) -> str:
+    """A name without what torch.compile and DistributedDataParallel put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def center_of(content: Mapping[str, Any]) -> Tensor | None:
+    """The center (1, K) of the loss in a checkpoint of DINO, SimPool or ours, if there is one."""
+    loss = content.get("dino_loss", content.get("loss"))
+    return loss.get("center") if isinstance(loss, dict) else None
 
 
 def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
